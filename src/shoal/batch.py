@@ -1,0 +1,56 @@
+"""Batch: the one struct that travels from whoever has tokens to the model.
+
+Tokens of all sequences lie on one flat axis, without padding, in training and in serving. Two hands build a
+Batch: `data/pack` (training; `stages` add weights and recorded routing) and `engine/runner` (serving; adds `kv`).
+It is frozen, and the model reads nothing else: caches travel inside it, so attention asks nobody.
+
+Shape letters: T tokens, S sequences, P pages, L layers that route, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KVView:
+    """Where this step's tokens go in the paged cache, and what each sequence can look back on.
+
+    A page holds `page_size` consecutive positions of one sequence, in every layer at the same page number.
+    """
+
+    pages: tuple[Tensor, ...]  # by layer: (P, page_size, *attention.cache_shape)  written by attention
+    slots_T: Tensor  # int64: page * page_size + offset, where each new token is kept
+    block_table_SB: Tensor  # int32: the pages of each sequence in order; rows padded with 0
+    context_lens_S: Tensor  # int32: positions of each sequence after this step, new tokens included
+    max_context_len: int  # the largest of them, on the host
+    has_prefix: bool  # some sequence looks back on positions that are not in this step
+
+    @property
+    def page_size(self) -> int:
+        return self.pages[0].shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's worth of tokens: S sequences laid end to end."""
+
+    ids_T: Tensor  # int64
+    positions_T: Tensor  # int64: 0 at the start of each document; in serving, where the cache continues
+    cu_seqlens_S1: Tensor  # int32: sequence s is rows cu[s] to cu[s+1]
+    max_seqlen: int  # the longest of them, on the host
+    targets_T: Tensor | None = None  # int64: the token that follows each, valid ids everywhere
+    weights_T: Tensor | None = None  # float32: 0 where a target does not count
+    kv: KVView | None = None  # None in training
+    last_S: Tensor | None = None  # int64: rows whose logits are wanted; None means every row
+    routing: Tensor | None = None  # (T, L, K) int: recorded expert choices to replay, instead of the router's
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_T.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens_S1.shape[0] - 1

@@ -1,0 +1,76 @@
+"""Grouped-query attention, as in Llama, Qwen, Mixtral, OLMoE and the DeepSeek models before V2.
+
+Multi-head attention is the case of equal head counts. Biases and the two kinds of query-key norm are fields.
+
+Shape letters: T tokens, D hidden, H query heads, G key-value heads, Q head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shoal.batch import Batch
+from shoal.config.model import GQAConfig, ModelConfig
+from shoal.model.layers import Linear, RMSNorm
+from shoal.model.rope import Angles
+from shoal.ops import api as ops
+
+
+class GQA(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        gqa: GQAConfig,
+        layer: int,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.gqa, self.layer = gqa, layer
+        self.scale, self.interleaved = config.softmax_scale, config.rope.interleaved
+        query_dim, key_dim = gqa.num_attention_heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim
+
+        def linear(rows: int, columns: int, bias: bool) -> Linear:
+            return Linear(rows, columns, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj = linear(config.hidden_size, query_dim, gqa.qkv_bias)
+        self.k_proj = linear(config.hidden_size, key_dim, gqa.qkv_bias)
+        self.v_proj = linear(config.hidden_size, key_dim, gqa.qkv_bias)
+        self.o_proj = linear(query_dim, config.hidden_size, gqa.o_bias)
+        self.q_norm = self.k_norm = None
+        if gqa.qk_norm is not None:
+            dims = (gqa.head_dim, gqa.head_dim) if gqa.qk_norm == "head" else (query_dim, key_dim)
+            self.q_norm, self.k_norm = (
+                RMSNorm(dim, config.rms_norm_eps, device=device, dtype=dtype) for dim in dims
+            )
+
+    def _heads(self, x_TX: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Split into heads, normalised before (over all of them) or after (over each)."""
+        if norm is not None and self.gqa.qk_norm == "all":
+            x_TX = norm(x_TX)
+        x_THQ = x_TX.unflatten(-1, (-1, self.gqa.head_dim))
+        return norm(x_THQ) if norm is not None and self.gqa.qk_norm == "head" else x_THQ
+
+    def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        q_THQ = ops.rope(self._heads(self.q_proj(x_TD), self.q_norm), *angles, interleaved=self.interleaved)
+        k_TGQ = ops.rope(self._heads(self.k_proj(x_TD), self.k_norm), *angles, interleaved=self.interleaved)
+        v_TGQ = self._heads(self.v_proj(x_TD), None)
+        kv = batch.kv
+        if kv is not None:
+            ops.write_cache(kv.pages[self.layer], kv.slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
+        if kv is not None and kv.has_prefix:
+            o_THQ = ops.paged_attention(
+                q_THQ,
+                kv.pages[self.layer],
+                kv.block_table_SB,
+                kv.context_lens_S,
+                kv.max_context_len,
+                batch.cu_seqlens_S1,
+                batch.max_seqlen,
+                self.scale,
+            )
+        else:
+            o_THQ = ops.attention(q_THQ, k_TGQ, v_TGQ, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
+        return self.o_proj(o_THQ.flatten(1))

@@ -1,0 +1,70 @@
+"""The plain layers: Embedding, Linear, RMSNorm, the dense SwiGLU.
+
+`Linear` exists because its product is a seam: a transform swaps `product` for an FP8 or an INT4 one and nothing else
+of the model changes. Parameters are made empty; `Transformer.init_weights` or a checkpoint fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.ops import api as ops
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
+
+
+class Embedding(nn.Module):
+    def __init__(self, rows: int, dim: int, *, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim, device=device, dtype=dtype))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight)
+
+
+class Linear(nn.Module):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.product: Product = F.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float, *, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): the feed-forward of dense layers and of shared experts."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, device=device, dtype=dtype)
+        self.up_proj = Linear(hidden_size, intermediate_size, device=device, dtype=dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, device=device, dtype=dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))

@@ -1,0 +1,114 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in its two equal forms.
+
+Keys and values of all heads are projections of one normalised latent of C elements, plus one rotated key of R elements
+that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of `kv_b_proj` for a head:
+
+- expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new.
+- absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The cache is read
+  as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N + R + V).
+
+The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
+
+Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C latent rank, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shoal.batch import Batch
+from shoal.config.model import MLAConfig, ModelConfig
+from shoal.model.layers import Linear, RMSNorm
+from shoal.model.rope import Angles
+from shoal.ops import api as ops
+
+LATENT_NORM_EPS = 1e-6  # of the two latent norms, in the released code whatever rms_norm_eps says
+
+
+class MLA(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        mla: MLAConfig,
+        layer: int,
+        *,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.mla, self.layer = mla, layer
+        self.scale, self.interleaved = config.softmax_scale, config.rope.interleaved
+        hidden, heads, bias = config.hidden_size, mla.num_attention_heads, mla.attention_bias
+
+        def linear(rows: int, columns: int, *, bias: bool = False) -> Linear:
+            return Linear(rows, columns, bias=bias, device=device, dtype=dtype)
+
+        def norm(dim: int) -> RMSNorm:
+            return RMSNorm(dim, LATENT_NORM_EPS, device=device, dtype=dtype)
+
+        if mla.q_lora_rank is None:
+            self.q_proj = linear(hidden, heads * mla.qk_head_dim)
+        else:
+            self.q_a_proj = linear(hidden, mla.q_lora_rank, bias=bias)
+            self.q_a_layernorm = norm(mla.q_lora_rank)
+            self.q_b_proj = linear(mla.q_lora_rank, heads * mla.qk_head_dim)
+        self.kv_a_proj_with_mqa = linear(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = norm(mla.kv_lora_rank)
+        self.kv_b_proj = linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim))
+        self.o_proj = linear(heads * mla.v_head_dim, hidden, bias=bias)
+
+    def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        mla = self.mla
+        q_THQ = self._queries(x_TD).unflatten(-1, (mla.num_attention_heads, -1))
+        q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
+        latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split(
+            (mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1
+        )
+        latent_TC = self.kv_a_layernorm(latent_TC)
+        q_rope_THR = ops.rope(q_rope_THR, *angles, interleaved=self.interleaved)
+        k_rope_T1R = ops.rope(k_rope_TR.unsqueeze(1), *angles, interleaved=self.interleaved)
+        if batch.kv is not None:
+            rows_TL = torch.cat((latent_TC, k_rope_T1R.squeeze(1)), dim=-1)
+            ops.write_cache(batch.kv.pages[self.layer], batch.kv.slots_T, rows_TL)
+        if batch.kv is not None and batch.kv.has_prefix:
+            o_THV = self.absorbed(q_nope_THN, q_rope_THR, batch)
+        else:
+            o_THV = self.expanded(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
+        return self.o_proj(o_THV.flatten(1))
+
+    def _queries(self, x_TD: Tensor) -> Tensor:
+        if self.mla.q_lora_rank is None:
+            return self.q_proj(x_TD)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+
+    def expanded(
+        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
+    ) -> Tensor:
+        """Attention among the tokens of this batch alone, keys and values made for every head."""
+        mla = self.mla
+        kv_THX = self.kv_b_proj(latent_TC).unflatten(-1, (mla.num_attention_heads, -1))
+        k_nope_THN, v_THV = kv_THX.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
+        q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
+        k_THQ = torch.cat((k_nope_THN, k_rope_T1R.expand(-1, mla.num_attention_heads, -1)), dim=-1)
+        return ops.attention(q_THQ, k_THQ, v_THV, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
+
+    def absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, batch: Batch) -> Tensor:
+        """Attention over the cached latents, this step's tokens included."""
+        mla, kv = self.mla, batch.kv
+        assert kv is not None
+        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (mla.num_attention_heads, -1))
+        w_uk_HNC, w_uv_HVC = kv_b_HXC.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+        q_latent_THC = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNC).transpose(0, 1)
+        o_THC = ops.latent_attention(
+            torch.cat((q_latent_THC, q_rope_THR), dim=-1),
+            kv.pages[self.layer],
+            kv.block_table_SB,
+            kv.context_lens_S,
+            kv.max_context_len,
+            batch.cu_seqlens_S1,
+            batch.max_seqlen,
+            mla.kv_lora_rank,
+            self.scale,
+        )
+        return torch.bmm(o_THC.transpose(0, 1), w_uv_HVC.transpose(1, 2)).transpose(0, 1)

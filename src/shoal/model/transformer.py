@@ -1,0 +1,191 @@
+"""Block and Transformer: the model, whole. Read this first.
+
+A step is one call: ids of a Batch go in, hidden states of every token and the routers' choices come out. Training
+hands the hidden states to the loss, serving asks for the logits of the rows it needs; nothing here knows which.
+Modules carry Hugging Face's names, so a published checkpoint is this model's state dict but for stacked experts.
+
+Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) adds modules after the last block: module k joins
+the hidden state of a token with the embedding of the one k+1 places on, and predicts the next. Embedding and head are
+the model's own. The hidden state that enters is the one after the norm, as in transformers, Megatron and vLLM (the
+paper leaves it open), and the join is [embedding | hidden], the order of the released weights.
+
+Shape letters: T tokens, S sequences, D hidden, V vocabulary, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.batch import Batch
+from shoal.config.model import MLAConfig, ModelConfig
+from shoal.model.gqa import GQA
+from shoal.model.layers import MLP, Embedding, Linear, RMSNorm
+from shoal.model.mla import MLA
+from shoal.model.moe import Gate, MoE
+from shoal.model.rope import Angles, RotaryEmbedding
+from shoal.ops.api import Routing
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    hidden_TD: Tensor  # after the final norm: what the head, and the next prediction module, reads
+    routing: tuple[Routing, ...]  # of each layer that routes, in order
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+
+        self.input_layernorm = norm()
+        attention = config.attention
+        self.self_attn = (
+            MLA(config, attention, layer, device=device, dtype=dtype)
+            if isinstance(attention, MLAConfig)
+            else GQA(config, attention, layer, device=device, dtype=dtype)
+        )
+        self.post_attention_layernorm = norm()
+        self.mlp = (
+            MoE(config, config.moe, device=device, dtype=dtype)
+            if config.moe is not None and config.is_moe_layer(layer)
+            else MLP(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
+        )
+
+    def forward(
+        self, x_TD: Tensor, angles: Angles, batch: Batch, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, batch)
+        normal_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, MoE):
+            y_TD, routing = self.mlp(normal_TD, replay_TK)
+            return x_TD + y_TD, routing
+        return x_TD + self.mlp(normal_TD), None
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head of a prediction module. The head itself is the model's."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+
+
+class PredictionModule(Block):
+    """One multi-token-prediction module: join, a block, a norm."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, device: torch.device | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, layer, device=device, dtype=dtype)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, device=device, dtype=dtype)
+        self.shared_head = SharedHead(config, device=device, dtype=dtype)
+
+    def join(self, embedding_TD: Tensor, hidden_TD: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat((self.enorm(embedding_TD), self.hnorm(hidden_TD)), dim=-1))
+
+
+class Decoder(nn.Module):
+    """What the names `model.*` hold: embedding, blocks, prediction modules, final norm."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        blocks, ahead = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.layers = nn.ModuleList(
+            (Block if layer < blocks else PredictionModule)(config, layer, device=device, dtype=dtype)
+            for layer in range(blocks + ahead)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
+        self.rotary = RotaryEmbedding(config.rope, config.attention.rope_dim, device=device)
+
+
+class Transformer(nn.Module):
+    """A model of any family. Parameters are empty until `init_weights` or a checkpoint fills them.
+
+    On the meta device it costs nothing; `allocate` gives it memory elsewhere, and is the only way off that device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        device = None if device is None else torch.device(device)
+        self.config = config
+        self.model = Decoder(config, device=device, dtype=dtype)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Leave the meta device: empty parameters and the true rotary frequencies on `device`."""
+        self.to_empty(device=device)
+        self.model.rotary.reset()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """DeepSeek's initialisation: every matrix normal with std `initializer_range`, norms 1, biases 0."""
+        for module in self.modules():
+            for name, tensor in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ):
+                if isinstance(module, RotaryEmbedding):
+                    module.reset()
+                elif isinstance(module, RMSNorm):
+                    tensor.fill_(1.0)
+                elif name in ("bias", "e_score_correction_bias"):
+                    tensor.zero_()
+                else:
+                    tensor.normal_(std=self.config.initializer_range, generator=generator)
+
+    def forward(self, batch: Batch) -> Output:
+        x_TD = self.model.embed_tokens(batch.ids_T)
+        angles = self.model.rotary(batch.positions_T)
+        routings: list[Routing] = []
+        for block in islice(self.model.layers, self.config.num_hidden_layers):
+            replay_TK = None if batch.routing is None else batch.routing[:, len(routings)]
+            x_TD, routing = block(x_TD, angles, batch, replay_TK)
+            if routing is not None:
+                routings.append(routing)
+        return Output(self.model.norm(x_TD), tuple(routings))
+
+    def predict_ahead(self, hidden_TD: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0) -> Output:
+        """Run prediction module `depth` on the hidden states of the one before it (the model's own for depth 0).
+
+        `next_ids_T[t]` is the token depth + 1 places after token t; the result predicts the one after that.
+        """
+        module = self.model.layers[self.config.num_hidden_layers + depth]
+        assert isinstance(module, PredictionModule)
+        x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
+        x_TD, routing = module(x_TD, self.model.rotary(batch.positions_T), batch, None)
+        return Output(module.shared_head.norm(x_TD), () if routing is None else (routing,))
+
+    def head_weight(self) -> Tensor:
+        """The output matrix (V, D): the embedding where it is tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        """(S, V) for the rows the batch asks for, or (T, V) for all."""
+        rows = hidden_TD if batch.last_S is None else hidden_TD.index_select(0, batch.last_S)
+        return F.linear(rows, self.head_weight())
+
+    def gates(self) -> list[Gate]:
+        """The gate of each layer that routes, in order: blocks first, then prediction modules."""
+        return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]

@@ -1,0 +1,208 @@
+"""The one door to the maths: a typed function for each op, whose docstring is the contract.
+
+Every op is said twice behind this door: as a plain PyTorch reference, which is the specification and runs anywhere,
+and, where it pays, as a Triton kernel. `dispatch` picks one from the device and the sizes; callers never know which.
+Both are differentiable where the contract says so. An op refuses what it does not take; it never guesses.
+
+Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads, Q query/key head dim, V value head
+dim, C latent rank, R rope dim, E experts, K experts per token, F expert hidden, P pages, B pages of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.ops.dispatch import choose
+
+
+class Routing(NamedTuple):
+    """What the router decided for each token."""
+
+    experts_TK: Tensor  # int64, best first; -1 where the choice was dropped
+    weights_TK: Tensor  # float32, differentiable: what each chosen expert's output is multiplied by
+    scores_TE: Tensor  # float32, differentiable: the score of every expert, before bias and selection
+
+
+class CrossEntropy(NamedTuple):
+    """The loss of a step, and the loss of each token."""
+
+    total: Tensor  # float32 scalar, differentiable: sum over tokens of weight * nll
+    nll_T: Tensor  # float32, not differentiable: negative log-probability of each target, in nats
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    Normalised in float32, cast to x's dtype, then multiplied by the weight: the cast points of Llama and DeepSeek.
+    Any leading shape, empty included. Differentiable in x and weight.
+    """
+    return choose("rms_norm", x)(x, weight_D, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable; saves the inputs, not the sigmoid."""
+    return choose("swiglu", gate)(gate, up)
+
+
+def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate each pair of x by the angle whose cosine and sine are given in float32, one a pair.
+
+    `interleaved` pairs (0,1), (2,3) ...; otherwise (i, i + R/2). The layout of x is kept, computed in float32 and cast
+    back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
+    """
+    return choose("rope", x_THR)(x_THR, cos_TR2, sin_TR2, interleaved)
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    scoring_func: Literal["softmax", "sigmoid"],
+    bias_E: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    replay_TK: Tensor | None = None,
+) -> Routing:
+    """Score every expert and choose `top_k` of them for each token (DeepSeek-V2 eq. 20-22, V3 eq. 12-16).
+
+    Scores are a softmax over all experts or a sigmoid of each, in float32 (logits must be float32). Selection is by
+    score + `bias_E`, restricted to the `topk_group` best of `n_group` contiguous groups: a group's value is its largest
+    score, or with a bias the sum of its two largest biased scores. Ties go to the smaller index. Weights are the
+    unbiased scores of the chosen, divided by their sum plus 1e-20 if `norm_topk_prob`, times the scaling factor.
+
+    `replay_TK` (int, -1 for dropped) replaces the selection and nothing else: weights are still computed, with
+    gradient, from the scores. Gradients flow to the logits through weights and scores; none to the bias.
+    """
+    if logits_TE.dtype != torch.float32:
+        raise ValueError(
+            f"route: logits are {logits_TE.dtype}; the gate runs in float32, cast before the matmul"
+        )
+    if not 0 < top_k <= logits_TE.shape[1]:
+        raise ValueError(
+            f"route: top_k is {top_k}; it must be between 1 and the {logits_TE.shape[1]} experts"
+        )
+    return Routing(
+        *choose("route", logits_TE)(
+            logits_TE,
+            top_k,
+            scoring_func,
+            bias_E,
+            n_group,
+            topk_group,
+            norm_topk_prob,
+            routed_scaling_factor,
+            replay_TK,
+        )
+    )
+
+
+def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
+    """`experts_TK` with -1 where an expert already had `capacity` tokens (Switch, GShard).
+
+    Places are given first to every token's first choice, in token order, then to every second choice, and so on.
+    """
+    return choose("limit_capacity", experts_TK)(experts_TK, n_experts, capacity)
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+) -> Tensor:
+    """y_t = sum over k of weights[t,k] * down_e(silu(gate_e(x_t)) * up_e(x_t)), with e = experts[t,k].
+
+    Rows 0..F of `gate_up_E2FD[e]` are the gate, F..2F the up projection. A choice of -1 contributes nothing; an expert
+    may have no rows, and T may be 0. The sum over k is taken in float32 and cast once to x's dtype. Differentiable in
+    x, weights and both matrices; SwiGLU is recomputed in the backward pass, not stored.
+    """
+    return choose("grouped_mlp", x_TD)(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention within each sequence of a pack: o_THV.
+
+    Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
+    Differentiable in q, k and v.
+    """
+    return choose("attention", q_THQ)(q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+
+
+def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
+    """Keep row t of `rows` (T, ...) at slot `slots_T[t]` of `pages` (P, page_size, ...), in place. No gradient."""
+    choose("write_cache", pages)(pages, slots_T, rows)
+
+
+def paged_attention(
+    q_THQ: Tensor,
+    pages: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> Tensor:
+    """Attention of new tokens over a paged cache of keys and values, `pages` (P, page_size, 2, G, Q): o_THQ.
+
+    The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the cache;
+    each sees the positions up to its own. Softmax in float32. No gradient.
+    """
+    return choose("paged_attention", q_THQ)(
+        q_THQ, pages, block_table_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen, scale
+    )
+
+
+def latent_attention(
+    q_THL: Tensor,
+    pages: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    latent_rank: int,
+    scale: float,
+) -> Tensor:
+    """Absorbed MLA over a paged latent cache, `pages` (P, page_size, C + R): o_THC, with C = `latent_rank`.
+
+    One key head of C + R elements serves every query head, and its first C elements are the value. Queries are
+    already multiplied by W_UK (first C) and rotated (last R). Positions and masking as in `paged_attention`.
+    """
+    return choose("latent_attention", q_THL)(
+        q_THL,
+        pages,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        max_seqlen,
+        latent_rank,
+        scale,
+    )
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
+) -> CrossEntropy:
+    """Output head and cross-entropy in one, without ever holding the T x V logits.
+
+    Logits and softmax in float32 (the product in the inputs' dtype). Differentiable in hidden and weight through
+    `total` only. Targets outside [0, V) are refused where checking costs nothing (on a CPU); T may be 0.
+    """
+    return CrossEntropy(
+        *choose("linear_cross_entropy", hidden_TD)(hidden_TD, weight_VD, targets_T, weights_T)
+    )
