@@ -1,8 +1,8 @@
 """Batch: the one struct that travels from whoever has tokens to the model.
 
 Tokens of all sequences lie on one flat axis, without padding, in training and in serving. Two hands build a
-Batch: `data/pack` (training; `stages` add weights and recorded routing) and `engine/runner` (serving; adds `kv`).
-It is frozen, and the model reads nothing else: caches travel inside it, so attention asks nobody.
+Batch: `data/pack` (training; `stages` add weights and recorded routing) and `engine/runner` (serving; adds
+`kv`). It is frozen, and the model reads nothing else: caches travel inside it, so attention asks nobody.
 
 Shape letters: T tokens, S sequences, P pages, L layers that route, K experts per token.
 """

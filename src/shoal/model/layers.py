@@ -1,7 +1,8 @@
 """The plain layers: Embedding, Linear, RMSNorm, the dense SwiGLU.
 
-`Linear` exists because its product is a seam: a transform swaps `product` for an FP8 or an INT4 one and nothing else
-of the model changes. Parameters are made empty; `Transformer.init_weights` or a checkpoint fills them.
+`Linear` exists because its product is a seam: a transform swaps `product` for an FP8 or an INT4 one and
+nothing else of the model changes. Parameters are made empty; `Transformer.init_weights` or a checkpoint fills
+them.
 """
 
 from __future__ import annotations

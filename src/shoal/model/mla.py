@@ -1,11 +1,13 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in its two equal forms.
 
-Keys and values of all heads are projections of one normalised latent of C elements, plus one rotated key of R elements
-that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of `kv_b_proj` for a head:
+Keys and values of all heads are projections of one normalised latent of C elements, plus one rotated key of R
+elements that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of
+`kv_b_proj` for a head:
 
 - expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new.
-- absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The cache is read
-  as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N + R + V).
+- absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The
+  cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
+  + R + V).
 
 The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
 
@@ -66,8 +68,10 @@ class MLA(nn.Module):
             (mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1
         )
         latent_TC = self.kv_a_layernorm(latent_TC)
-        q_rope_THR = ops.rope(q_rope_THR, *angles, interleaved=self.interleaved)
-        k_rope_T1R = ops.rope(k_rope_TR.unsqueeze(1), *angles, interleaved=self.interleaved)
+        # One rotation for the heads' queries and the key they share.
+        rope_TXR = torch.cat((q_rope_THR, k_rope_TR.unsqueeze(1)), dim=1)
+        rope_TXR = ops.rope(rope_TXR, *angles, interleaved=self.interleaved)
+        q_rope_THR, k_rope_T1R = rope_TXR.split((mla.num_attention_heads, 1), dim=1)
         if batch.kv is not None:
             rows_TL = torch.cat((latent_TC, k_rope_T1R.squeeze(1)), dim=-1)
             ops.write_cache(batch.kv.pages[self.layer], batch.kv.slots_T, rows_TL)

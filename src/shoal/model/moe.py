@@ -1,8 +1,9 @@
 """The mixture-of-experts layer: gate, dispatcher, routed experts, shared experts.
 
-y = shared(x) + sum over chosen experts of weight * expert(x). The gate runs in float32 whatever the model's dtype.
-The dispatcher is the seam for expert parallelism: it moves tokens to where their experts live and back; on one device
-it does nothing. The layer returns its routing decisions beside its output; who uses them is not its business.
+y = shared(x) + sum over chosen experts of weight * expert(x). The gate runs in float32 whatever the model's
+dtype. The dispatcher is the seam for expert parallelism: it moves tokens to where their experts live and
+back; on one device it does nothing. The layer returns its routing decisions beside its output; who uses them
+is not its business.
 
 Shape letters: T tokens, D hidden, E experts, K experts per token, F expert hidden.
 """
@@ -25,7 +26,9 @@ MIN_CAPACITY = 4  # of an expert, where there is a capacity at all (Switch and G
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to the device of their experts. Expert ids it returns are local; -1 is an expert elsewhere."""
+    """Brings tokens to the device of their experts. Expert ids it returns are local; -1 is an expert
+    elsewhere.
+    """
 
     def dispatch(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
@@ -57,7 +60,8 @@ class Gate(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, device=device, dtype=dtype))
-        # Float32 whatever the model's dtype: its values differ by less than bfloat16 can hold, and it is no parameter.
+        # Float32 whatever the model's dtype: its values differ by less than bfloat16 can hold, and it is no
+        # parameter.
         bias = torch.empty(moe.n_routed_experts, device=device, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias if moe.has_correction_bias else None)
 

@@ -1,7 +1,7 @@
 """Rotary angles of a step: from positions to cosines and sines, in each family's frequencies.
 
-The frequencies are a function of the config alone, so they are not state: they are computed again wherever the
-model is put, and appear in no checkpoint. The rotation itself is `ops.rope`.
+The frequencies are a function of the config alone, so they are not state: they are computed again wherever
+the model is put, and appear in no checkpoint. The rotation itself is `ops.rope`.
 
 Shape letters: T tokens, R2 pairs of rotated dimensions.
 """

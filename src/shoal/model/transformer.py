@@ -1,13 +1,15 @@
 """Block and Transformer: the model, whole. Read this first.
 
-A step is one call: ids of a Batch go in, hidden states of every token and the routers' choices come out. Training
-hands the hidden states to the loss, serving asks for the logits of the rows it needs; nothing here knows which.
-Modules carry Hugging Face's names, so a published checkpoint is this model's state dict but for stacked experts.
+A step is one call: ids of a Batch go in, hidden states of every token and the routers' choices come out.
+Training hands the hidden states to the loss, serving asks for the logits of the rows it needs; nothing here
+knows which. Modules carry Hugging Face's names, so a published checkpoint is this model's state dict but for
+stacked experts.
 
-Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) adds modules after the last block: module k joins
-the hidden state of a token with the embedding of the one k+1 places on, and predicts the next. Embedding and head are
-the model's own. The hidden state that enters is the one after the norm, as in transformers, Megatron and vLLM (the
-paper leaves it open), and the join is [embedding | hidden], the order of the released weights.
+Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) adds modules after the last block: module
+k joins the hidden state of a token with the embedding of the one k+1 places on, and predicts the next.
+Embedding and head are the model's own. The hidden state that enters is the one after the norm, as in
+transformers, Megatron and vLLM (the paper leaves it open), and the join is [embedding | hidden], the order of
+the released weights.
 
 Shape letters: T tokens, S sequences, D hidden, V vocabulary, K experts per token.
 """
@@ -115,7 +117,8 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """A model of any family. Parameters are empty until `init_weights` or a checkpoint fills them.
 
-    On the meta device it costs nothing; `allocate` gives it memory elsewhere, and is the only way off that device.
+    On the meta device it costs nothing; `allocate` gives it memory elsewhere, and is the only way off that
+    device.
     """
 
     def __init__(
@@ -167,7 +170,8 @@ class Transformer(nn.Module):
         return Output(self.model.norm(x_TD), tuple(routings))
 
     def predict_ahead(self, hidden_TD: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0) -> Output:
-        """Run prediction module `depth` on the hidden states of the one before it (the model's own for depth 0).
+        """Run prediction module `depth` on the hidden states of the one before it (the model's own for depth
+        0).
 
         `next_ids_T[t]` is the token depth + 1 places after token t; the result predicts the one after that.
         """

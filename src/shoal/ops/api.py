@@ -1,11 +1,14 @@
 """The one door to the maths: a typed function for each op, whose docstring is the contract.
 
-Every op is said twice behind this door: as a plain PyTorch reference, which is the specification and runs anywhere,
-and, where it pays, as a Triton kernel. `dispatch` picks one from the device and the sizes; callers never know which.
-Both are differentiable where the contract says so. An op refuses what it does not take; it never guesses.
+Every op is said twice behind this door: as a plain PyTorch reference, which is the specification and runs
+anywhere, and, where it pays, as a Triton kernel. `dispatch` picks one from the device and the sizes; callers
+never know which. Both are differentiable where the contract says so. An op refuses what it does not take; it
+never guesses.
 
-Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads, Q query/key head dim, V value head
-dim, C latent rank, R rope dim, E experts, K experts per token, F expert hidden, P pages, B pages of a sequence.
+Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads, Q query/key head dim, V
+value head
+dim, C latent rank, R rope dim, E experts, K experts per token, F expert hidden, P pages, B pages of a
+sequence.
 """
 
 from __future__ import annotations
@@ -36,22 +39,24 @@ class CrossEntropy(NamedTuple):
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    Normalised in float32, cast to x's dtype, then multiplied by the weight: the cast points of Llama and DeepSeek.
-    Any leading shape, empty included. Differentiable in x and weight.
+    Normalised in float32, cast to x's dtype, then multiplied by the weight: the cast points of Llama and
+    DeepSeek. Any leading shape, empty included. Differentiable in x and weight.
     """
     return choose("rms_norm", x)(x, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable; saves the inputs, not the sigmoid."""
+    """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable; saves the inputs, not the
+    sigmoid.
+    """
     return choose("swiglu", gate)(gate, up)
 
 
 def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
     """Rotate each pair of x by the angle whose cosine and sine are given in float32, one a pair.
 
-    `interleaved` pairs (0,1), (2,3) ...; otherwise (i, i + R/2). The layout of x is kept, computed in float32 and cast
-    back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
+    `interleaved` pairs (0,1), (2,3) ...; otherwise (i, i + R/2). The layout of x is kept, computed in float32
+    and cast back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
     """
     return choose("rope", x_THR)(x_THR, cos_TR2, sin_TR2, interleaved)
 
@@ -70,13 +75,14 @@ def route(
 ) -> Routing:
     """Score every expert and choose `top_k` of them for each token (DeepSeek-V2 eq. 20-22, V3 eq. 12-16).
 
-    Scores are a softmax over all experts or a sigmoid of each, in float32 (logits must be float32). Selection is by
-    score + `bias_E`, restricted to the `topk_group` best of `n_group` contiguous groups: a group's value is its largest
-    score, or with a bias the sum of its two largest biased scores. Ties go to the smaller index. Weights are the
-    unbiased scores of the chosen, divided by their sum plus 1e-20 if `norm_topk_prob`, times the scaling factor.
+    Scores are a softmax over all experts or a sigmoid of each, in float32 (logits must be float32). Selection
+    is by score + `bias_E`, restricted to the `topk_group` best of `n_group` contiguous groups: a group's
+    value is its largest score, or with a bias the sum of its two largest biased scores. Ties go to the
+    smaller index. Weights are the unbiased scores of the chosen, divided by their sum plus 1e-20 if
+    `norm_topk_prob`, times the scaling factor.
 
-    `replay_TK` (int, -1 for dropped) replaces the selection and nothing else: weights are still computed, with
-    gradient, from the scores. Gradients flow to the logits through weights and scores; none to the bias.
+    `replay_TK` (int, -1 for dropped) replaces the selection and nothing else: weights are still computed,
+    with gradient, from the scores. Gradients flow to the logits through weights and scores; none to the bias.
     """
     if logits_TE.dtype != torch.float32:
         raise ValueError(
@@ -104,7 +110,8 @@ def route(
 def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     """`experts_TK` with -1 where an expert already had `capacity` tokens (Switch, GShard).
 
-    Places are given first to every token's first choice, in token order, then to every second choice, and so on.
+    Places are given first to every token's first choice, in token order, then to every second choice, and so
+    on.
     """
     return choose("limit_capacity", experts_TK)(experts_TK, n_experts, capacity)
 
@@ -118,9 +125,9 @@ def grouped_mlp(
 ) -> Tensor:
     """y_t = sum over k of weights[t,k] * down_e(silu(gate_e(x_t)) * up_e(x_t)), with e = experts[t,k].
 
-    Rows 0..F of `gate_up_E2FD[e]` are the gate, F..2F the up projection. A choice of -1 contributes nothing; an expert
-    may have no rows, and T may be 0. The sum over k is taken in float32 and cast once to x's dtype. Differentiable in
-    x, weights and both matrices; SwiGLU is recomputed in the backward pass, not stored.
+    Rows 0..F of `gate_up_E2FD[e]` are the gate, F..2F the up projection. A choice of -1 contributes nothing;
+    an expert may have no rows, and T may be 0. The sum over k is taken in float32 and cast once to x's dtype.
+    Differentiable in x, weights and both matrices; SwiGLU is recomputed in the backward pass, not stored.
     """
     return choose("grouped_mlp", x_TD)(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
 
@@ -142,7 +149,9 @@ def attention(
 
 
 def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
-    """Keep row t of `rows` (T, ...) at slot `slots_T[t]` of `pages` (P, page_size, ...), in place. No gradient."""
+    """Keep row t of `rows` (T, ...) at slot `slots_T[t]` of `pages` (P, page_size, ...), in place. No
+    gradient.
+    """
     choose("write_cache", pages)(pages, slots_T, rows)
 
 
@@ -158,8 +167,8 @@ def paged_attention(
 ) -> Tensor:
     """Attention of new tokens over a paged cache of keys and values, `pages` (P, page_size, 2, G, Q): o_THQ.
 
-    The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the cache;
-    each sees the positions up to its own. Softmax in float32. No gradient.
+    The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the
+    cache; each sees the positions up to its own. Softmax in float32. No gradient.
     """
     return choose("paged_attention", q_THQ)(
         q_THQ, pages, block_table_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen, scale
@@ -179,8 +188,9 @@ def latent_attention(
 ) -> Tensor:
     """Absorbed MLA over a paged latent cache, `pages` (P, page_size, C + R): o_THC, with C = `latent_rank`.
 
-    One key head of C + R elements serves every query head, and its first C elements are the value. Queries are
-    already multiplied by W_UK (first C) and rotated (last R). Positions and masking as in `paged_attention`.
+    One key head of C + R elements serves every query head, and its first C elements are the value. Queries
+    are already multiplied by W_UK (first C) and rotated (last R). Positions and masking as in
+    `paged_attention`.
     """
     return choose("latent_attention", q_THL)(
         q_THL,
@@ -200,8 +210,9 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Output head and cross-entropy in one, without ever holding the T x V logits.
 
-    Logits and softmax in float32 (the product in the inputs' dtype). Differentiable in hidden and weight through
-    `total` only. Targets outside [0, V) are refused where checking costs nothing (on a CPU); T may be 0.
+    Logits and softmax in float32 (the product in the inputs' dtype). Differentiable in hidden and weight
+    through `total` only. Targets outside [0, V) are refused where checking costs nothing (on a CPU); T may be
+    0.
     """
     return CrossEntropy(
         *choose("linear_cross_entropy", hidden_TD)(hidden_TD, weight_VD, targets_T, weights_T)

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: one table, one override, one `explain()`.
 
-The reference serves every device; a Triton kernel is chosen on CUDA where one exists and takes the call. `using`
-forces one side for a block of code (tests compare the two with it), and the environment variable SHOAL_OPS does so
-for a whole process. Only this file names `ops.reference` or `ops.triton`.
+The reference serves every device; a Triton kernel is chosen on CUDA where one exists and takes the call.
+`using` forces one side for a block of code (tests compare the two with it), and the environment variable
+SHOAL_OPS does so for a whole process. Only this file names `ops.reference` or `ops.triton`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _side_from_environment() -> Side:
     return side
 
 
-_side: ContextVar[Side] = ContextVar("side", default=_side_from_environment())
+_default_side = _side_from_environment()
+_side: ContextVar[Side] = ContextVar("side", default=_default_side)
 
 
 @contextmanager

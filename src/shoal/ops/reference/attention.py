@@ -1,8 +1,9 @@
 """Reference of attention: causal over a pack in training, over a paged cache in serving.
 
-Training goes sequence by sequence through PyTorch's own attention. Over the cache there are two shapes: one new token
-for every sequence (decoding), done for all sequences at once, and several new tokens (a chunk of a prompt that looks
-back), done sequence by sequence. Both forms of the cache, keys and values or one latent, share that code.
+Training goes sequence by sequence through PyTorch's own attention. Over the cache there are two shapes: one
+new token for every sequence (decoding), done for all sequences at once, and several new tokens (a chunk of a
+prompt that looks back), done sequence by sequence. Both forms of the cache, keys and values or one latent,
+share that code.
 
 L below is the width of a cached row.
 """
@@ -31,7 +32,7 @@ def attention(
     # PyTorch's fused CPU kernel wants one head dim for q, k and v: zeros at the end of v change nothing.
     padding = q_THQ.shape[2] - value_dim
     v_TGQ = F.pad(v_TGV, (0, padding)) if padding > 0 else v_TGV
-    lengths = _lengths(cu_seqlens_S1)
+    lengths = _lengths(cu_seqlens_S1) or [0]  # no sequence is one without tokens
     outputs = []
     for q, k, v in zip(q_THQ.split(lengths), k_TGQ.split(lengths), v_TGQ.split(lengths), strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
@@ -43,32 +44,14 @@ def attention(
     return o_THQ[..., :value_dim]
 
 
+@torch.no_grad()
 def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
-    pages.flatten(0, 1).index_copy_(0, slots_T, rows)
+    # A view, never a copy: what cannot be seen as one row of slots is refused.
+    pages.view(-1, *pages.shape[2:]).index_copy_(0, slots_T, rows)
 
 
-def _gather_context(
-    pages: Tensor, block_table_SB: Tensor, context_lens_S: Tensor, max_context_len: int
-) -> Tensor:
-    """The cached rows of each sequence, (S, max_context_len, ...). Past its end a sequence repeats its last row:
-    those places are masked, and reading anything else could bring in another sequence's NaN."""
-    position_SN = torch.arange(max_context_len, device=pages.device).minimum(context_lens_S.unsqueeze(1) - 1)
-    page_SN = block_table_SB.gather(1, position_SN // pages.shape[1])
-    return pages[page_SN, position_SN % pages.shape[1]]
-
-
-def _attend(q_SHnd: Tensor, k_SGNd: Tensor, v_SGNv: Tensor, visible_Sn: Tensor, scale: float) -> Tensor:
-    """Softmax attention of n queries over the first `visible` of N positions, heads of q sharing those of k."""
-    heads, groups = q_SHnd.shape[1], k_SGNd.shape[1]
-    q_SGmd = q_SHnd.reshape(q_SHnd.shape[0], groups, -1, q_SHnd.shape[3])  # m: the heads of a group, times n
-    scores_SGmN = torch.matmul(q_SGmd, k_SGNd.transpose(-1, -2)).float().mul_(scale)
-    hidden_SnN = torch.arange(k_SGNd.shape[2], device=q_SHnd.device) >= visible_Sn.unsqueeze(-1)
-    scores_SHnN = scores_SGmN.view(q_SHnd.shape[0], heads, q_SHnd.shape[2], -1)
-    scores_SHnN.masked_fill_(hidden_SnN.unsqueeze(1), float("-inf"))
-    weights_SGmN = scores_SHnN.softmax(-1).to(v_SGNv.dtype).view_as(scores_SGmN)
-    return torch.matmul(weights_SGmN, v_SGNv).view(*q_SHnd.shape[:3], -1)
-
-
+@torch.no_grad()
+@torch.no_grad()
 def _attend_cache(
     q_THd: Tensor,
     pages: Tensor,
@@ -80,26 +63,45 @@ def _attend_cache(
     scale: float,
     latent_rank: int | None,
 ) -> Tensor:
-    def keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of gathered rows (S, N, ...): keys (S, G, N, d) and values (S, G, N, v)."""
-        if latent_rank is not None:
-            return rows.unsqueeze(1), rows[..., :latent_rank].unsqueeze(1)
-        return rows[:, :, 0].transpose(1, 2), rows[:, :, 1].transpose(1, 2)
-
     if max_seqlen == 1:
-        rows = _gather_context(pages, block_table_SB, context_lens_S, max_context_len)
+        table_SB = block_table_SB[:, : -(-max_context_len // pages.shape[1])]
         return _attend(
-            q_THd.unsqueeze(2), *keys_and_values(rows), context_lens_S.unsqueeze(1), scale
+            q_THd.unsqueeze(2), pages, table_SB, context_lens_S.unsqueeze(1), scale, latent_rank
         ).squeeze(2)
     outputs = []
-    for sequence, q_nHd in enumerate(q_THd.split(_lengths(cu_seqlens_S1))):
-        here = slice(sequence, sequence + 1)
-        length, new = int(context_lens_S[sequence]), q_nHd.shape[0]
-        rows = _gather_context(pages, block_table_SB[here], context_lens_S[here], length)
-        visible_1n = torch.arange(length - new + 1, length + 1, device=q_THd.device).unsqueeze(0)
-        q_1Hnd = q_nHd.transpose(0, 1).unsqueeze(0)
-        outputs.append(_attend(q_1Hnd, *keys_and_values(rows), visible_1n, scale)[0].transpose(0, 1))
+    queries = q_THd.split(_lengths(cu_seqlens_S1))
+    for q_nHd, table_B, length in zip(queries, block_table_SB, context_lens_S.tolist(), strict=True):
+        table_1B = table_B[: -(-length // pages.shape[1])].unsqueeze(0)
+        first = length - q_nHd.shape[0] + 1
+        visible_1n = torch.arange(first, length + 1, device=q_THd.device).unsqueeze(0)
+        o_1Hnv = _attend(q_nHd.transpose(0, 1).unsqueeze(0), pages, table_1B, visible_1n, scale, latent_rank)
+        outputs.append(o_1Hnv[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _attend(
+    q_SHnd: Tensor, pages: Tensor, table_SB: Tensor, visible_Sn: Tensor, scale: float, latent_rank: int | None
+) -> Tensor:
+    """Attention of n queries a sequence over the first `visible` positions of its pages: (S, H, n, v)."""
+    sequences, heads, new, _ = q_SHnd.shape
+    # 1. Whole pages, side by side. Past its end a sequence has what others left there, and even a NaN of
+    # theirs must not reach it: those rows become zeros.
+    wide = torch.promote_types(q_SHnd.dtype, torch.float32)
+    rows_SN = pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:]).to(wide)
+    position_N = torch.arange(rows_SN.shape[1], device=q_SHnd.device)
+    hidden_SnN = position_N >= visible_Sn.unsqueeze(-1)
+    rows_SN.masked_fill_(hidden_SnN[:, -1].view(sequences, -1, *(1 for _ in pages.shape[2:])), 0)
+    if latent_rank is not None:
+        k_SGNd, v_SGNv = rows_SN.unsqueeze(1), rows_SN[..., :latent_rank].unsqueeze(1)
+    else:
+        k_SGNd, v_SGNv = rows_SN[:, :, 0].transpose(1, 2), rows_SN[:, :, 1].transpose(1, 2)
+    # 2. Scores; the query heads that share a key head are one block of rows. 3. Mask, 4. softmax, 5. values.
+    q_SGmd = q_SHnd.to(wide).reshape(sequences, k_SGNd.shape[1], -1, q_SHnd.shape[3])
+    scores_SGmN = torch.matmul(q_SGmd, k_SGNd.transpose(-1, -2)).mul_(scale)
+    scores_SHnN = scores_SGmN.view(sequences, heads, new, -1)
+    scores_SHnN.masked_fill_(hidden_SnN.unsqueeze(1), float("-inf"))
+    weights_SGmN = scores_SHnN.softmax(-1).view_as(scores_SGmN)
+    return torch.matmul(weights_SGmN, v_SGNv).view(sequences, heads, new, -1).to(q_SHnd.dtype)
 
 
 def paged_attention(

@@ -1,8 +1,9 @@
 """Reference of the routed experts: rows sorted by expert, then one pair of products an expert.
 
-With e = experts[t,k] and w = weights[t,k], the layer is y_t = sum_k w down_e(silu(gate_e x_t) * up_e x_t). The backward
-pass is written out because it needs less than autograd would keep: the inputs, and the gate-up rows from which
-SwiGLU is computed again. This is also the CPU implementation, so no loop runs over tokens and no weight is copied.
+With e = experts[t,k] and w = weights[t,k], the layer is y_t = sum_k w down_e(silu(gate_e x_t) * up_e x_t).
+The backward pass is written out because it needs less than autograd would keep: the inputs, and the gate-up
+rows from which SwiGLU is computed again. This is also the CPU implementation, so no loop runs over tokens and
+no weight is copied.
 
 Shape letters: M = T * K rows, one for each choice of an expert, sorted by expert.
 """
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def _sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """The choices in order of expert, dropped ones first, and for each expert with rows (expert, start, end)."""
+    """The choices in order of expert, dropped ones first, and for each expert with rows (expert, start,
+    end).
+    """
     flat_M = experts_TK.flatten()
     order_M = flat_M.argsort(stable=True)
     counts = torch.bincount(flat_M + 1, minlength=n_experts + 1).tolist()
@@ -30,11 +33,19 @@ def _sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[i
     return order_M, spans
 
 
-def _sum_choices(rows_MD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weigh the K rows of each token and add them, in at least float32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    rows_TKD = rows_MD.view(*weights_TK.shape, -1).to(wide)
-    return torch.bmm(weights_TK.to(wide).unsqueeze(1), rows_TKD).squeeze(1).to(dtype)
+def _sum_choices(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+    """For each token, the weighted sum of its K rows, wherever the sort has put them."""
+    place_TK = torch.empty_like(order_M).index_copy_(
+        0, order_M, torch.arange(order_M.numel(), device=order_M.device)
+    )
+    if rows_MD.dtype in (torch.float32, torch.float64) and not rows_MD.is_cuda:
+        # One pass over memory: gather, weigh and add.
+        weights_TK = weights_TK.to(rows_MD.dtype)
+        return F.embedding_bag(
+            place_TK.view_as(weights_TK), rows_MD, mode="sum", per_sample_weights=weights_TK
+        )
+    rows_TKD = rows_MD.float().index_select(0, place_TK).view(*weights_TK.shape, -1)
+    return torch.bmm(weights_TK.float().unsqueeze(1), rows_TKD).squeeze(1).to(rows_MD.dtype)
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -42,61 +53,88 @@ class _GroupedMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        top_k = experts_TK.shape[1]
-        # 1. Sort the rows by expert.
+        # 1. Sort the choices by expert.
         order_M, spans = _sort_rows(experts_TK, gate_up_E2FD.shape[0])
-        x_MD = x_TD.index_select(0, order_M // top_k)
-        gate_up_M2F = x_MD.new_empty(x_MD.shape[0], gate_up_E2FD.shape[1])
-        y_MD = torch.zeros_like(x_MD)
+        token_M = order_M // experts_TK.shape[1]
+        gate_up_M2F = x_TD.new_empty(order_M.shape[0], gate_up_E2FD.shape[1])
+        y_MD = x_TD.new_empty(order_M.shape[0], x_TD.shape[1])
+        y_MD[: spans[0][1] if spans else None].zero_()
         # 2. Gate-up, SwiGLU and down of each expert.
         for expert, start, end in spans:
-            gate_up = torch.mm(x_MD[start:end], gate_up_E2FD[expert].t(), out=gate_up_M2F[start:end])
+            x = x_TD.index_select(0, token_M[start:end])
+            gate_up = torch.mm(x, gate_up_E2FD[expert].t(), out=gate_up_M2F[start:end])
             gate, up = gate_up.chunk(2, dim=-1)
             torch.mm(F.silu(gate).mul_(up), down_EDF[expert].t(), out=y_MD[start:end])
-        # 3. Back to token order, weighted and summed.
-        choices_MD = torch.empty_like(y_MD).index_copy_(0, order_M, y_MD)
         ctx.save_for_backward(x_TD, order_M, weights_TK, gate_up_M2F, gate_up_E2FD, down_EDF)
         ctx.spans = spans
-        return _sum_choices(choices_MD, weights_TK, x_TD.dtype)
+        # 3. Back to token order, weighted and summed.
+        return _sum_choices(y_MD, order_M, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, order_M, weights_TK, gate_up_M2F, gate_up_E2FD, down_EDF = ctx.saved_tensors
         token_M = order_M // weights_TK.shape[1]
-        x_MD, dy_MD = x_TD.index_select(0, token_M), dy_TD.index_select(0, token_M)
         weights_M1 = weights_TK.flatten()[order_M].unsqueeze(1).to(x_TD.dtype)
-        dx_MD = torch.zeros_like(x_MD)
-        dweights_M = torch.zeros(order_M.shape[0], dtype=weights_TK.dtype, device=x_TD.device)
-        dgate_up_E2FD = torch.zeros_like(gate_up_E2FD)
-        ddown_EDF = torch.zeros_like(down_EDF)
+        dx_MD = x_TD.new_empty(order_M.shape[0], x_TD.shape[1])
+        dx_MD[: ctx.spans[0][1] if ctx.spans else None].zero_()
+        dweights_M = weights_TK.new_zeros(order_M.shape[0])
+        busy = {expert for expert, _, _ in ctx.spans}
+        dgate_up_E2FD, ddown_EDF = torch.empty_like(gate_up_E2FD), torch.empty_like(down_EDF)
+        for expert in range(gate_up_E2FD.shape[0]):
+            if expert not in busy:
+                dgate_up_E2FD[expert].zero_()
+                ddown_EDF[expert].zero_()
         for expert, start, end in ctx.spans:
             rows = slice(start, end)
+            x, dy = x_TD.index_select(0, token_M[rows]), dy_TD.index_select(0, token_M[rows])
             # 1. SwiGLU again: h = silu(g) u.
             gate, up = gate_up_M2F[rows].chunk(2, dim=-1)
             sigmoid = gate.sigmoid()
             silu = gate * sigmoid
             hidden = silu * up
             # 2. y = w (h W_down^T): the weight's gradient needs <dy, h W_down^T> = <dy W_down, h>.
-            dhidden = torch.mm(dy_MD[rows], down_EDF[expert])
+            dhidden = torch.mm(dy, down_EDF[expert])
             dweights_M[rows] = (dhidden * hidden).sum(-1, dtype=dweights_M.dtype)
             weight = weights_M1[rows]
-            torch.mm(dy_MD[rows].t(), hidden.mul_(weight), out=ddown_EDF[expert])
+            torch.mm(dy.t(), hidden.mul_(weight), out=ddown_EDF[expert])
             dhidden.mul_(weight)
-            # 3. d silu(g) = s (1 + g (1 - s)).
-            dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
-            dgate_up = torch.cat((dgate, dhidden.mul_(silu)), dim=-1)
+            # 3. d silu(g) = s (1 + g (1 - s)) = s + silu(g) (1 - s).
+            dgate_up = torch.empty_like(gate_up_M2F[rows])
+            dgate, dup = dgate_up.chunk(2, dim=-1)
+            torch.mul(dhidden, silu, out=dup)
+            torch.mul(dhidden.mul_(up), torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1), out=dgate)
             # 4. Through the first product.
-            torch.mm(dgate_up.t(), x_MD[rows], out=dgate_up_E2FD[expert])
+            torch.mm(dgate_up.t(), x, out=dgate_up_E2FD[expert])
             torch.mm(dgate_up, gate_up_E2FD[expert], out=dx_MD[rows])
-        dx_TD = _sum_choices(
-            torch.empty_like(dx_MD).index_copy_(0, order_M, dx_MD), torch.ones_like(weights_TK), x_TD.dtype
-        )
+        dx_TD = _sum_choices(dx_MD, order_M, torch.ones_like(weights_TK))
         dweights_TK = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view_as(weights_TK)
         return dx_TD, None, dweights_TK, dgate_up_E2FD, ddown_EDF
+
+
+def _one_token(
+    x_1D: Tensor, experts_1K: Tensor, weights_1K: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The same for one token, where calls cost more than arithmetic: nothing to sort, one SwiGLU for all
+    experts.
+    """
+    chosen = [(k, expert) for k, expert in enumerate(experts_1K[0].tolist()) if expert >= 0]
+    x_D = x_1D[0]
+    gate_up_K2F = x_1D.new_zeros(experts_1K.shape[1], gate_up_E2FD.shape[1])
+    for k, expert in chosen:
+        torch.mv(gate_up_E2FD[expert], x_D, out=gate_up_K2F[k])
+    gate, up = gate_up_K2F.chunk(2, dim=-1)
+    hidden_KF = F.silu(gate).mul_(up)
+    y_KD = x_1D.new_zeros(experts_1K.shape[1], x_1D.shape[1])
+    for k, expert in chosen:
+        torch.mv(down_EDF[expert], hidden_KF[k], out=y_KD[k])
+    wide = torch.promote_types(x_1D.dtype, torch.float32)
+    return torch.mm(weights_1K.to(wide), y_KD.to(wide)).to(x_1D.dtype)
 
 
 def grouped_mlp(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
+    if x_TD.shape[0] == 1 and not torch.is_grad_enabled():
+        return _one_token(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
     return _GroupedMLP.apply(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)

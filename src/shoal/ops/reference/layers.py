@@ -1,7 +1,7 @@
 """Reference of the elementwise ops: RMSNorm, SwiGLU, RoPE.
 
-They state the cast points that parity with published checkpoints depends on. Narrow inputs are computed in float32;
-float64 inputs stay float64, so that every other implementation can be held against these.
+They state the cast points that parity with published checkpoints depends on. Narrow inputs are computed in
+float32; float64 inputs stay float64, so that every other implementation can be held against these.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
     wide = _widen(x)
     # 1. Normalise in float32.   2. Cast back.   3. Multiply by the weight in the narrow dtype.
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -29,10 +31,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, interleaved: bool) -> Tensor:
     wide = _widen(x_THR)
     if interleaved:
-        # A pair is a complex number and the rotation a product.
+        # A pair is a complex number and the rotation a product. Copied, because x is often a slice that
+        # begins at an odd element, where no complex number can.
         turn_T1R2 = torch.complex(cos_TR2, sin_TR2).unsqueeze(1)
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn_T1R2).flatten(-2).to(x_THR.dtype)
+        pairs = wide.unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn_T1R2).flatten(-2).to(x_THR.dtype)
     cos, sin = cos_TR2.unsqueeze(1), sin_TR2.unsqueeze(1)
     first, second = wide.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THR.dtype)

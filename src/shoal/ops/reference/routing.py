@@ -1,8 +1,8 @@
 """Reference of the router: scores, groups, selection, weights, in numbered steps.
 
-DeepSeek-V2 eq. 20-22 and V3 eq. 12-16; Mixtral, Qwen3 and OLMoE are the same steps with other switches. Two facts are
-easily got wrong: the softmax runs over all experts before anything is masked, and masked experts get -inf, not 0
-(biased scores may be negative).
+DeepSeek-V2 eq. 20-22 and V3 eq. 12-16; Mixtral, Qwen3 and OLMoE are the same steps with other switches. Two
+facts are easily got wrong: the softmax runs over all experts before anything is masked, and masked experts
+get -inf, not 0 (biased scores may be negative).
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def route(
         # 4. Choose.
         experts_TK = _best(selection_TE, top_k)
     # 5. Weights are the unbiased scores of the chosen; nothing for a dropped choice.
-    weights_TK = scores_TE.gather(1, experts_TK.clamp(min=0))
-    if replay_TK is not None:
-        weights_TK = weights_TK.masked_fill(experts_TK < 0, 0.0)
+    if replay_TK is None:
+        weights_TK = scores_TE.gather(1, experts_TK)
+    else:
+        weights_TK = scores_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, 0.0)
     # 6. Normalise, 7. scale.
     if norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)

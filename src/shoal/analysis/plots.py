@@ -1,0 +1,72 @@
+"""Pictures of a run: the loss as it fell, and the load of every expert.
+
+Each function takes numbers and returns a figure; `save` puts it where it belongs, whole or not at all. No
+global state of matplotlib is touched, so these are safe in a server's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+INK, GRID, SERIES = "#1f2933", "#d9dee4", ("#2563eb", "#d97706", "#059669", "#7c3aed")
+
+
+def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def loss_curve(
+    training: Sequence[tuple[int, float]],
+    held_out: Sequence[tuple[int, float]],
+    baselines: Mapping[str, float],
+) -> Figure:
+    """(tokens seen, nats per token) of training above; (tokens seen, bits per byte) of held-out text, against
+    what other methods reach on the same text, below."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    above, below = figure.subplots(2, 1)
+    above.plot(*zip(*training, strict=True), color=SERIES[0], linewidth=1)
+    _tidy(above, "Training loss", "tokens", "nats per token")
+    below.plot(*zip(*held_out, strict=True), color=SERIES[0], marker="o", markersize=4, label="this model")
+    for colour, (name, value) in zip(SERIES[1:], baselines.items(), strict=False):
+        below.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {value:.3f}")
+    _tidy(below, "Held-out text", "tokens", "bits per byte")
+    below.set_ylim(bottom=0)
+    below.legend(frameon=False, fontsize=9)
+    for axes in (above, below):
+        axes.grid(color=GRID, linewidth=0.6)
+    return figure
+
+
+def expert_load_map(loads_LE: Mapping[str, Tensor], layers: Sequence[str]) -> Figure:
+    """The same layers' loads, side by side on one scale: an expert's tokens as a multiple of the layer's
+    mean.
+    """
+    figure = Figure(figsize=(1.5 + 4.2 * len(loads_LE), 1.8 + 0.45 * len(layers)), layout="constrained")
+    ratios = {name: load_LE / load_LE.float().mean(1, keepdim=True) for name, load_LE in loads_LE.items()}
+    top = max(2.0, *(float(ratio.max()) for ratio in ratios.values()))
+    panels = figure.subplots(1, len(loads_LE), squeeze=False)[0]
+    images = []
+    for axes, (name, ratio) in zip(panels, ratios.items(), strict=True):
+        images.append(axes.imshow(ratio.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top))
+        _tidy(axes, f"{name} (MaxVio {float((ratio.amax(1) - 1).mean()):.2f})", "expert", "")
+        axes.set_yticks(range(len(layers)), layers)
+    figure.colorbar(images[-1], ax=list(panels), label="tokens, as a multiple of the mean")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG; the file appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    temporary.replace(path)

@@ -1,0 +1,382 @@
+"""The verbs. Each reads its arguments, calls the rooms that do the work, and prints.
+
+The law: a mistake of the user's is one clear line and exit code 2, never a traceback; results go to standard
+output, everything else to standard error. Rooms are imported inside the commands, so that `--help` needs no
+torch.
+
+The JSON of `plan`, `generate` and `score` is documented in docs/json.md and does not change without a new
+key.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from shoal.data.text import Tokenizer
+    from shoal.engine.engine import Engine
+    from shoal.engine.sequence import SamplingParams
+
+app = typer.Typer(
+    name="shoal",
+    help="The DeepSeek mixture-of-experts system: train, load, study and talk to models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Prepare text: train a tokenizer, pack documents.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")]
+Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
+Ids = Annotated[str | None, typer.Option(help='Token ids in place of text: "1,2,3".')]
+File = Annotated[Path | None, typer.Option(help="Read the text from a file.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
+ComputeDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not the checkpoint's.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the best token.")]
+TopP = Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many tokens.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+
+
+@app.command()
+def quickstart(
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Files or globs: .txt .md .py .jsonl. Default: Python's own library. Repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart"),
+    steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Start over, if the folder holds a run.")] = False,
+) -> None:
+    """Train a tiny DeepSeek-V3 on your text, here and now: tokenizer, model, pictures, samples (minutes on
+    2 cores).
+    """
+    from shoal.cli.quickstart import show
+
+    show(patterns=text or [], folder=out, steps=steps, fresh=fresh)
+
+
+@data_app.command("tokenizer")
+def data_tokenizer(
+    files: Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst).")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, special ones included.")] = 32768,
+) -> None:
+    """Train a byte-level BPE tokenizer with DeepSeek's pre-tokenizer and special tokens."""
+    from shoal.cli.view import console, say
+    from shoal.data.read import read_documents
+    from shoal.data.tokenizer import train_tokenizer
+
+    texts = (document.text for document in read_documents(files))
+    tokenizer = train_tokenizer(texts, vocab_size, show_progress=console.is_terminal)
+    tokenizer.save(out)
+    say(f"{tokenizer.vocab_size} tokens, written to {out}")
+
+
+@data_app.command("pack")
+def data_pack(
+    files: Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst).")],
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
+    out: Annotated[Path, typer.Option(help="The shard to write.")],
+) -> None:
+    """Tokenize documents into one memory-mapped shard."""
+    from shoal.cli.view import say
+    from shoal.data.read import read_documents
+    from shoal.data.shard import Shard, tokenize_documents, write_shard
+    from shoal.data.text import Tokenizer
+
+    known = Tokenizer.load(tokenizer)
+    write_shard(out, tokenize_documents(known, read_documents(files)), known.vocab_size)
+    shard = Shard.open(out)
+    rate = shard.num_bytes / shard.num_tokens
+    say(f"{shard.num_documents} documents, {shard.num_tokens:,} tokens, {rate:.2f} bytes a token: {out}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ has some.")],
+    out: Annotated[
+        Path, typer.Option(help="The run's folder. A run that is there goes on where it stopped.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: a.b=c. Repeatable.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a model by a recipe, or go on with a run that was interrupted."""
+    from shoal.cli.view import TrainingView, say
+    from shoal.config.run import load_recipe
+    from shoal.stages.pretrain import pretrain
+
+    config = load_recipe(recipe, set_ or ())
+    with TrainingView() as view:
+        outcome = pretrain(config, out, device=_find_device(device), observe=view, announce=say)
+    if outcome.interrupted:
+        say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
+        raise typer.Exit(130)
+    say(f"done: the model is {out}/export; talk to it with: shoal chat {out}/export --raw")
+
+
+@app.command()
+def chat(
+    path: Checkpoint,
+    raw: Annotated[bool, typer.Option(help="Continue each line as text, without turns.")] = False,
+    system: Annotated[str | None, typer.Option(help="Instructions put before the conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: ComputeDtype = None,
+    download: Download = False,
+) -> None:
+    """Talk to a model, turn by turn; a base model with --raw. End with Ctrl-D."""
+    from shoal.cli.chat import talk
+    from shoal.engine.sequence import SamplingParams
+
+    params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)
+    engine, tokenizer = _open(path, device, dtype, download)
+    talk(engine, _need(tokenizer, path), params, system, raw=raw)
+
+
+@app.command()
+def generate(
+    path: Checkpoint,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    ids: Ids = None,
+    file: File = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
+    device: Device = "auto",
+    dtype: ComputeDtype = None,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, or a list of token ids."""
+    from shoal.engine.sequence import SamplingParams
+
+    params = SamplingParams(temperature, top_p, top_k, seed=seed, max_tokens=max_tokens)
+    engine, tokenizer = _open(path, device, dtype, download)
+    prompt_ids = _input_ids(prompt, ids, file, tokenizer, path)
+    result = _generate(engine, tokenizer, prompt_ids, params, stop or [], stream=not as_json)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    elif tokenizer is None:
+        print(",".join(map(str, result["ids"])))
+
+
+@app.command()
+def score(
+    path: Checkpoint,
+    text: Annotated[str | None, typer.Argument(help="The text to score.")] = None,
+    ids: Ids = None,
+    file: File = None,
+    device: Device = "auto",
+    dtype: ComputeDtype = None,
+    download: Download = False,
+    as_json: AsJson = False,
+) -> None:
+    """Log-probability (natural) of each token of a text, given those before it."""
+    engine, tokenizer = _open(path, device, dtype, download)
+    token_ids = _input_ids(text, ids, file, tokenizer, path)
+    logprobs = engine.score(token_ids)
+    if as_json:
+        result = {"ids": token_ids, "logprobs": [None, *logprobs], "sum": sum(logprobs)}
+        print(json.dumps(result))
+        return
+    for token, logprob in zip(token_ids[1:], logprobs, strict=True):
+        piece = "" if tokenizer is None else f"\t{json.dumps(tokenizer.decode([token]), ensure_ascii=False)}"
+        print(f"{token}\t{logprob:.6f}{piece}")
+    print(f"sum\t{sum(logprobs):.6f}")
+
+
+@app.command()
+def convert(
+    source: Checkpoint,
+    target: Annotated[Path, typer.Argument(help="The folder to write, in Hugging Face's layout.")],
+    dtype: ComputeDtype = None,
+    mtp: Annotated[bool, typer.Option(help="Keep multi-token-prediction modules.")] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is there.")] = False,
+    download: Download = False,
+) -> None:
+    """Rewrite a checkpoint: FP8 to bfloat16, another dtype, without its MTP modules."""
+    from shoal.checkpoint import hf
+    from shoal.cli.view import loading, say
+
+    with loading("writing") as progress:
+        hf.convert(
+            source,
+            target,
+            dtype=_torch_dtype(dtype),
+            download=download,
+            mtp=mtp,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    say(f"written to {target}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A family (deepseek-v3), a config.json, or a checkpoint folder.")
+    ],
+    context: Annotated[int, typer.Option(help="Tokens of context that attention is counted at.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """What a model costs: parameters, FLOPs per token, cache and weight bytes. Reads no weights."""
+    from shoal.cli.plan import show
+
+    show(model, context, as_json)
+
+
+# What several commands share
+
+
+def _open(path: str, device: str, dtype: Dtype | None, download: bool) -> tuple[Engine, Tokenizer | None]:
+    """An engine over the checkpoint, and its tokenizer where it has one."""
+    from shoal.checkpoint import hf
+    from shoal.cli.view import loading
+    from shoal.data.text import Tokenizer
+    from shoal.engine.engine import Engine, EngineSettings
+
+    folder = hf.find_folder(path, download=download)
+    with loading("loading") as progress:
+        model = hf.load(
+            folder, device=_find_device(device), dtype=_torch_dtype(dtype), mtp=False, progress=progress
+        )
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    return Engine(model.eval(), EngineSettings()), tokenizer
+
+
+def _find_device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _torch_dtype(dtype: Dtype | None) -> Any:
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
+def _need(tokenizer: Tokenizer | None, path: str) -> Tokenizer:
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json, so text cannot be read; give token ids with --ids")
+    return tokenizer
+
+
+def _input_ids(
+    text: str | None, ids: str | None, file: Path | None, tokenizer: Tokenizer | None, path: str
+) -> list[int]:
+    """The tokens the user gave, in one of three ways. Text starts with BOS where the tokenizer has one."""
+    if sum(way is not None for way in (text, ids, file)) != 1:
+        raise ValueError('give one of: a text, --file FILE, --ids "1,2,3"')
+    if ids is not None:
+        try:
+            return [int(token) for token in ids.replace(",", " ").split()]
+        except ValueError:
+            raise ValueError(f'--ids is {ids!r}; give whole numbers, as in "1,2,3"') from None
+    if file is not None:
+        text = _read_text(file)
+    tokenizer = _need(tokenizer, path)
+    assert text is not None
+    return tokenizer.encode(text, bos=tokenizer.bos_id is not None)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 at byte {error.start}; convert it first") from None
+
+
+def _generate(
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    stops: list[str],
+    *,
+    stream: bool,
+) -> dict[str, Any]:
+    """Run one request to its end, or to a stop string; with `stream`, print its text as it comes."""
+    from shoal.data.text import StopStrings, TextStream
+
+    if stops and tokenizer is None:
+        raise ValueError("--stop needs a tokenizer, and this checkpoint has none")
+    request = engine.add(prompt_ids, params)
+    pieces = TextStream(tokenizer) if tokenizer is not None else None
+    stopper = StopStrings(stops)
+    ids: list[int] = []
+    logprobs: list[float] = []
+    text, finish = "", None
+
+    def emit(piece: str) -> None:
+        nonlocal text
+        text += piece
+        if stream:
+            print(piece, end="", flush=True)
+
+    while finish is None:
+        for event in engine.step():
+            ids.append(event.token)
+            logprobs.append(event.logprob)
+            finish = event.finish
+            if pieces is not None:
+                emit(stopper.push(pieces.push([event.token])))
+            if stopper.stopped is not None:
+                engine.cancel(request)
+                finish = "stop"
+    if pieces is not None and stopper.stopped is None:
+        emit(stopper.push(pieces.flush()) + stopper.flush())
+    if stream and pieces is not None:
+        print()
+    return {
+        "prompt_ids": prompt_ids,
+        "ids": ids,
+        "logprobs": logprobs,
+        "text": text if pieces is not None else None,
+        "finish_reason": finish,
+    }
+
+
+def main() -> None:
+    """The `shoal` command."""
+    try:
+        app()
+    except ValueError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"shoal: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,66 @@
+"""`shoal quickstart`: train, then show what came of it and what to do next."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from shoal.cli.view import TrainingView, say
+from shoal.stages import quickstart
+from shoal.stages.pretrain import pretrain
+
+
+def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> None:
+    config = quickstart.recipe(patterns, steps)
+    if fresh and (folder / "config.toml").exists():
+        shutil.rmtree(folder)
+    if (folder / "export").exists():
+        say(f"{folder} holds a finished run; --fresh starts over, --out DIR makes another beside it")
+    elif (folder / "checkpoints").exists():
+        say(f"{folder} holds a run that was interrupted; going on")
+    start = time.monotonic()
+    with TrainingView() as view:
+        outcome = pretrain(config, folder, observe=view, announce=say)
+    if outcome.interrupted:
+        say(f"stopped after step {outcome.step} and saved; the same command goes on")
+        raise typer.Exit(130)
+    say("comparing, drawing, writing")
+    summary = quickstart.summarise(config, folder)
+    _print(summary, time.monotonic() - start)
+
+
+def _print(summary: quickstart.Summary, seconds: float) -> None:
+    console = Console()
+    table = Table(title="Held-out text, bits per byte (lower is better)", title_justify="left")
+    table.add_column("method")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("this model is", justify="right")
+    others = summary.baselines
+    for name, value in (("unigram bytes", others.unigram), ("gzip -9", others.gzip), ("xz -9", others.xz)):
+        share = 1 - summary.bits_per_byte / value
+        table.add_row(name, f"{value:.3f}", f"{abs(share):.1%} {'better' if share > 0 else 'worse'}")
+    table.add_row("this model", f"{summary.bits_per_byte:.3f}", "", style="bold")
+    console.print(table)
+    console.print(
+        "The compressors start empty on this text; the model has read the rest of the corpus.", style="dim"
+    )
+    for prompt, written in summary.samples:
+        console.print(Panel(Text.assemble((prompt, "dim"), written), title="a sample", title_align="left"))
+    console.print(
+        f"{summary.parameters / 1e6:.1f}M parameters, {seconds / 60:.1f} minutes. Pictures: "
+        + ", ".join(str(picture) for picture in summary.pictures),
+        highlight=False,
+    )
+    console.print(
+        f"The model, for any tool that reads Hugging Face folders: {summary.export}\n"
+        f"Give it the start of a text:  shoal chat {summary.export} --raw",
+        highlight=False,
+        markup=False,
+    )

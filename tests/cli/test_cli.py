@@ -1,0 +1,185 @@
+"""The command line, run as `main()` runs it: what goes to which stream, and that a mistake is one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from shoal.checkpoint import hf
+from shoal.cli import main
+from shoal.config.families import tiny
+from shoal.data.tokenizer import train_tokenizer
+from shoal.model.transformer import Transformer
+
+TEXT = "def add(a, b):\n    return a + b\n" * 40
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Shoal = Callable[..., Result]
+
+
+@pytest.fixture
+def shoal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shoal:
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["shoal", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny V3 with a tokenizer, its weights large enough that its predictions are not flat."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer([TEXT, "".join(map(chr, range(32, 1000)))], 320)
+    tokenizer.save(folder / "tokenizer")
+    config = replace(tiny("deepseek-v3"), initializer_range=0.2, bos_token_id=0, eos_token_id=1)
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    files = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    hf.save(model, folder / "model", tokenizer_files=files)
+    return folder / "model"
+
+
+def refusal(result: Result) -> str:
+    """The one line a mistake makes."""
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("shoal: ")
+    assert result.err.count("\n") == 1
+    return result.err
+
+
+def test_score_is_the_log_probability_of_the_model(shoal: Shoal, checkpoint: Path) -> None:
+    ids = [5, 9, 300, 17, 42, 9]
+    result = json.loads(shoal("score", checkpoint, "--ids", "5,9,300,17,42,9", "--json").out)
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(checkpoint)(torch.tensor([ids])).logits[0]
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    assert result["ids"] == ids
+    assert result["logprobs"][0] is None
+    # Two float32 forward passes differ by rounding, some 1e-6 of logits that reach about 10.
+    torch.testing.assert_close(torch.tensor(result["logprobs"][1:]), expected, atol=1e-4, rtol=0)
+    assert result["sum"] == pytest.approx(sum(result["logprobs"][1:]))
+
+
+def test_greedy_generation_is_what_scoring_ranks_first(shoal: Shoal, checkpoint: Path) -> None:
+    made = json.loads(
+        shoal("generate", checkpoint, "def", "--max-tokens", "8", "--temperature", "0", "--json").out
+    )
+    everything = ",".join(map(str, made["prompt_ids"] + made["ids"]))
+    scored = json.loads(shoal("score", checkpoint, "--ids", everything, "--json").out)
+    assert len(made["ids"]) == 8 or made["finish_reason"] == "stop"
+    torch.testing.assert_close(
+        torch.tensor(made["logprobs"]),
+        torch.tensor(scored["logprobs"][len(made["prompt_ids"]) :]),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_generation_streams_the_text_that_json_holds(shoal: Shoal, checkpoint: Path) -> None:
+    arguments = ("generate", checkpoint, "def add", "--max-tokens", "12", "--seed", "7")
+    assert shoal(*arguments).out == json.loads(shoal(*arguments, "--json").out)["text"] + "\n"
+
+
+def test_a_stop_string_ends_the_text_before_it(shoal: Shoal, checkpoint: Path) -> None:
+    arguments = ("generate", checkpoint, "def add", "--max-tokens", "24", "--seed", "7", "--json")
+    whole = json.loads(shoal(*arguments).out)["text"]
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 2]
+    cut = json.loads(shoal(*arguments, "--stop", stop).out)
+    assert cut["text"] == whole[: whole.index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_plan_prints_the_published_size(shoal: Shoal) -> None:
+    result = json.loads(shoal("plan", "deepseek-v3", "--json").out)
+    parameters = result["parameters"]
+    assert parameters["total"] - parameters["mtp"] == 671_026_419_200
+    assert result["kv_bytes_per_token"]["bfloat16"] == 70_272
+    assert "671" not in shoal("plan", "deepseek-v2-lite").out
+
+
+def test_plan_reads_a_checkpoint_folder(shoal: Shoal, checkpoint: Path) -> None:
+    stored = sum(tensor.numel() for tensor in hf.load(checkpoint).state_dict().values())
+    assert json.loads(shoal("plan", checkpoint, "--json").out)["parameters"]["total"] == stored
+
+
+def test_convert_to_bfloat16_and_back_to_the_same_names(
+    shoal: Shoal, checkpoint: Path, tmp_path: Path
+) -> None:
+    assert shoal("convert", checkpoint, tmp_path / "narrow", "--dtype", "bfloat16").code == 0
+    narrow, wide = hf.load(tmp_path / "narrow").state_dict(), hf.load(checkpoint).state_dict()
+    assert narrow.keys() == wide.keys()
+    for name, tensor in wide.items():
+        exact = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        assert torch.equal(narrow[name], exact), name
+    assert (tmp_path / "narrow" / "tokenizer.json").exists()
+
+
+def test_data_commands_make_a_tokenizer_and_a_shard(shoal: Shoal, tmp_path: Path) -> None:
+    text = tmp_path / "text.py"
+    text.write_text(Path(json.__file__).read_text())
+    assert shoal("data", "tokenizer", text, "--out", tmp_path / "tok", "--vocab-size", "400").code == 0
+    made = shoal("data", "pack", text, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "shard.bin")
+    assert made.code == 0
+    assert made.out == ""
+    assert "1 documents" in made.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("plan", "deepseek-v33"), "deepseek-v3"),
+        (("plan", "deepseek-v3", "--context", "0"), "0"),
+        (("score", "no/such/folder", "--ids", "1"), "no/such/folder"),
+        (("data", "tokenizer", "no-such-*.txt", "--out", "x"), "no-such-*.txt"),
+        (("data", "pack", "x.txt", "--tokenizer", "nowhere", "--out", "x"), "nowhere"),
+        (("train", "no-such.toml", "--out", "x"), "no-such.toml"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_that_names_it(shoal: Shoal, arguments: tuple[str, ...], said: str) -> None:
+    assert said in refusal(shoal(*arguments))
+
+
+def test_input_is_given_one_way(shoal: Shoal, checkpoint: Path, tmp_path: Path) -> None:
+    refusal(shoal("score", checkpoint))
+    refusal(shoal("score", checkpoint, "text", "--ids", "1,2"))
+    assert "1,x" in refusal(shoal("score", checkpoint, "--ids", "1,x"))
+    assert "9999" in refusal(shoal("score", checkpoint, "--ids", "1,9999"))
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"fine \xff not")
+    assert "byte 5" in refusal(shoal("score", checkpoint, "--file", broken))
+
+
+def test_help_names_every_verb_and_loads_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys\nfrom shoal.cli import main\nsys.argv = ['shoal', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for verb in ("quickstart", "data", "train", "chat", "generate", "score", "convert", "plan"):
+        assert verb in shown
