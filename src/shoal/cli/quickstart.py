@@ -1,4 +1,7 @@
-"""`shoal quickstart`: train, then show what came of it and what to do next."""
+"""`shoal quickstart`: train, then show what came of it and what to do next.
+
+What is trained and measured is in stages/quickstart; here it is only started, resumed and printed.
+"""
 
 from __future__ import annotations
 

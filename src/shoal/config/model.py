@@ -30,9 +30,9 @@ def _require_positive(part: object, *fields: str) -> None:
 class YarnScaling:
     """YaRN: low frequencies are divided by `factor`, high ones kept, a ramp between (arXiv 2309.00071).
 
-    `mscale` and `mscale_all_dim` are DeepSeek's two temperatures. Their ratio scales cos and sin (1.0 in every
-    released model); `mscale_all_dim`, squared, scales the softmax of MLA. Where a family has neither, cos and sin
-    are scaled by `attention_factor`, by default 0.1 ln(factor) + 1.
+    `mscale` and `mscale_all_dim` are DeepSeek's two temperatures. Their ratio scales cos and sin (1.0 in
+    every released model); `mscale_all_dim`, squared, scales the softmax of MLA. Where a family has neither,
+    cos and sin are scaled by `attention_factor`, by default 0.1 ln(factor) + 1.
     """
 
     factor: float
@@ -73,7 +73,9 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's scaling: wavelengths above original/low_freq_factor are stretched, below original/high kept."""
+    """Llama 3.1's scaling: wavelengths above original/low_freq_factor are stretched, below original/high
+    kept.
+    """
 
     factor: float
     original_max_position_embeddings: int
@@ -101,8 +103,8 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `interleaved`: pairs are (0,1), (2,3) ... as in DeepSeek-V2 and later; otherwise the two
-    halves of the vector are paired, as in Llama, DeepSeek-LLM and DeepSeekMoE-16B."""
+    """Rotary embedding. `interleaved`: pairs are (0,1), (2,3) ... as in DeepSeek-V2 and later; otherwise the
+    two halves of the vector are paired, as in Llama, DeepSeek-LLM and DeepSeekMoE-16B."""
 
     theta: float = 10000.0
     interleaved: bool = False
@@ -168,7 +170,7 @@ class GQAConfig:
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads {self.num_attention_heads} is not divisible by "
-            f"num_key_value_heads {self.num_key_value_heads}; each key head serves the same number of query heads",
+            f"num_key_value_heads {self.num_key_value_heads}; make it a multiple",
         )
         _require(
             self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even"
@@ -189,12 +191,14 @@ class MoEConfig:
     """The feed-forward of a mixture-of-experts layer and the rule that picks experts for a token.
 
     - `scoring_func`: softmax over all routed experts, or a sigmoid of each.
-    - `topk_method`: `greedy`; `group_limited_greedy` (V2: keep the `topk_group` groups with the largest maximum);
-      `noaux_tc` (V3: selection by score + `e_score_correction_bias`, groups by the sum of their two best).
+    - `topk_method`: `greedy`; `group_limited_greedy` (V2: keep the `topk_group` groups with the largest
+      maximum); `noaux_tc` (V3: selection by score + `e_score_correction_bias`, groups by the sum of their two
+      best).
     - `norm_topk_prob`: divide the chosen weights by their sum. `routed_scaling_factor` multiplies them last.
-    - `capacity_factor`: an expert takes at most ceil(factor * T * K / E) of a training batch's T tokens, at least 4;
-      first choices come before second, earlier tokens before later; what overflows is dropped (Switch, GShard).
-      `eval_capacity_factor` is the same outside training. None, DeepSeek's rule, never drops.
+    - `capacity_factor`: an expert takes at most ceil(factor * T * K / E) of a training batch's T tokens, at
+      least 4; first choices come before second, earlier tokens before later; what overflows is dropped
+      (Switch, GShard). `eval_capacity_factor` is the same outside training. None, DeepSeek's rule, never
+      drops.
     """
 
     n_routed_experts: int
@@ -297,9 +301,9 @@ class ModelConfig:
     """A decoder-only transformer: embedding, `num_hidden_layers` pre-norm blocks, final norm, output head.
 
     `model_type` is the `config.json` dialect it is read from and written to; no computation depends on it.
-    `intermediate_size` is the width of dense SwiGLU layers. `num_nextn_predict_layers` counts the multi-token-prediction
-    modules after the last block. `initializer_range` is the standard deviation of every matrix at birth
-    (0.006 in DeepSeek's papers; their `config.json` files say 0.02).
+    `intermediate_size` is the width of dense SwiGLU layers. `num_nextn_predict_layers` counts the
+    multi-token-prediction modules after the last block. `initializer_range` is the standard deviation of
+    every matrix at birth (0.006 in DeepSeek's papers; their `config.json` files say 0.02).
     """
 
     model_type: str
@@ -342,7 +346,9 @@ class ModelConfig:
                 )
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` routes. MTP modules, numbered from `num_hidden_layers`, follow the same rule."""
+        """Whether block `layer` routes. MTP modules, numbered from `num_hidden_layers`, follow the same
+        rule.
+        """
         moe = self.moe
         return moe is not None and layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
@@ -361,7 +367,9 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """What attention logits are multiplied by: head_dim^-0.5, and YaRN's temperature where MLA has one."""
+        """What attention logits are multiplied by: head_dim^-0.5, and YaRN's temperature where MLA has
+        one.
+        """
         if isinstance(self.attention, GQAConfig):
             return self.attention.head_dim**-0.5
         scaling = self.rope.scaling

@@ -1,0 +1,229 @@
+"""What a config costs: parameters, FLOPs per token, cache and weight bytes, as pure functions of ModelConfig.
+
+Every figure comes from one list, `weights`: each tensor of the model, its shape, how many there are and how
+many of them one token reads. The law: the list is the model's state dict, known without building it.
+
+Conventions, since papers differ and seldom say:
+- Active parameters are those a token's pass reads: all but the routed experts it was not sent to. Both
+  embedding matrices count, and so do prediction modules where they are asked for.
+- A multiply-add is 2 FLOPs. Products with weights and the two of attention count; norms, softmax, rotations
+  and the embedding look-up do not. Backward is twice forward. Experts with a capacity drop no token here.
+
+What is left to others: activations, memory of a run and speed (analysis/planner).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from shoal.config.model import Fp8Blocks, GQAConfig, MLAConfig, ModelConfig
+
+Part = Literal["embedding", "attention", "dense", "routed", "shared", "router", "norms", "head", "mtp"]
+Phase = Literal["training", "prefill", "decode"]
+CacheDtype = Literal["float32", "bfloat16", "float16"]
+WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+INT4_GROUP = 128  # weights of a row that share one bfloat16 scale
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`count` tensors of one shape, `active` of them read by a token.
+
+    `storage`: `low` where FP8 and int4 checkpoints quantise, `plain` where they keep bfloat16, or `float32`.
+    """
+
+    part: Part
+    shape: tuple[int, ...]
+    count: int = 1
+    active: int = 1
+    storage: Literal["low", "plain", "float32"] = "low"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights(config: ModelConfig, *, mtp: bool = True) -> Iterator[Weight]:
+    """Every tensor of the model, in the order of its forward pass. A tied head is the embedding, listed once.
+
+    `mtp=False`, here and below, leaves the prediction modules out, as published counts do.
+    """
+    hidden, table = config.hidden_size, (config.vocab_size, config.hidden_size)
+    yield Weight("embedding", table, storage="plain")
+    for layer in range(config.num_hidden_layers):
+        yield from _block(config, layer)
+    yield _norms(hidden)
+    if not config.tie_word_embeddings:
+        yield Weight("head", table, storage="plain")
+    for module in range(config.num_nextn_predict_layers if mtp else 0):
+        for weight in _block(config, config.num_hidden_layers + module):
+            yield replace(weight, part="mtp")
+        yield replace(_norms(hidden, 3), part="mtp")  # of the embedding, of the hidden state, before the head
+        yield Weight("mtp", (hidden, 2 * hidden), storage="plain")
+
+
+def _norms(size: int, count: int = 1) -> Weight:
+    return Weight("norms", (size,), count, count, storage="plain")
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[Weight]:
+    attention, moe = config.attention, config.moe
+    yield _norms(config.hidden_size, 2)
+    yield from (
+        _latent_attention(config.hidden_size, attention)
+        if isinstance(attention, MLAConfig)
+        else _grouped_attention(config.hidden_size, attention)
+    )
+    if moe is None or not config.is_moe_layer(layer):
+        yield from _swiglu("dense", config.hidden_size, config.intermediate_size)
+        return
+    experts, top_k = moe.n_routed_experts, moe.num_experts_per_tok
+    yield Weight("router", (experts, config.hidden_size), storage="plain")
+    if moe.has_correction_bias:
+        yield Weight("router", (experts,), storage="float32")
+    yield from _swiglu("routed", config.hidden_size, moe.moe_intermediate_size, experts, top_k)
+    if moe.n_shared_experts:
+        yield from _swiglu("shared", config.hidden_size, moe.shared_intermediate_size)
+
+
+def _swiglu(part: Part, hidden: int, width: int, count: int = 1, active: int = 1) -> Iterator[Weight]:
+    yield Weight(part, (width, hidden), 2 * count, 2 * active)  # gate and up
+    yield Weight(part, (hidden, width), count, active)
+
+
+def _linear(rows: int, columns: int, *, bias: bool = False) -> Iterator[Weight]:
+    yield Weight("attention", (rows, columns))
+    if bias:
+        yield Weight("attention", (rows,), storage="plain")
+
+
+def _latent_attention(hidden: int, mla: MLAConfig) -> Iterator[Weight]:
+    heads, bias = mla.num_attention_heads, mla.attention_bias
+    if mla.q_lora_rank is None:
+        yield from _linear(heads * mla.qk_head_dim, hidden)
+    else:
+        yield from _linear(mla.q_lora_rank, hidden, bias=bias)
+        yield _norms(mla.q_lora_rank)
+        yield from _linear(heads * mla.qk_head_dim, mla.q_lora_rank)
+    yield from _linear(mla.kv_lora_rank + mla.qk_rope_head_dim, hidden, bias=bias)
+    yield _norms(mla.kv_lora_rank)
+    yield from _linear(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    yield from _linear(hidden, heads * mla.v_head_dim, bias=bias)
+
+
+def _grouped_attention(hidden: int, gqa: GQAConfig) -> Iterator[Weight]:
+    queries, keys = gqa.num_attention_heads * gqa.head_dim, gqa.num_key_value_heads * gqa.head_dim
+    for rows in (queries, keys, keys):
+        yield from _linear(rows, hidden, bias=gqa.qkv_bias)
+    yield from _linear(hidden, queries, bias=gqa.o_bias)
+    if gqa.qk_norm == "head":
+        yield _norms(gqa.head_dim, 2)
+    elif gqa.qk_norm == "all":
+        yield _norms(queries)
+        yield _norms(keys)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the state dict by part, and how many of all of them one token reads."""
+
+    embedding: int
+    attention: int
+    dense: int
+    routed: int
+    shared: int
+    router: int
+    norms: int
+    head: int
+    mtp: int
+    total: int
+    active: int
+
+
+def params(config: ModelConfig, *, mtp: bool = True) -> Parameters:
+    sizes: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
+    active = 0
+    for weight in weights(config, mtp=mtp):
+        sizes[weight.part] += weight.count * weight.numel
+        active += weight.active * weight.numel
+    return Parameters(**sizes, total=sum(sizes.values()), active=active)
+
+
+def flops_per_token(
+    config: ModelConfig, context: int, phase: Phase = "training", *, mtp: bool = False
+) -> float:
+    """FLOPs for one token, on average over what the phase does with `context` tokens.
+
+    - `training`: forward and backward over a sequence of `context`; token t sees t tokens.
+    - `prefill`: forward over a prompt of `context` with nothing cached; the head reads the last token only.
+    - `decode`: one more token that sees `context` tokens, itself included. MLA is absorbed: each token seen
+      costs a head 2C + R, not N + R + V; the halves of `kv_b_proj`, on the query's side, cost what they did.
+
+    With `mtp`, each prediction module adds its block and one more pass of the head.
+    """
+    if context < 1:
+        raise ValueError(f"context is {context}; a token sees at least itself, so use 1 or more")
+    modules = config.num_nextn_predict_layers if mtp else 0
+    linear = sum(weight.active * weight.numel for weight in weights(config, mtp=mtp) if _multiplies(weight))
+    head = (1 + modules) * config.vocab_size * config.hidden_size
+    seen = context if phase == "decode" else (context + 1) / 2
+    pairs = (config.num_hidden_layers + modules) * seen * _pair(config, absorbed=phase == "decode")
+    if phase == "prefill":
+        head /= context
+    return 2 * (linear + head + pairs) * (3 if phase == "training" else 1)
+
+
+def _multiplies(weight: Weight) -> bool:
+    """Whether every token is multiplied by it. The embedding is looked up; the head is counted apart."""
+    return len(weight.shape) == 2 and weight.part not in ("embedding", "head")
+
+
+def _pair(config: ModelConfig, *, absorbed: bool) -> int:
+    """Multiply-adds of attention for one query token and one token that it sees, in one layer."""
+    attention = config.attention
+    if isinstance(attention, GQAConfig):
+        return attention.num_attention_heads * 2 * attention.head_dim
+    if absorbed:
+        return attention.num_attention_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
+    return attention.num_attention_heads * (attention.qk_head_dim + attention.v_head_dim)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: CacheDtype = "bfloat16", *, mtp: bool = False) -> int:
+    """Cache that one token keeps, over all layers; `mtp` adds those of the prediction modules."""
+    layers = config.num_cached_layers if mtp else config.num_hidden_layers
+    return layers * math.prod(config.attention.cache_shape) * BYTES[_known(dtype, *BYTES)]
+
+
+def weight_bytes(config: ModelConfig, dtype: WeightDtype, *, mtp: bool = True) -> int:
+    """Bytes of the weights when stored in `dtype`.
+
+    `fp8` and `int4` apply to the matrices of attention and feed-forward. Embedding, head, gate, norms, biases
+    and the joints of prediction modules stay bfloat16; `e_score_correction_bias` is always float32. `fp8` has
+    a float32 scale for each 128 x 128 block (or the config's own size), `int4` a bfloat16 scale for each 128
+    weights of a row and no zero points. Ragged edges have whole scales.
+    """
+    blocks = (config.quantization or Fp8Blocks()).weight_block_size
+    _known(dtype, *BYTES, "fp8", "int4")
+
+    def stored(weight: Weight) -> int:
+        if weight.storage == "float32":
+            return 4 * weight.numel
+        if weight.storage == "plain" or dtype in BYTES:
+            return BYTES.get(dtype, BYTES["bfloat16"]) * weight.numel
+        rows, columns = weight.shape
+        if dtype == "fp8":
+            return weight.numel + 4 * math.ceil(rows / blocks[0]) * math.ceil(columns / blocks[1])
+        return rows * (math.ceil(columns / 2) + 2 * math.ceil(columns / INT4_GROUP))
+
+    return sum(weight.count * stored(weight) for weight in weights(config, mtp=mtp))
+
+
+def _known(dtype: str, *choices: str) -> str:
+    if dtype not in choices:
+        raise ValueError(f"dtype is {dtype!r}; known here are {', '.join(choices)}")
+    return dtype

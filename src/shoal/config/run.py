@@ -1,0 +1,354 @@
+"""How one run is told: a TOML recipe plus `--set a.b=c`, resolved into one frozen RunConfig.
+
+The law: nothing a user writes is ignored. An unknown key fails with the nearest valid name, a wrong type with
+the type wanted, and both say where it was written. A model is named by family (`family = "deepseek-v3"`,
+`tiny = true` for its small twin) and changed field by field. What is resolved is whole: it names no family,
+can be written back as TOML, and reads back equal, so the copy saved beside the results tells the run again on
+a later version.
+
+Left to others: what the fields of a model may be (model.py), which families exist (families.py). No torch
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
+
+from shoal.config import families
+from shoal.config.model import ModelConfig
+
+Table = dict[str, Any]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut.
+
+    `train` and `validation` are files or globs; without `train`, the running Python's standard library is
+    read, which every machine has. Without `validation`, `holdout_fraction` of `train` is held out. Without
+    `tokenizer`, a folder, one is trained on `train` with the model's `vocab_size`. A micro-batch has
+    `tokens_per_batch` tokens, and no sequence in it is longer than `seq_len`.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    holdout_fraction: float = 0.05
+    tokenizer: str | None = None
+    tokens_per_batch: int = 8192
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a sequence needs 2 tokens to predict one")
+        _require(
+            self.tokens_per_batch >= self.seq_len,
+            f"tokens_per_batch is {self.tokens_per_batch}, less than one sequence of seq_len {self.seq_len}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update rule and its learning rate (defaults: DeepSeekMoE-16B, arXiv 2401.06066, section 5.1).
+
+    After `warmup_steps` of linear growth the rate stays `constant`, falls by `cosine` to `floor` times `lr`,
+    by DeepSeek's `multi_step` (times 0.316 at 80% and again at 90% of all steps), or `linear`ly to zero. With
+    `muon`, AdamW keeps embedding, head and vectors; the same `lr` serves both. `clip` bounds the gradient's
+    global norm.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 4.2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "multi_step", "linear"] = "multi_step"
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; each lies in [0, 1)")
+        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it cannot be negative")
+        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it cannot be negative")
+        _require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a fraction of lr, between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps experts evenly loaded (DeepSeek-V3, arXiv 2412.19437, sections 2.1.2 and 4.2).
+
+    `bias_update_speed` moves the correction bias of routers that have one (`topk_method = "noaux_tc"`); the
+    others are balanced by `sequence_loss` alone, the weight of the loss against imbalance within a sequence
+    (V2: 0.003).
+    """
+
+    bias_update_speed: float = 0.001
+    sequence_loss: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("bias_update_speed", "sequence_loss"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: `steps` optimizer steps of `accumulation` micro-batches each.
+
+    A checkpoint and an evaluation are made every so many steps (0: none in between) and after the last;
+    `keep` checkpoints stay. `mtp_loss_weight` is lambda of the multi-token-prediction loss.
+    """
+
+    steps: int
+    accumulation: int = 1
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep: int = 2
+    mtp_loss_weight: float = 0.3
+    optim: OptimConfig = OptimConfig()
+    balance: BalanceConfig = BalanceConfig()
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accumulation", 1), ("keep", 1)):
+            value = getattr(self, name)
+            _require(value >= least, f"{name} is {value}; it must be at least {least}")
+        for name in ("evaluate_every", "checkpoint_every", "mtp_loss_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+        _require(
+            self.optim.warmup_steps <= self.steps,
+            f"optim.warmup_steps is {self.optim.warmup_steps}, more than the run's {self.steps} steps",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `seed` decides the weights at birth and the order of the data.
+
+    `dtype` is that of the weights the model computes with; in bfloat16 the optimizer keeps float32 copies of
+    them.
+    """
+
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            f"data.seq_len is {self.data.seq_len}, beyond the {self.model.max_position_embeddings} positions "
+            f"of the model; lower it or raise model.max_position_embeddings",
+        )
+        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+
+
+# Reading: text -> table -> dataclasses
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a TOML recipe, change it by `a.b=c` overrides in order, and check every word of it."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no recipe at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    changes = list(overrides)
+    for override in changes:
+        table = _merge(table, _parse_override(override))
+    return from_table(table, f"{path} with --set" if changes else str(path))
+
+
+def from_table(table: Mapping[str, Any], source: str) -> RunConfig:
+    """A RunConfig from nested dicts as TOML or JSON give them; `source` names them in errors."""
+    table = dict(table)
+    if _is_table(model := table.get("model")):
+        table["model"] = _resolve_model(dict(model), source)
+    return _build(RunConfig, table, "", source)
+
+
+def _parse_override(override: str) -> Table:
+    """`a.b=c` as {a: {b: c}}. c is read as TOML where it is TOML, else taken as a string."""
+    key, equals, text = override.partition("=")
+    _require(bool(equals) and bool(key.strip()), f"--set {override}: write it as a.b=value")
+    value: Any = text
+    with suppress(tomllib.TOMLDecodeError):
+        value = tomllib.loads(f"value = {text}")["value"]
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(base: Table, change: Table) -> Table:
+    """`base` with every leaf of `change` in its place."""
+    merged = dict(base)
+    for key, value in change.items():
+        merged[key] = value
+        if _is_table(old := base.get(key)) and _is_table(value):
+            merged[key] = _merge(old, value)
+    return merged
+
+
+def _is_table(value: Any) -> TypeGuard[Table]:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _resolve_model(table: Table, source: str) -> Table:
+    """Put the fields of the named family under those that are written."""
+    family, tiny = table.pop("family", None), table.pop("tiny", False)
+    if family is None:
+        _require(tiny is False, f"{source}: model.tiny needs model.family, the model to make small")
+        return table
+    _require(isinstance(family, str), f"{source}: model.family is {family!r}; it must be a string")
+    _require(isinstance(tiny, bool), f"{source}: model.tiny is {tiny!r}; it must be true or false")
+    try:
+        config = families.tiny(family) if tiny else families.family(family).config
+    except ValueError as error:
+        raise ValueError(f"{source}: model.family: {error}") from None
+    return _merge(to_table(config), table)
+
+
+def _build(kind: type, table: Any, where: str, source: str) -> Any:
+    """An instance of the dataclass `kind` from a table, every key known and every value of its type."""
+    place = f"{source}: {where or 'the recipe'}"
+    _require(_is_table(table), f"{place} is {table!r}; it must be a table")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in table:
+        if key not in fields:
+            names = [*fields, "family", "tiny"] if kind is ModelConfig else list(fields)
+            raise ValueError(f"{place} has no key {key!r}; the nearest is {_nearest(key, names, 0.0)!r}")
+    hints, values = get_type_hints(kind), {}
+    for name, field in fields.items():
+        inner = f"{where}.{name}" if where else name
+        if name in table:
+            values[name] = _convert(hints[name], table[name], inner, source)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"{source}: {inner} is missing; it has no default")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
+    """`value` as the type `hint` wants it, or an error that names both."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where, source)
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(choices, value, where, source)
+    if origin is Literal and value in choices:
+        return value
+    if origin is tuple and _is_list(value):
+        kinds = [choices[0]] * len(value) if choices[-1] is Ellipsis else choices
+        if len(kinds) == len(value):
+            return tuple(_convert(kind, item, where, source) for kind, item in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    near = _nearest(value, choices) if origin is Literal and isinstance(value, str) else None
+    meant = f" (did you mean {near!r}?)" if near else ""
+    raise ValueError(f"{source}: {where} is {value!r}; it must be {_describe(hint)}{meant}")
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, where: str, source: str) -> Any:
+    """The member that fits: None is written "none"; a table is the dataclass whose fields it names best."""
+    if type(None) in choices and value in (None, "none"):
+        return None
+    members = [choice for choice in choices if choice is not type(None)]
+    if _is_table(value):
+        fitting = max(members, key=lambda member: _fit(member, value))
+        return _convert(fitting, value, where, source)
+    for member in members[:-1]:
+        try:
+            return _convert(member, value, where, source)
+        except ValueError:  # not this one; the last member's error is the one that is told
+            continue
+    return _convert(members[-1], value, where, source)
+
+
+def _fit(kind: Any, table: Table) -> tuple[int, int]:
+    """How well a table's keys match a dataclass: few strangers first, then few required fields missing."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    names = {field.name for field in fields}
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    return -len(table.keys() - names), -len(required - table.keys())
+
+
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _describe(hint: Any) -> str:
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in choices)
+    if origin is tuple:
+        count = "" if choices[-1] is Ellipsis else f"{len(choices)} of "
+        return f"a list, {count}{_describe(choices[0])}"
+    return "a table" if dataclasses.is_dataclass(hint) else _WORDS[hint]
+
+
+def _nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=cutoff)), None)
+
+
+# Writing: dataclasses -> table -> text
+
+
+def to_table(config: Any) -> Table:
+    """A config dataclass as nested dicts of TOML's types. A field that is None is left out, as TOML has no
+    null: None is the default wherever it is allowed."""
+    table: Table = {}
+    for field in dataclasses.fields(config):
+        value: Any = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            table[field.name] = to_table(value)
+        elif value is not None:
+            table[field.name] = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+    return table
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved recipe as text that `load_recipe` reads back equal."""
+    return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
+
+
+def _toml_lines(table: Table, name: str) -> list[str]:
+    leaves = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not _is_table(value)]
+    lines = ["", f"[{name}]", *leaves] if name else leaves
+    for key, value in table.items():
+        if _is_table(value):
+            lines += _toml_lines(value, f"{name}.{key}" if name else key)
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if _is_list(value):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    # JSON's strings, booleans and numbers are TOML's; only DEL needs an escape that JSON leaves out.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
