@@ -103,7 +103,7 @@ class Summary:
 def summarise(config: RunConfig, folder: Path) -> Summary:
     """Hold the finished run of `folder` against compressors, draw it, and let it write."""
     # 1. The model as others load it, and the text it has not seen.
-    model, tokenizer = hf.load(folder / "export"), Tokenizer.load(folder / "export")
+    model, tokenizer = hf.load(folder / "export").eval(), Tokenizer.load(folder / "export")
     held_out = Shard.open(folder / "data" / "held-out.shard")
     text = b"".join(document.text.encode() for document in pretrain.split(config)[1])
     others = baselines(text)

@@ -1,0 +1,101 @@
+"""Sequence: one request while it lives. SamplingParams: what the request asked for.
+
+A sequence is its token ids, the pages that hold their keys and values, and how many positions those pages
+hold so far. There is no phase: a prompt being read in chunks, a token being decoded, a sequence computed
+again after it lost its pages, and later a draft being verified are all ids whose positions are not computed
+yet.
+
+The law: `num_computed <= len(ids)`, and a token is sampled exactly when the two would meet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop.
+
+    A token is drawn from softmax(logits / temperature), restricted to the `top_k` most probable, then to the
+    fewest whose probabilities, renormalised, reach `top_p`, and to those at least `min_p` times as probable
+    as the best; equals of the last one kept are kept too. Temperature 0 takes the best token, the lowest id
+    among equals. The same `seed` gives the same tokens whatever else is being served; without one the engine
+    gives each request its own.
+
+    `stop_token_ids` end the text beside the model's own end-of-sequence ids, which `ignore_eos` disregards;
+    none of them is drawn before `min_tokens`. `max_tokens` None goes on as far as the context allows.
+    `logprobs` asks for that many of the most probable tokens at each position.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        most = self.max_tokens
+        rules = (
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0, where 0 is greedy"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1, where 1 keeps every token"),
+            ("top_k", self.top_k is None or self.top_k > 0, "at least 1, or None to keep every token"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0, which keeps every token, and 1"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
+            ("max_tokens", most is None or most > 0, "at least 1, or None for all the context has room for"),
+            (
+                "min_tokens",
+                0 <= self.min_tokens <= (most or math.inf),
+                f"at least 0, at most max_tokens {most}",
+            ),
+            ("logprobs", self.logprobs >= 0, "at least 0"),
+        )
+        for name, valid, rule in rules:
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    ids: list[int]  # the prompt, then what was sampled
+    params: SamplingParams
+    request: int = 0
+    seed: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    max_len: int = 0  # the sequence is finished when it has this many ids
+    num_prompt: int = field(init=False)
+    pages: list[int] = field(default_factory=list)  # while it runs; written by the scheduler
+    num_computed: int = 0  # positions whose keys and values lie in the pages
+    num_kept: int = 0  # pages, from the first, that the pool knows the contents of
+    node: int = 0  # the pool's name for those contents
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Ids that have not been through the model."""
+        return len(self.ids) - self.num_computed
+
+    @property
+    def banned_ids(self) -> frozenset[int]:
+        """Ids that may not be drawn next."""
+        too_early = len(self.ids) - self.num_prompt < self.params.min_tokens
+        return self.stop_ids if too_early else frozenset()
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        if token in self.stop_ids:
+            self.finish = "stop"
+        elif len(self.ids) >= self.max_len:
+            self.finish = "length"
