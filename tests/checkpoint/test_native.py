@@ -130,7 +130,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     narrow["model"]["a.weight"] = torch.zeros(33, 65, dtype=torch.bfloat16)
     for into, message in (
         (more, "model lacks b"),
-        (fewer, "model has, for which there is no place, narrow"),
+        (fewer, "model has narrow, for which this run has no place"),
         (other, r"a\.weight as torch.float32 \(33, 65\); this run has torch.float32 \(2, 33, 65\)"),
         (narrow, r"this run has torch.bfloat16 \(33, 65\)"),
     ):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.config.families import FAMILIES, tiny
-from shoal.config.model import GQAConfig, LinearScaling, ModelConfig, RopeConfig
+from shoal.config.model import GQAConfig, LinearScaling, ModelConfig, RopeConfig, YarnScaling
 from shoal.config.run import (
     DataConfig,
     OptimConfig,
@@ -131,6 +131,15 @@ def test_none_takes_a_part_out(recipe: Path) -> None:
     assert config.model.rope.scaling is None
 
 
+def test_a_part_written_in_full_as_another_kind_takes_its_place(recipe: Path) -> None:
+    heads = "{ num_attention_heads = 4, num_key_value_heads = 2, head_dim = 16 }"
+    assert load_recipe(recipe, [f"model.attention={heads}"]).model.attention == GQAConfig(4, 2, 16)
+    linear = load_recipe(recipe, ["model.rope.scaling={factor = 2.0, original_max_position_embeddings = 9}"])
+    assert linear.model.rope.scaling == YarnScaling(
+        2.0, 9, mscale=1.0, mscale_all_dim=1.0
+    )  # the same kind: changed
+
+
 def test_a_model_needs_no_family(recipe: Path) -> None:
     model = tiny("llama-3-8b")
     lines = to_toml(RunConfig(model, TrainConfig(steps=1), DataConfig(seq_len=8)))
@@ -166,6 +175,7 @@ def test_a_model_needs_no_family(recipe: Path) -> None:
         ("model.moe.n_group=5", "model.moe: n_routed_experts 32 is not divisible by n_group 5"),
         ("data.seq_len=4096", "data.seq_len is 4096, beyond the 2560 positions of the model"),
         ("data.tokens_per_batch=32", "tokens_per_batch is 32, less than one sequence of seq_len 64"),
+        ("data.holdout_fraction=1", "data: holdout_fraction is 1.0; it must lie between 0 and 1"),
         ("train.optim.lr=-1", "train.optim: lr is -1.0; it must be positive and finite"),
         ("train.keep=0", "train: keep is 0; it must be at least 1"),
         ("train.optim.warmup_steps=60", "warmup_steps is 60, more than the run's 50 steps"),

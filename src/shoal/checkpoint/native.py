@@ -122,13 +122,10 @@ def _way_out(path: Path) -> str:
 
 
 def _check_names(path: Path, stem: str, stored: set[str], group: Mapping[str, Tensor]) -> None:
-    for names, what in (
-        (group.keys() - stored, "lacks"),
-        (stored - group.keys(), "has, for which there is no place,"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"checkpoint {path} is of another run: {stem} {what} {min(names)}{more}")
+    lacking, extra = group.keys() - stored, stored - group.keys()
+    if lacking or extra:
+        what = f"lacks {min(lacking)}" if lacking else f"has {min(extra)}, for which this run has no place"
+        raise ValueError(f"checkpoint {path} is of another run: {stem} {what}")
 
 
 def _step(path: Path) -> int:

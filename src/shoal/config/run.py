@@ -2,12 +2,10 @@
 
 The law: nothing a user writes is ignored. An unknown key fails with the nearest valid name, a wrong type with
 the type wanted, and both say where it was written. A model is named by family (`family = "deepseek-v3"`,
-`tiny = true` for its small twin) and changed field by field. What is resolved is whole: it names no family,
-can be written back as TOML, and reads back equal, so the copy saved beside the results tells the run again on
-a later version.
+`tiny = true` for its small twin) and changed field by field. What is resolved is whole: it names no family
+and, written as TOML, reads back equal, so the copy saved beside the results tells the run again.
 
-Left to others: what the fields of a model may be (model.py), which families exist (families.py). No torch
-here.
+Left to others: what the fields of a model may be (model.py), which families exist (families.py).
 """
 
 from __future__ import annotations
@@ -53,6 +51,10 @@ class DataConfig:
     seq_len: int = 512
 
     def __post_init__(self) -> None:
+        _require(
+            0 < self.holdout_fraction < 1,
+            f"holdout_fraction is {self.holdout_fraction}; it must lie between 0 and 1",
+        )
         _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a sequence needs 2 tokens to predict one")
         _require(
             self.tokens_per_batch >= self.seq_len,
@@ -142,8 +144,8 @@ class TrainConfig:
 class RunConfig:
     """One run, whole. `seed` decides the weights at birth and the order of the data.
 
-    `dtype` is that of the weights the model computes with; in bfloat16 the optimizer keeps float32 copies of
-    them.
+    `dtype` is that of the weights the model computes with; of bfloat16 ones the optimizer keeps float32
+    copies.
     """
 
     model: ModelConfig
@@ -229,7 +231,21 @@ def _resolve_model(table: Table, source: str) -> Table:
         config = families.tiny(family) if tiny else families.family(family).config
     except ValueError as error:
         raise ValueError(f"{source}: model.family: {error}") from None
-    return _merge(to_table(config), table)
+    return _change(config, table)
+
+
+def _change(config: Any, table: Table) -> Table:
+    """The fields of `config`, those that are written changed. A part that is written in full as another kind
+    than the config has (GQA where it has MLA) takes its place."""
+    changed, hints = to_table(config), get_type_hints(config.__class__)
+    for name, value in table.items():
+        part, changed[name] = getattr(config, name, None), value
+        if _is_table(value) and dataclasses.is_dataclass(part):
+            kinds = get_args(hints[name])
+            stranger = _fit(type(part), value)[0] < 0
+            if not (stranger and any(_fit(kind, value) == (0, 0) for kind in kinds)):
+                changed[name] = _change(part, value)
+    return changed
 
 
 def _build(kind: type, table: Any, where: str, source: str) -> Any:

@@ -1,0 +1,151 @@
+"""Pretraining, top to bottom: a recipe becomes a tokenizer, batches, a model, and a checkpoint to load.
+
+Read this second, after model/transformer.py: each part is named here once, in the order it is needed. The
+law: a run is told by its folder. Started again there, it goes on from its last checkpoint on the same tokens;
+a recipe that would make it another run is refused. Until config.toml is there, nothing is begun.
+
+    config.toml        the resolved recipe         metrics.jsonl            a line a step and an evaluation
+    tokenizer/         as transformers reads it    checkpoints/step-000100  to go on from, bit for bit
+    data/*.shard       the text as tokens          export/                  the model, for everybody's tools
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.checkpoint import hf
+from shoal.config.run import RunConfig, load_recipe, to_table, to_toml
+from shoal.data.atomic import write_atomically
+from shoal.data.pack import Packer, evaluation_batches
+from shoal.data.read import Document, read_documents, split_documents, standard_library
+from shoal.data.shard import Shard, tokenize_documents, write_shard
+from shoal.data.text import Tokenizer
+from shoal.data.tokenizer import train_tokenizer
+from shoal.model.transformer import Transformer
+from shoal.train.metrics import Observer, Phase
+from shoal.train.trainer import Evaluation, Outcome, Trainer
+
+CONFIG = "config.toml"
+TOKENIZER = "tokenizer"
+SHARDS = ("data/train.shard", "data/held-out.shard")
+# What may change when a run goes on: how far it goes, and how often it looks up.
+MAY_CHANGE = {"train.steps", "train.evaluate_every", "train.checkpoint_every", "train.keep"}
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The text of a run, as tokens."""
+
+    tokenizer: Tokenizer
+    train: Shard
+    held_out: Shard
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    observe: Observer = lambda event: None,
+) -> Outcome:
+    """Run a recipe in a folder, or go on with the run that is there."""
+    # 1. The text: a tokenizer, and what it makes of the documents to train on and of those held out.
+    corpus = open_corpus(folder) if is_begun(folder, config) else make_corpus(folder, config, observe)
+    data = config.data
+    packer = Packer(corpus.train, data.tokens_per_batch, data.seq_len, config.seed)
+
+    # 2. The recipe. With it the folder is this run's.
+    with write_atomically(folder / CONFIG) as file:
+        file.write(to_toml(config).encode())
+
+    # 3. The model: built without memory, then given it, then filled. Its control tokens are the tokenizer's.
+    tokens = {"bos_token_id": corpus.tokenizer.bos_id, "eos_token_id": corpus.tokenizer.eos_id}
+    model = Transformer(replace(config.model, **tokens), device="meta", dtype=getattr(torch, config.dtype))
+    model.allocate(device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    model.init_weights(generator)
+
+    # 4. The loop, from the last checkpoint or the start.
+    trainer = Trainer(
+        model,
+        packer.batch,
+        config.train,
+        folder,
+        generator=generator,
+        evaluation=Evaluation(
+            lambda: evaluation_batches(corpus.held_out, data.tokens_per_batch, data.seq_len),
+            corpus.held_out.num_bytes,
+        ),
+        recipe=to_table(config),
+        observe=observe,
+    )
+    trainer.resume()
+    outcome = trainer.run()
+
+    # 5. What others load.
+    if not outcome.interrupted:
+        observe(Phase("writing the model for other tools"))
+        files = sorted((folder / TOKENIZER).iterdir())
+        hf.save(model, folder / "export", tokenizer_files=files, overwrite=True)
+    return outcome
+
+
+def is_begun(folder: Path, config: RunConfig) -> bool:
+    """Whether the folder holds this very run; ValueError if another."""
+    if not (folder / CONFIG).exists():
+        return False
+    theirs, ours = _flatten(to_table(load_recipe(folder / CONFIG))), _flatten(to_table(config))
+    changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if refused := [key for key in changed if key not in MAY_CHANGE]:
+        key, more = refused[0], f" ({len(refused) - 1} more differ)" if len(refused) > 1 else ""
+        raise ValueError(
+            f"{folder} holds another run: its {key} is {theirs.get(key)!r}, here {ours.get(key)!r}{more}; "
+            f"choose another folder, or the recipe it has ({CONFIG})"
+        )
+    return True
+
+
+def open_corpus(folder: Path) -> Corpus:
+    return Corpus(Tokenizer.load(folder / TOKENIZER), *(Shard.open(folder / shard) for shard in SHARDS))
+
+
+def make_corpus(folder: Path, config: RunConfig, observe: Observer) -> Corpus:
+    """Read the text, train or take the tokenizer, and put it and the tokens into the folder."""
+    observe(Phase("reading the text"))
+    sides = split(config)
+    if config.data.tokenizer is None:
+        observe(Phase(f"training a tokenizer of {config.model.vocab_size} tokens"))
+        tokenizer = train_tokenizer((document.text for document in sides[0]), config.model.vocab_size)
+    else:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocab_size of {config.model.vocab_size}; raise model.vocab_size to at least that"
+        )
+    tokenizer.save(folder / TOKENIZER)
+    observe(Phase("turning the text into tokens"))
+    for shard, documents in zip(SHARDS, sides, strict=True):
+        write_shard(folder / shard, tokenize_documents(tokenizer, documents), tokenizer.vocab_size)
+    return open_corpus(folder)
+
+
+def split(config: RunConfig) -> tuple[list[Document], list[Document]]:
+    """The documents to train on, and those held out."""
+    data = config.data
+    documents = list(read_documents(data.train) if data.train else standard_library())
+    if data.validation:
+        return documents, list(read_documents(data.validation))
+    return split_documents(documents, data.holdout_fraction)
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{a: {b: c}} as {a.b: c}."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

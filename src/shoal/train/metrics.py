@@ -1,0 +1,113 @@
+"""What a run reports: events for whoever watches, and metrics.jsonl for whoever reads later.
+
+The law: a line of metrics.jsonl is what happened at a step, and but for its "timing" it depends on the run
+alone. So the file of a run that was killed and resumed equals that of one that was not: what was written
+after the checkpoint is cut off when resuming, and written again. A line is flushed as it is made.
+
+Events are frozen and carry plain numbers; rendering them is the CLI's business.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. Losses in nats, before their weights; `balance` is 1 where all sequences are
+    even."""
+
+    step: int  # steps done, this one included
+    steps: int  # of the whole run
+    loss: float
+    mtp: float
+    balance: float
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # since the run began
+    max_violation: tuple[float, ...]  # MaxVio of each layer that routes, prediction modules last
+    seconds: float  # this step alone
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Held-out text after a step, and the experts' loads of that training step, by layer."""
+
+    step: int
+    loss: float  # nats per token
+    bits_per_byte: float
+    expert_load: tuple[tuple[int, ...], ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    step: int
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is done now, beside steps, that takes a while."""
+
+    text: str
+
+
+Event = StepReport | EvaluationReport | CheckpointReport | Phase
+Observer = Callable[[Event], None]
+
+_TIMING = ("seconds", "tokens_per_second")
+
+
+def to_line(event: StepReport | EvaluationReport) -> dict[str, Any]:
+    """An event as a line of metrics.jsonl: `kind`, its fields, and apart from them its `timing`."""
+    fields = {name: value for name, value in vars(event).items() if name not in _TIMING}
+    timing = {name: round(value, 6) for name, value in vars(event).items() if name in _TIMING}
+    return {"kind": "step" if isinstance(event, StepReport) else "evaluation", **fields, "timing": timing}
+
+
+class MetricsLog:
+    """metrics.jsonl, opened to go on after `step`: later lines, and one cut short by a kill, are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        temporary = path.with_name(f".{path.name}.new")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self._file = path.open("ab")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Have it on the disk before a checkpoint is: resuming from that will not write it again."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith(b"\n")]
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """The loss of a whole text as bits for each of its bytes: comparable across tokenizers, and to gzip."""
+    return nats / num_bytes / math.log(2)

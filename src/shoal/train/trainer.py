@@ -1,0 +1,289 @@
+"""The Trainer: one loop, on one device, from any step to the last.
+
+A step is: accumulate micro-batches, clip, update the weights, balance the experts, report. The law: what a
+step does depends on the state at its start and on its number, so a run that was stopped, or killed, and
+resumed is bit for bit the run that was not. The state is weights, router biases, optimizer, generators and
+the step, which is also the place in the data: batch i of the run is `batches(i)`.
+
+Ctrl-C and SIGTERM finish the step, save, and return. A loss or gradient that is not finite stops the run
+before it touches a weight. Where batches come from and what is done with the model is for the stage;
+watching, for an Observer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from shoal.batch import Batch
+from shoal.checkpoint import native
+from shoal.config.run import TrainConfig
+from shoal.model.transformer import Transformer
+from shoal.train import loss
+from shoal.train.balance import Balancer, max_violation
+from shoal.train.metrics import (
+    CheckpointReport,
+    EvaluationReport,
+    MetricsLog,
+    Observer,
+    StepReport,
+    bits_per_byte,
+    to_line,
+)
+from shoal.train.optim import Optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out text: batches that predict each token once, and how many bytes of text the tokens stand
+    for."""
+
+    batches: Callable[[], Iterable[Batch]]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after its last step, or stopped by a signal. Its checkpoint resumes either."""
+
+    step: int
+    checkpoint: Path
+    interrupted: bool
+
+
+class Trainer:
+    """Trains a model that is ready: built, filled, on its device. `folder` is where the run keeps its
+    record."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        batches: Callable[[int], Batch],
+        settings: TrainConfig,
+        folder: Path,
+        *,
+        generator: torch.Generator,
+        evaluation: Evaluation | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        observe: Observer = lambda event: None,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        self.settings = settings
+        self.folder = folder
+        self.evaluation = evaluation
+        self.recipe = recipe  # JSON that checkpoints carry, for people
+        self.observe = observe
+        self.device = model.head_weight().device
+        self.optimizer = Optimizer(model, settings.optim)
+        self.balancer = Balancer(model, settings.balance.bias_update_speed)
+        self.generators = {"run": generator, "torch": torch.default_generator}
+        if self.device.type == "cuda":
+            self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
+        self.step = 0  # steps done
+        self.tokens = 0  # tokens they had
+        self.saved: Path | None = None  # the checkpoint of this very step
+
+    def run(self) -> Outcome:
+        """Train from the present step to the last, or until a signal."""
+        self.model.train()
+        with MetricsLog(self.folder / "metrics.jsonl", self.step) as log, Interrupt() as interrupt:
+            while self.step < self.settings.steps and interrupt.signal is None:
+                report, load_LE = self._train_step()
+                self._report(log, report)
+                if self.evaluation is not None and self._due(self.settings.evaluate_every):
+                    self._report(log, self._evaluate(self.evaluation, load_LE))
+                if self._due(self.settings.checkpoint_every):
+                    self.save(log)
+            checkpoint = self.saved or self.save(log)
+        return Outcome(self.step, checkpoint, interrupted=self.step < self.settings.steps)
+
+    def resume(self) -> bool:
+        """Go back to the newest checkpoint; False where there is none. A damaged one is a ValueError."""
+        native.clear_leftovers(self.folder / "checkpoints")
+        path = native.latest(self.folder / "checkpoints")
+        if path is None:
+            return False
+        tensors = self._state()
+        state = native.load(path, tensors)
+        for name, generator in self.generators.items():
+            generator.set_state(tensors["generators"][name])
+        self.step, self.tokens, self.saved = state["step"], state["tokens"], path
+        return True
+
+    def save(self, log: MetricsLog) -> Path:
+        start = time.perf_counter()
+        log.sync()
+        self.saved = native.save(
+            self.folder / "checkpoints",
+            self.step,
+            self._state(),
+            {"step": self.step, "tokens": self.tokens, "recipe": self.recipe},
+            keep=self.settings.keep,
+        )
+        self.observe(CheckpointReport(self.step, self.saved, time.perf_counter() - start))
+        return self.saved
+
+    def _train_step(self) -> tuple[StepReport, Tensor]:
+        """One step, and the experts' loads (L, E) in it."""
+        settings, start = self.settings, time.perf_counter()
+        # 1. Accumulate the gradients of the micro-batches.
+        batches = self._next_batches()
+        terms = self._accumulate(batches)
+        grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        # 2. The one wait for the device: what is not finite goes no further.
+        main, mtp, balance, grad_norm = torch.cat([terms, norm.view(1)]).tolist()
+        self._refuse_nonfinite(main, mtp, balance, grad_norm)
+        # 3. Clip, update, balance.
+        if grad_norm > settings.optim.clip:
+            torch._foreach_mul_(grads, settings.optim.clip / grad_norm)
+        lr = learning_rate(self.step, settings.optim, settings.steps)
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        load_LE = self.balancer.update()
+        # 4. Report.
+        tokens = sum(batch.num_tokens for batch in batches)
+        self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
+        violation = tuple(max_violation(load_LE).tolist())
+        seconds = time.perf_counter() - start
+        report = StepReport(
+            step=self.step,
+            steps=settings.steps,
+            loss=main,
+            mtp=mtp,
+            balance=balance,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=self.tokens,
+            max_violation=violation,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+        )
+        return report, load_LE
+
+    def _next_batches(self) -> list[Batch]:
+        first = self.step * self.settings.accumulation
+        return [_move(self.batches(first + i), self.device) for i in range(self.settings.accumulation)]
+
+    def _accumulate(self, batches: list[Batch]) -> Tensor:
+        """Add up the gradients of the step's micro-batches; its main, MTP and balance losses, (3,)."""
+        settings = self.settings
+        modules = self.model.config.num_nextn_predict_layers if settings.mtp_loss_weight else 0
+        counts = loss.count(batches, modules)
+        terms = torch.zeros(3, device=self.device)
+        for batch in batches:
+            losses = loss.compute(
+                self.model,
+                batch,
+                counts,
+                mtp_weight=settings.mtp_loss_weight,
+                balance_weight=settings.balance.sequence_loss,
+            )
+            losses.total.backward()
+            self.balancer.count(losses.experts)
+            terms += torch.stack([losses.main, losses.mtp, losses.balance])
+        return terms
+
+    def _refuse_nonfinite(self, main: float, mtp: float, balance: float, grad_norm: float) -> None:
+        values = {"loss": main, "MTP loss": mtp, "balance loss": balance, "gradient norm": grad_norm}
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        good = native.latest(self.folder / "checkpoints")
+        raise ValueError(
+            f"step {self.step + 1}: {' and '.join(bad)}; {self._first_nonfinite()}. The step was not taken. "
+            + (f"The last good checkpoint is {good}; " if good else "There is no checkpoint yet; ")
+            + "a lower train.optim.lr or a longer warm-up may get past it"
+        )
+
+    def _first_nonfinite(self) -> str:
+        """A weight, else the gradient nearest to the loss: the backward pass met it first."""
+        parameters = self.optimizer.parameters
+        for name, p in parameters.items():
+            if not p.isfinite().all():
+                return f"the first weight that is not finite is {name}"
+        for name, p in reversed(parameters.items()):
+            if p.grad is not None and not p.grad.isfinite().all():
+                return f"weights are finite; the first gradient that is not, from the loss back, is {name}'s"
+        return "every weight and gradient is finite"
+
+    @torch.no_grad()
+    def _evaluate(self, evaluation: Evaluation, load_LE: Tensor) -> EvaluationReport:
+        start = time.perf_counter()
+        self.model.eval()
+        nats, count = 0.0, 0
+        for batch in evaluation.batches():
+            batch = _move(batch, self.device)
+            assert batch.weights_T is not None
+            # Detached: the op makes the gradient of a weight that wants one as it goes.
+            head_VD = self.model.head_weight().detach()
+            nats += loss.cross_entropy(self.model(batch).hidden_TD, head_VD, batch).item()
+            count += int(batch.weights_T.count_nonzero())
+        self.model.train()
+        return EvaluationReport(
+            step=self.step,
+            loss=nats / count,
+            bits_per_byte=bits_per_byte(nats, evaluation.num_bytes),
+            expert_load=tuple(map(tuple, load_LE.tolist())),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+
+    def _report(self, log: MetricsLog, event: StepReport | EvaluationReport) -> None:
+        log.write(to_line(event))
+        self.observe(event)
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the run's state: the live ones, but for copies of the generators'."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state(),
+            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+        }
+
+
+class Interrupt:
+    """While it is open, the first Ctrl-C or SIGTERM is only noted; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._handlers = {
+                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; itself where it is there already."""
+    if batch.ids_T.device == device:
+        return batch
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(
+        batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    )
