@@ -54,11 +54,3 @@ def without_correction_bias(model: Transformer) -> Iterator[None]:
     finally:
         for bias, old in zip(biases, kept, strict=True):
             bias.copy_(old)
-
-
-def max_violation(load_LE: Tensor) -> Tensor:
-    """MaxVio of each layer: how far its busiest expert is above the mean, as a share of the mean (arXiv
-    2408.15664).
-    """
-    mean_L = load_LE.float().mean(1)
-    return (load_LE.amax(1) - mean_L) / mean_L

@@ -120,11 +120,11 @@ def train(
     """Train a model by a recipe, or go on with a run that was interrupted."""
     from shoal.cli.view import TrainingView, say
     from shoal.config.run import load_recipe
-    from shoal.stages.pretrain import pretrain
+    from shoal.stages import pretrain
 
     config = load_recipe(recipe, set_ or ())
     with TrainingView() as view:
-        outcome = pretrain(config, out, device=_find_device(device), observe=view, announce=say)
+        outcome = pretrain.run(config, out, device=_find_device(device), observe=view)
     if outcome.interrupted:
         say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
         raise typer.Exit(130)
@@ -370,6 +370,10 @@ def main() -> None:
         app()
     except ValueError as error:
         _fail(str(error), 2)
+    except FloatingPointError as error:
+        _fail(str(error), 1)
+    except FloatingPointError as error:
+        _fail(str(error), 1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 1)

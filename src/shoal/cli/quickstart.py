@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.view import TrainingView, say
-from shoal.stages import quickstart
-from shoal.stages.pretrain import pretrain
+from shoal.stages import pretrain, quickstart
 
 
 def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> None:
@@ -30,7 +29,7 @@ def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> N
         say(f"{folder} holds a run that was interrupted; going on")
     start = time.monotonic()
     with TrainingView() as view:
-        outcome = pretrain(config, folder, observe=view, announce=say)
+        outcome = pretrain.run(config, folder, observe=view)
     if outcome.interrupted:
         say(f"stopped after step {outcome.step} and saved; the same command goes on")
         raise typer.Exit(130)

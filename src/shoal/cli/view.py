@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, StepReport
+from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, Phase, StepReport
 
 console = Console(stderr=True, highlight=False)
 LOG_EVERY_SECONDS = 10.0  # between lines of progress where there is no terminal
@@ -99,6 +99,8 @@ class TrainingView:
                 self._step(event)
             case EvaluationReport():
                 say(f"  step {event.step}: {event.bits_per_byte:.3f} bits per byte of held-out text")
+            case Phase():
+                say(event.text)
             case CheckpointReport():
                 say(f"  step {event.step}: saved {event.path.name} in {event.seconds:.1f} s")
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -35,21 +35,21 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 TRITON: dict[str, Callable[..., Any]] = {}
 
 
-def _side_from_environment() -> Side:
-    side = os.environ.get("SHOAL_OPS", "auto")
-    if side not in ("auto", "reference", "triton"):
-        raise ValueError(f"SHOAL_OPS is {side!r}; set it to auto, reference or triton")
-    return side
+def _checked(side: str, where: str) -> Side:
+    for known in get_args(Side):
+        if side == known:
+            return known
+    raise ValueError(f"{where} is {side!r}; set it to auto, reference or triton")
 
 
-_default_side = _side_from_environment()
+_default_side = _checked(os.environ.get("SHOAL_OPS", "auto"), "SHOAL_OPS")
 _side: ContextVar[Side] = ContextVar("side", default=_default_side)
 
 
 @contextmanager
 def using(side: Side) -> Iterator[None]:
     """Take every op from one side within the block."""
-    token = _side.set(side)
+    token = _side.set(_checked(side, "side"))
     try:
         yield
     finally:

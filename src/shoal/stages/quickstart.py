@@ -38,10 +38,10 @@ ROUTING_BATCHES = 8  # of held-out text, for the picture of the experts' load
 
 MODEL = ModelConfig(
     model_type="deepseek_v3",
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
+    vocab_size=2048,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=5,
     attention=MLAConfig(
         num_attention_heads=4,
         q_lora_rank=96,
@@ -54,13 +54,11 @@ MODEL = ModelConfig(
     moe=MoEConfig(
         n_routed_experts=32,
         num_experts_per_tok=4,
-        moe_intermediate_size=96,
+        moe_intermediate_size=64,
         n_shared_experts=1,
         first_k_dense_replace=1,
         scoring_func="sigmoid",
         topk_method="noaux_tc",
-        n_group=4,
-        topk_group=2,
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
     ),
@@ -77,11 +75,11 @@ def recipe(patterns: Sequence[str] = (), steps: int | None = None) -> RunConfig:
     """The run: `patterns` are the user's files, none is Python's standard library."""
     return RunConfig(
         model=MODEL,
-        data=DataConfig(train=tuple(patterns), holdout_fraction=0.03, tokens_per_batch=4096, seq_len=512),
+        data=DataConfig(train=tuple(patterns), holdout_fraction=0.02, tokens_per_batch=4096, seq_len=512),
         train=TrainConfig(
-            steps=steps or 360,
-            evaluate_every=120,
-            checkpoint_every=60,
+            steps=steps or 256,
+            evaluate_every=64,
+            checkpoint_every=64,
             optim=OptimConfig(optimizer="muon", lr=4e-3, warmup_steps=10, schedule="linear"),
         ),
     )
@@ -104,7 +102,7 @@ def summarise(config: RunConfig, folder: Path) -> Summary:
     """Hold the finished run of `folder` against compressors, draw it, and let it write."""
     # 1. The model as others load it, and the text it has not seen.
     model, tokenizer = hf.load(folder / "export").eval(), Tokenizer.load(folder / "export")
-    held_out = Shard.open(folder / "data" / "held-out.shard")
+    held_out = Shard.open(folder / pretrain.SHARDS[1])
     text = b"".join(document.text.encode() for document in pretrain.split(config)[1])
     others = baselines(text)
 

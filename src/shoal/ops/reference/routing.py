@@ -64,15 +64,13 @@ def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     # 1. Choices in order of service: all first choices, then all second ones.
     order_M = experts_TK.t().flatten()
     # 2. A choice's place in the queue of its expert: how many before it, in that order, asked for the same.
+    # The dropped queue too, as expert -1, and get nothing for it.
     by_expert = order_M.argsort(stable=True)
-    counts_E = torch.bincount(
-        order_M.clamp(min=0), weights=(order_M >= 0).float(), minlength=n_experts
-    ).long()
-    starts_E = counts_E.cumsum(0) - counts_E
-    dropped = int((order_M < 0).sum())
+    counts = torch.bincount(order_M + 1, minlength=n_experts + 1)
+    starts = counts.cumsum(0) - counts
     place_M = torch.empty_like(order_M)
-    place_M[by_expert] = torch.arange(order_M.numel(), device=order_M.device) - dropped
-    place_M = place_M - starts_E[order_M.clamp(min=0)]
+    place_M[by_expert] = torch.arange(order_M.numel(), device=order_M.device)
+    place_M = place_M - starts[order_M + 1]
     # 3. Those past the capacity lose their place.
     kept_M = torch.where(place_M < capacity, order_M, -1)
     return kept_M.view(experts_TK.shape[1], -1).t().contiguous()
