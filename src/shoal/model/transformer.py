@@ -118,7 +118,8 @@ class Transformer(nn.Module):
     """A model of any family. Parameters are empty until `init_weights` or a checkpoint fills them.
 
     On the meta device it costs nothing; `allocate` gives it memory elsewhere, and is the only way off that
-    device.
+    device. Its dtype is chosen when it is made: `.to(dtype)` would narrow the routers' correction biases and
+    the rotary frequencies too, which are float32 always.
     """
 
     def __init__(

@@ -46,9 +46,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable; saves the inputs, not the
-    sigmoid.
-    """
+    """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable in both."""
     return choose("swiglu", gate)(gate, up)
 
 
@@ -82,7 +80,8 @@ def route(
     `norm_topk_prob`, times the scaling factor.
 
     `replay_TK` (int, -1 for dropped) replaces the selection and nothing else: weights are still computed,
-    with gradient, from the scores. Gradients flow to the logits through weights and scores; none to the bias.
+    with gradient, from the scores (normalised over the choices that were kept). Gradients flow to the logits
+    through weights and scores; none to the bias.
     """
     if logits_TE.dtype != torch.float32:
         raise ValueError(

@@ -1,0 +1,38 @@
+"""The README's commands are commands: each is read by the real command line, with its options and arguments.
+
+They are parsed, not run; tests/test_tiny.py runs what the first of them does. Recipes that they name are
+loaded, with the changes they ask for.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from shoal.cli.app import app
+from shoal.config.run import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+
+
+def test_every_line_is_one_of_ours() -> None:
+    assert {shlex.split(line, comments=True)[0] for line in LINES} == {"./shoal", "./check"}
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("./shoal")])
+def test_the_command_line_reads(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    command = get_command(app)
+    while isinstance(command, TyperGroup):
+        command = command.commands[words.pop(0)]
+    given = command.make_context(line, words).params
+    if "recipe" in given:
+        load_recipe(ROOT / given["recipe"], given["set_"])
