@@ -54,9 +54,12 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 
 @app.command()
 def quickstart(
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", hidden=True)] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Files or globs: .txt .md .py .jsonl. Default: Python's own library. Repeatable."),
+        typer.Option(
+            metavar="FILES...", help="Files or globs: .txt .md .py .jsonl. Default: Python's own library."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart"),
     steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
@@ -67,7 +70,9 @@ def quickstart(
     """
     from shoal.cli.quickstart import show
 
-    show(patterns=text or [], folder=out, steps=steps, fresh=fresh)
+    if more and not text:
+        raise ValueError(f"{more[0]!r} is out of place; give files as --text {' '.join(more)}")
+    show(patterns=[*(text or []), *(more or [])], folder=out, steps=steps, fresh=fresh)
 
 
 @data_app.command("tokenizer")
@@ -118,7 +123,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a model by a recipe, or go on with a run that was interrupted."""
-    from shoal.cli.view import TrainingView, say
+    from shoal.cli.view import COMMAND, TrainingView, say
     from shoal.config.run import load_recipe
     from shoal.stages import pretrain
 
@@ -128,7 +133,7 @@ def train(
     if outcome.interrupted:
         say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
         raise typer.Exit(130)
-    say(f"done: the model is {out}/export; talk to it with: shoal chat {out}/export --raw")
+    say(f"done: the model is {out}/export; talk to it with: {COMMAND} chat {out}/export --raw")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from shoal.cli.view import TrainingView, say
+from shoal.cli.view import COMMAND, TrainingView, say
 from shoal.stages import pretrain, quickstart
 
 
@@ -62,7 +62,7 @@ def _print(summary: quickstart.Summary, seconds: float) -> None:
     )
     console.print(
         f"The model, for any tool that reads Hugging Face folders: {summary.export}\n"
-        f"Give it the start of a text:  shoal chat {summary.export} --raw",
+        f"Give it the start of a text:  {COMMAND} chat {summary.export} --raw",
         highlight=False,
         markup=False,
     )

@@ -6,6 +6,7 @@ terminal the lines move; elsewhere a line is printed now and then, so that a log
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from rich.progress import (
 from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, Phase, StepReport
 
 console = Console(stderr=True, highlight=False)
+COMMAND = os.environ.get("SHOAL_COMMAND", "shoal")  # how the user called us: a clone has ./shoal
 LOG_EVERY_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 

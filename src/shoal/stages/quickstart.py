@@ -23,7 +23,7 @@ from shoal.analysis import plots
 from shoal.analysis.routing import expert_load, without_correction_bias
 from shoal.checkpoint import hf
 from shoal.config.model import MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from shoal.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from shoal.config.run import BalanceConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from shoal.data.baselines import Baselines, baselines
 from shoal.data.pack import evaluation_batches
 from shoal.data.shard import Shard
@@ -41,7 +41,7 @@ MODEL = ModelConfig(
     vocab_size=2048,
     hidden_size=192,
     intermediate_size=512,
-    num_hidden_layers=5,
+    num_hidden_layers=4,
     attention=MLAConfig(
         num_attention_heads=4,
         q_lora_rank=96,
@@ -77,10 +77,11 @@ def recipe(patterns: Sequence[str] = (), steps: int | None = None) -> RunConfig:
         model=MODEL,
         data=DataConfig(train=tuple(patterns), holdout_fraction=0.02, tokens_per_batch=4096, seq_len=512),
         train=TrainConfig(
-            steps=steps or 256,
-            evaluate_every=64,
-            checkpoint_every=64,
-            optim=OptimConfig(optimizer="muon", lr=4e-3, warmup_steps=10, schedule="linear"),
+            steps=steps or 300,
+            evaluate_every=100,
+            checkpoint_every=50,
+            optim=OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=10, schedule="linear"),
+            balance=BalanceConfig(bias_update_speed=0.01),  # V3's 0.001 is for runs of a million steps
         ),
     )
 
