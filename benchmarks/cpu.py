@@ -221,7 +221,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     ]
     for sequences in (1, 8):
         flops = sequences * cost.flops_per_token(CONFIG, PROMPT + NEW // 2, "decode")
-        theirs = {f"transformers {name}": their_decoding(sequences, name) for name in IMPLEMENTATIONS}
+        theirs = {f"transformers {name}": their_decoding(sequences, name) for name in DECODING}
         sides = {"shoal": our_decoding(sequences), **theirs}
         rows.append(row(f"decoding, batch {sequences}", sequences, flops, sides, rounds))
     for result, what in ((rows[0], "training"), (rows[2], "decoding")):

@@ -64,33 +64,46 @@ def _attend_cache(
     latent_rank: int | None,
 ) -> Tensor:
     if max_seqlen == 1:
-        table_SB = block_table_SB[:, : -(-max_context_len // pages.shape[1])]
+        visible_S1 = context_lens_S.unsqueeze(1)
+        q_SH1d = q_THd.unsqueeze(2)
         return _attend(
-            q_THd.unsqueeze(2), pages, table_SB, context_lens_S.unsqueeze(1), scale, latent_rank
+            q_SH1d, pages, block_table_SB, visible_S1, max_context_len, scale, latent_rank
         ).squeeze(2)
     outputs = []
     queries = q_THd.split(_lengths(cu_seqlens_S1))
     for q_nHd, table_B, length in zip(queries, block_table_SB, context_lens_S.tolist(), strict=True):
-        table_1B = table_B[: -(-length // pages.shape[1])].unsqueeze(0)
         first = length - q_nHd.shape[0] + 1
         visible_1n = torch.arange(first, length + 1, device=q_THd.device).unsqueeze(0)
-        o_1Hnv = _attend(q_nHd.transpose(0, 1).unsqueeze(0), pages, table_1B, visible_1n, scale, latent_rank)
+        q_1Hnd = q_nHd.transpose(0, 1).unsqueeze(0)
+        o_1Hnv = _attend(q_1Hnd, pages, table_B.unsqueeze(0), visible_1n, length, scale, latent_rank)
         outputs.append(o_1Hnv[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
 def _attend(
-    q_SHnd: Tensor, pages: Tensor, table_SB: Tensor, visible_Sn: Tensor, scale: float, latent_rank: int | None
+    q_SHnd: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    visible_Sn: Tensor,
+    longest: int,
+    scale: float,
+    latent_rank: int | None,
 ) -> Tensor:
-    """Attention of n queries a sequence over the first `visible` positions of its pages: (S, H, n, v)."""
+    """Attention of n queries a sequence over the first `visible` of `longest` positions: (S, H, n, v)."""
     sequences, heads, new, _ = q_SHnd.shape
-    # 1. Whole pages, side by side. Past its end a sequence has what others left there, and even a NaN of
-    # theirs must not reach it: those rows become zeros.
     wide = torch.promote_types(q_SHnd.dtype, torch.float32)
-    rows_SN = pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:]).to(wide)
-    position_N = torch.arange(rows_SN.shape[1], device=q_SHnd.device)
-    hidden_SnN = position_N >= visible_Sn.unsqueeze(-1)
-    rows_SN.masked_fill_(hidden_SnN[:, -1].view(sequences, -1, *(1 for _ in pages.shape[2:])), 0)
+    # 1. Whole pages, side by side, up to the longest context.
+    table_SB = table_SB[:, : -(-longest // pages.shape[1])]
+    rows_SN = (
+        pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:])[:, :longest].to(wide)
+    )
+    hidden_SnN = None  # one query of one sequence sees all there is
+    if sequences > 1 or new > 1:
+        hidden_SnN = torch.arange(longest, device=q_SHnd.device) >= visible_Sn.unsqueeze(-1)
+    if sequences > 1:
+        # Past its end a sequence has what others left there, and even a NaN of theirs must not reach it.
+        assert hidden_SnN is not None
+        rows_SN.masked_fill_(hidden_SnN[:, -1].view(sequences, -1, *(1 for _ in pages.shape[2:])), 0)
     if latent_rank is not None:
         k_SGNd, v_SGNv = rows_SN.unsqueeze(1), rows_SN[..., :latent_rank].unsqueeze(1)
     else:
@@ -98,10 +111,9 @@ def _attend(
     # 2. Scores; the query heads that share a key head are one block of rows. 3. Mask, 4. softmax, 5. values.
     q_SGmd = q_SHnd.to(wide).reshape(sequences, k_SGNd.shape[1], -1, q_SHnd.shape[3])
     scores_SGmN = torch.matmul(q_SGmd, k_SGNd.transpose(-1, -2)).mul_(scale)
-    scores_SHnN = scores_SGmN.view(sequences, heads, new, -1)
-    scores_SHnN.masked_fill_(hidden_SnN.unsqueeze(1), float("-inf"))
-    weights_SGmN = scores_SHnN.softmax(-1).view_as(scores_SGmN)
-    return torch.matmul(weights_SGmN, v_SGNv).view(sequences, heads, new, -1).to(q_SHnd.dtype)
+    if hidden_SnN is not None:
+        scores_SGmN.view(sequences, heads, new, -1).masked_fill_(hidden_SnN.unsqueeze(1), float("-inf"))
+    return torch.matmul(scores_SGmN.softmax(-1), v_SGNv).view(sequences, heads, new, -1).to(q_SHnd.dtype)
 
 
 def paged_attention(

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FEW_TOKENS = 64  # up to which calls cost more than arithmetic
+
 
 def _sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """The choices in order of expert, dropped ones first, and for each expert with rows (expert, start,
@@ -132,9 +134,35 @@ def _one_token(
     return torch.mm(weights_1K.to(wide), y_KD.to(wide)).to(x_1D.dtype)
 
 
+def _few_tokens(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The same for a step of decoding: the loop over experts is torch's own, dropped choices come last."""
+    n_experts, top_k = gate_up_E2FD.shape[0], experts_TK.shape[1]
+    flat_M = experts_TK.flatten()
+    flat_M = flat_M.where(flat_M >= 0, n_experts)
+    order_M = flat_M.argsort(stable=True)
+    ends_E = flat_M.bincount(minlength=n_experts + 1).cumsum(0)[:n_experts].int()
+    x_MD = x_TD.index_select(0, order_M // top_k)
+    gate, up = F.grouped_mm(x_MD, gate_up_E2FD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    y_MD = F.grouped_mm(F.silu(gate).mul_(up), down_EDF.transpose(1, 2), offs=ends_E)
+    y_MD[ends_E[-1] :].zero_()
+    return _sum_choices(y_MD, order_M, weights_TK)
+
+
+def _takes_grouped_mm(x_TD: Tensor, *weights: Tensor) -> bool:
+    """What torch's kernel asks for: its dtypes, and rows of whole 16 bytes."""
+    return x_TD.dtype in (torch.float32, torch.bfloat16) and all(
+        weight.shape[2] * weight.itemsize % 16 == 0 for weight in weights
+    )
+
+
 def grouped_mlp(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    if x_TD.shape[0] == 1 and not torch.is_grad_enabled():
-        return _one_token(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+    if not torch.is_grad_enabled():
+        if x_TD.shape[0] == 1:
+            return _one_token(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+        if x_TD.shape[0] <= FEW_TOKENS and _takes_grouped_mm(x_TD, gate_up_E2FD, down_EDF):
+            return _few_tokens(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
     return _GroupedMLP.apply(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
