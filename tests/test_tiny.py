@@ -1,7 +1,7 @@
 """The whole system in small, end to end and on real text: the file that must pass first.
 
-Text -> tokenizer -> batches -> a tiny V3, trained -> checkpoint -> transformers, and the engine -> text. About half
-a minute on two cores; nothing in it stands in for a part that the real thing has.
+Text -> tokenizer -> batches -> a tiny V3, trained -> checkpoint -> transformers, and the engine -> text.
+About half a minute on two cores; nothing in it stands in for a part that the real thing has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_the_summary_holds_the_model_against_compressors(config: RunConfig, fini
 def test_transformers_reads_what_was_trained(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    theirs = AutoModelForCausalLM.from_pretrained(finished / "export")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(finished / "export")
     ids = AutoTokenizer.from_pretrained(finished / "export")("def add(self, other):").input_ids
     assert ids == Tokenizer.load(finished / "export").encode("def add(self, other):")
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_the_engine_continues_a_text_as_transformers_does(finished: Path) -> Non
     model = hf.load(finished / "export", mtp=False).eval()
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     together = Engine(model, EngineSettings(num_pages=16)).generate(prompts, params)
-    theirs = AutoModelForCausalLM.from_pretrained(finished / "export")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(finished / "export")
     for ids, completion in zip(prompts, together, strict=True):
         made = theirs.generate(
             torch.tensor([ids]), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=2

@@ -377,8 +377,6 @@ def main() -> None:
         _fail(str(error), 2)
     except FloatingPointError as error:
         _fail(str(error), 1)
-    except FloatingPointError as error:
-        _fail(str(error), 1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 1)

@@ -1,7 +1,7 @@
 """`shoal plan`: the cost of a config as a table or as JSON.
 
-All figures are those of `config.cost`, so no weights are read and nothing here computes; the keys of the JSON are a
-promise (docs/json.md).
+All figures are those of `config.cost`, so no weights are read and nothing here computes; the keys of the JSON
+are a promise (docs/json.md).
 """
 
 from __future__ import annotations

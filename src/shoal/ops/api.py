@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.ops.dispatch import choose
+from shoal.ops.dispatch import call
 
 
 class Routing(NamedTuple):
@@ -42,12 +42,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Normalised in float32, cast to x's dtype, then multiplied by the weight: the cast points of Llama and
     DeepSeek. Any leading shape, empty included. Differentiable in x and weight.
     """
-    return choose("rms_norm", x)(x, weight_D, eps)
+    return call("rms_norm", x, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, in the inputs' dtype. Differentiable in both."""
-    return choose("swiglu", gate)(gate, up)
+    return call("swiglu", gate, up)
 
 
 def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
@@ -56,7 +56,7 @@ def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) 
     `interleaved` pairs (0,1), (2,3) ...; otherwise (i, i + R/2). The layout of x is kept, computed in float32
     and cast back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
     """
-    return choose("rope", x_THR)(x_THR, cos_TR2, sin_TR2, interleaved)
+    return call("rope", x_THR, cos_TR2, sin_TR2, interleaved)
 
 
 def route(
@@ -92,7 +92,8 @@ def route(
             f"route: top_k is {top_k}; it must be between 1 and the {logits_TE.shape[1]} experts"
         )
     return Routing(
-        *choose("route", logits_TE)(
+        *call(
+            "route",
             logits_TE,
             top_k,
             scoring_func,
@@ -112,7 +113,7 @@ def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     Places are given first to every token's first choice, in token order, then to every second choice, and so
     on.
     """
-    return choose("limit_capacity", experts_TK)(experts_TK, n_experts, capacity)
+    return call("limit_capacity", experts_TK, n_experts, capacity)
 
 
 def grouped_mlp(
@@ -128,7 +129,7 @@ def grouped_mlp(
     an expert may have no rows, and T may be 0. The sum over k is taken in float32 and cast once to x's dtype.
     Differentiable in x, weights and both matrices; SwiGLU is recomputed in the backward pass, not stored.
     """
-    return choose("grouped_mlp", x_TD)(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+    return call("grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
 
 
 def attention(
@@ -144,14 +145,14 @@ def attention(
     Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
     Differentiable in q, k and v.
     """
-    return choose("attention", q_THQ)(q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+    return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
 
 
 def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
     """Keep row t of `rows` (T, ...) at slot `slots_T[t]` of `pages` (P, page_size, ...), in place. No
     gradient.
     """
-    choose("write_cache", pages)(pages, slots_T, rows)
+    call("write_cache", pages, slots_T, rows)
 
 
 def paged_attention(
@@ -170,8 +171,16 @@ def paged_attention(
     cache; each sees the positions up to its own. What lies past a context may be anything, NaN included, and
     touches no result. Softmax in float32. No gradient.
     """
-    return choose("paged_attention", q_THQ)(
-        q_THQ, pages, block_table_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen, scale
+    return call(
+        "paged_attention",
+        q_THQ,
+        pages,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        max_seqlen,
+        scale,
     )
 
 
@@ -192,7 +201,8 @@ def latent_attention(
     are already multiplied by W_UK (first C) and rotated (last R). Positions and masking as in
     `paged_attention`.
     """
-    return choose("latent_attention", q_THL)(
+    return call(
+        "latent_attention",
         q_THL,
         pages,
         block_table_SB,
@@ -214,6 +224,4 @@ def linear_cross_entropy(
     through `total` only. Targets outside [0, V) are refused where checking costs nothing (on a CPU); T may be
     0.
     """
-    return CrossEntropy(
-        *choose("linear_cross_entropy", hidden_TD)(hidden_TD, weight_VD, targets_T, weights_T)
-    )
+    return CrossEntropy(*call("linear_cross_entropy", hidden_TD, weight_VD, targets_T, weights_T))

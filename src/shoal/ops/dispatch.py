@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -32,7 +34,26 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "latent_attention": attention.latent_attention,
     "linear_cross_entropy": loss.linear_cross_entropy,
 }
-TRITON: dict[str, Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton implementation, and why it would not take a call (None: it takes it)."""
+
+    run: Callable[..., Any]
+    refusal: Callable[..., str | None]
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    """The Triton side. Imported when first needed: Triton is on Linux only, and takes a second to import."""
+    from shoal.ops.triton import experts, routing
+
+    return {
+        "route": Kernel(routing.route, routing.route_refusal),
+        "limit_capacity": Kernel(routing.limit_capacity, lambda *_: None),
+        "grouped_mlp": Kernel(experts.grouped_mlp, experts.grouped_mlp_refusal),
+    }
 
 
 def _checked(side: str, where: str) -> Side:
@@ -56,19 +77,28 @@ def using(side: Side) -> Iterator[None]:
         _side.reset(token)
 
 
-def choose(op: str, x: Tensor) -> Callable[..., Any]:
-    """The implementation of `op` for a call whose first tensor is `x`."""
+def call(op: str, x: Tensor, *arguments: Any) -> Any:
+    """Run `op` on the side that serves this call; `x`, its first tensor, says on which device."""
     side = _side.get()
-    if side == "triton" and op not in TRITON:
-        raise ValueError(
-            f"SHOAL_OPS=triton, but {op} has no Triton kernel; kernels exist for {sorted(TRITON)}"
-        )
-    if op in TRITON and (side == "triton" or (side == "auto" and x.is_cuda)):
-        return TRITON[op]
-    return REFERENCE[op]
+    if side == "triton" or (side == "auto" and x.is_cuda):
+        kernel = kernels().get(op)
+        reason = "it has no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
+        if kernel is not None and reason is None:
+            return kernel.run(x, *arguments)
+        if side == "triton":
+            raise ValueError(f"{op}: {reason}; use the side auto or reference")
+    return REFERENCE[op](x, *arguments)
 
 
-def explain() -> str:
-    """A table of every op and the side that would serve it on a CPU and on a GPU."""
-    rows = [f"{op:22} cpu: reference   cuda: {'triton' if op in TRITON else 'reference'}" for op in REFERENCE]
-    return "\n".join((f"side: {_side.get()}", *rows))
+def explain(op: str, x: Tensor, *arguments: Any) -> str:
+    """Which side would serve this call, and why."""
+    side = _side.get()
+    if side == "reference":
+        return f"{op}: reference, as asked for"
+    if side == "auto" and not x.is_cuda:
+        return f"{op}: reference, since the tensors are on {x.device}"
+    kernel = kernels().get(op)
+    reason = "there is no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
+    if reason is None:
+        return f"{op}: triton"
+    return f"{op}: {'refused' if side == 'triton' else 'reference'}, since {reason}"

@@ -78,7 +78,7 @@ def recipe(patterns: Sequence[str] = (), steps: int | None = None) -> RunConfig:
         data=DataConfig(train=tuple(patterns), holdout_fraction=0.02, tokens_per_batch=4096, seq_len=512),
         train=TrainConfig(
             steps=steps or 300,
-            evaluate_every=100,
+            evaluate_every=60,
             checkpoint_every=50,
             optim=OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=10, schedule="linear"),
             balance=BalanceConfig(bias_update_speed=0.01),  # V3's 0.001 is for runs of a million steps

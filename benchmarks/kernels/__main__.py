@@ -1,0 +1,36 @@
+"""Every kernel against its limit and its peers.
+
+    python -m benchmarks.kernels [experts routing ...] [--out FILE]
+
+An op is one file here with `cases()`; its name goes into OPS.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels import experts, harness, routing
+
+OPS = {"experts": experts.cases, "routing": routing.cases}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("ops", nargs="*", choices=[*OPS, []], help="which ops; all of them if none is named")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
+    arguments = parser.parse_args()
+    for op in arguments.ops or OPS:
+        torch.manual_seed(0)
+        results = []
+        for case in OPS[op]():
+            results.append(harness.measure(case))
+            print(harness.table(results[-1:]).splitlines()[-1], flush=True)
+        if arguments.out:
+            harness.write(results, arguments.out, f"python -m benchmarks.kernels {op}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""The routed experts on a GPU: which products run, in what order, and what the backward pass keeps.
+
+    y_t = sum_k w_tk down_e(silu(gate_e x_t) * up_e x_t)
+
+Forward: group the choices by expert (`permutation`), gate-up with SwiGLU, down, then the weighted sum of
+each token's K rows. The rows of x are gathered as they are read; the 2F-wide gate-up rows are written for
+training alone, and they are all it keeps beside its inputs: K * 2F values a token (V2-Lite in bf16: 34 KB).
+Backward computes SwiGLU again.
+
+    few rows an expert (decoding)   expert_streams    bound by bytes: the chosen experts, once
+    many rows                       expert_products   bound by the matrix rate
+
+No step waits for the device, and no sum depends on the order in which programs run. `expert_plan` holds the
+tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from shoal.ops.triton.expert_plan import MAX_SCAN, Plan, Tile, choose_plan, num_multiprocessors, num_programs
+from shoal.ops.triton.expert_products import (
+    product_kernel,
+    swiglu_backward_kernel,
+    swiglu_product_kernel,
+    weight_product_kernel,
+)
+from shoal.ops.triton.expert_streams import stream_kernel, swiglu_stream_kernel
+from shoal.ops.triton.permutation import Groups, gather_rows, group_by_expert, sum_choices
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _describe(tensor: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
+    """What a kernel loads blocks from: a TMA descriptor, or the tensor where there is no TMA."""
+    return TensorDescriptor.from_tensor(tensor, block) if tma else tensor
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _programs(tile: Tile, tiles: int, columns: int, device: torch.device) -> tuple[int]:
+    return (num_programs(tile, tiles, columns, num_multiprocessors(device.index)),)
+
+
+def _persistent(tile: Tile, tma: bool) -> dict[str, Any]:
+    return {
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "GROUP": tile.group,
+        "TMA": tma,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def swiglu_product(
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    groups: Groups,
+    top_k: int,
+    tile: Tile,
+    *,
+    tma: bool,
+    pdl: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """h (P, F), and the gate-up rows (P, 2F) if `save`."""
+    E, two_F, D = gate_up_E2FD.shape
+    F, P = two_F // 2, groups.choices_P.shape[0]
+    h_PF = x_TD.new_empty(P, F)
+    gate_up_P2F = x_TD.new_empty(P, two_F) if save else None
+    block = [groups.tile, 1, tile.bn // 2]
+    swiglu_product_kernel[_programs(tile, groups.max_tiles, F, x_TD.device)](
+        x_TD,
+        _describe(gate_up_E2FD.view(E, 2, F, D), [1, 2, tile.bn, tile.bk], tma),
+        _describe(h_PF.view(P, 1, F), block, tma),
+        None if gate_up_P2F is None else _describe(gate_up_P2F.view(P, 2, F), block, tma),
+        groups.choices_P,
+        groups.experts_N,
+        groups.first_tile_E1,
+        E=E,
+        K=top_k,
+        D=D,
+        F=F,
+        BM=groups.tile,
+        SAVE=save,
+        PDL=pdl,
+        PRECISION=_precision(x_TD),
+        launch_pdl=pdl,
+        **_persistent(tile, tma),
+    )
+    return h_PF, gate_up_P2F
+
+
+def product(
+    a_PC: Tensor,
+    w: Tensor,
+    groups: Groups,
+    tile: Tile,
+    *,
+    choices: int | None,
+    transposed: bool,
+    tma: bool,
+    pdl: bool = False,
+) -> Tensor:
+    """a times w_e^T, w (E, N, C), or w_e, w (E, C, N): by slot (P, N), or given `choices`, by choice (M, N).
+
+    Rows of dropped choices, and slots past the last tile, are not written.
+    """
+    C = a_PC.shape[1]
+    N = w.shape[1] if transposed else w.shape[2]
+    out = a_PC.new_empty(a_PC.shape[0] if choices is None else choices, N)
+    block = [1, tile.bn, tile.bk] if transposed else [1, tile.bk, tile.bn]
+    product_kernel[_programs(tile, groups.max_tiles, N, a_PC.device)](
+        _describe(a_PC, [groups.tile, tile.bk], tma),
+        _describe(w, block, tma),
+        out,
+        groups.choices_P,
+        groups.experts_N,
+        groups.first_tile_E1,
+        E=w.shape[0],
+        C=C,
+        N=N,
+        TRANSPOSED=transposed,
+        SCATTER=choices is not None,
+        BM=groups.tile,
+        FLATTEN=tile.flatten,
+        PDL=pdl,
+        PRECISION=_precision(a_PC),
+        launch_pdl=pdl,
+        **_persistent(tile, tma),
+    )
+    return out
+
+
+def swiglu_backward(
+    dh_PF: Tensor, gate_up_P2F: Tensor, weights_TK: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate_up (P, 2F), the weighted h (P, F) in place of dh, and the gradient of the weights (T, K)."""
+    P, F = dh_PF.shape
+    dgate_up_P2F = torch.empty_like(gate_up_P2F)
+    dweights_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
+    swiglu_backward_kernel[(P,)](
+        dh_PF,
+        gate_up_P2F,
+        weights_TK,
+        dgate_up_P2F,
+        dweights_TK,
+        groups.choices_P,
+        groups.first_tile_E1,
+        E=groups.n_experts,
+        F=F,
+        TILE=groups.tile,
+        BLOCK=min(1024, triton.next_power_of_2(F)),
+    )
+    return dgate_up_P2F, dh_PF, dweights_TK.to(weights_TK.dtype)
+
+
+def weight_product(left_PR: Tensor, right_PC: Tensor, groups: Groups, tile: Tile, *, tma: bool) -> Tensor:
+    """left^T right over the rows of each expert: (E, R, C)."""
+    R, C, E = left_PR.shape[1], right_PC.shape[1], groups.n_experts
+    out_ERC = left_PR.new_empty(E, R, C)
+    weight_product_kernel[_programs(tile, E * triton.cdiv(R, tile.bm), C, left_PR.device)](
+        _describe(left_PR, [tile.bk, tile.bm], tma),
+        _describe(right_PC, [tile.bk, tile.bn], tma),
+        out_ERC,
+        groups.first_tile_E1,
+        E=E,
+        R=R,
+        C=C,
+        TILE=groups.tile,
+        BM=tile.bm,
+        PRECISION=_precision(left_PR),
+        **_persistent(tile, tma),
+    )
+    return out_ERC
+
+
+def _tiles_of(groups: Groups | None, choices: int) -> tuple[int, int, tuple[Tensor | None, ...]]:
+    """Most tiles, rows of h, where choices stand. Without groups each choice counts as a tile."""
+    if groups is None:
+        return choices, choices, (None, None, None)
+    where = (groups.choices_P, groups.experts_N, groups.first_tile_E1)
+    return groups.max_tiles, groups.choices_P.shape[0], where
+
+
+def swiglu_stream(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    groups: Groups | None,
+    tile: Tile,
+    *,
+    tma: bool,
+    pdl: bool,
+) -> Tensor:
+    """h in slots (P, F), or without groups in choices (M, F)."""
+    E, two_F, D = gate_up_E2FD.shape
+    M, F = experts_TK.numel(), two_F // 2
+    tiles, height, where = _tiles_of(groups, M)
+    h = x_TD.new_empty(height, F)
+    swiglu_stream_kernel[(triton.cdiv(F, tile.bn), tiles)](
+        x_TD,
+        _describe(gate_up_E2FD, [1, tile.bn, tile.bk], tma),
+        h,
+        experts_TK,
+        *where,
+        M,
+        E=E,
+        K=experts_TK.shape[1],
+        D=D,
+        F=F,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        SCAN=MAX_SCAN if groups is None else 0,
+        TMA=tma,
+        PDL=pdl,
+        PRECISION=_precision(x_TD),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        # Without groups this is the first launch, and what comes before it is not ours to overtake.
+        launch_pdl=pdl and groups is not None,
+    )
+    return h
+
+
+def stream(
+    h: Tensor,
+    experts_TK: Tensor,
+    down_EDF: Tensor,
+    groups: Groups | None,
+    tile: Tile,
+    *,
+    tma: bool,
+    pdl: bool,
+) -> Tensor:
+    """The rows of the choices (M, D); those of dropped ones are not written."""
+    E, D, F = down_EDF.shape
+    M = experts_TK.numel()
+    tiles, _, where = _tiles_of(groups, M)
+    y_MD = h.new_empty(M, D)
+    stream_kernel[(triton.cdiv(D, tile.bn), tiles)](
+        h,
+        _describe(down_EDF, [1, tile.bn, tile.bk], tma),
+        y_MD,
+        experts_TK,
+        *where,
+        M,
+        E=E,
+        D=D,
+        F=F,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        SCAN=MAX_SCAN if groups is None else 0,
+        TMA=tma,
+        PDL=pdl,
+        PRECISION=_precision(h),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        launch_pdl=pdl,
+    )
+    return y_MD
+
+
+def _forward(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    plan: Plan,
+    save: bool,
+) -> tuple[Tensor, Groups | None, Tensor | None]:
+    groups = gate_up_P2F = None
+    how = {"tma": plan.tma, "pdl": plan.pdl}
+    if plan.kind != "scan":
+        groups = group_by_expert(experts_TK, gate_up_E2FD.shape[0], plan.rows, pdl=plan.pdl)
+    if plan.kind == "tiles":
+        assert groups is not None
+        M, K = experts_TK.numel(), experts_TK.shape[1]
+        h_PF, gate_up_P2F = swiglu_product(x_TD, gate_up_E2FD, groups, K, plan.gate_up, save=save, **how)
+        y_MD = product(h_PF, down_EDF, groups, plan.down, choices=M, transposed=True, **how)
+    else:
+        h = swiglu_stream(x_TD, experts_TK, gate_up_E2FD, groups, plan.gate_up, **how)
+        y_MD = stream(h, experts_TK, down_EDF, groups, plan.down, **how)
+    return sum_choices(y_MD, experts_TK, weights_TK, pdl=plan.pdl), groups, gate_up_P2F
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        y_TD, groups, gate_up_P2F = _forward(
+            x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, plan, save=True
+        )
+        ctx.save_for_backward(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_up_P2F)
+        ctx.groups, ctx.plan = groups, plan
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_up_P2F = ctx.saved_tensors
+        groups, plan = ctx.groups, ctx.plan
+        needs_x, _, needs_weights, needs_gate_up, needs_down, _ = ctx.needs_input_grad
+        M = experts_TK.numel()
+        dx_TD = dgate_up_E2FD = ddown_EDF = None
+        # 1. dh, and SwiGLU again: its gradient, the gradient of the weights, and w h.
+        dy_PD = gather_rows(dy_TD.contiguous(), experts_TK, groups)
+        dh_PF = product(dy_PD, down_EDF, groups, plan.dh, choices=None, transposed=False, tma=plan.tma)
+        dgate_up_P2F, h_PF, dweights_TK = swiglu_backward(dh_PF, gate_up_P2F, weights_TK, groups)
+        # 2. Down: dy^T (w h).
+        if needs_down:
+            ddown_EDF = weight_product(dy_PD, h_PF, groups, plan.ddown, tma=plan.tma)
+        # 3. Gate-up: dgu^T x, and dgu W for the rows.
+        if needs_gate_up:
+            x_PD = gather_rows(x_TD, experts_TK, groups)
+            dgate_up_E2FD = weight_product(dgate_up_P2F, x_PD, groups, plan.dgate_up, tma=plan.tma)
+        if needs_x:
+            dx_MD = product(
+                dgate_up_P2F, gate_up_E2FD, groups, plan.dx, choices=M, transposed=False, tma=plan.tma
+            )
+            dx_TD = sum_choices(dx_MD, experts_TK, None)
+        return dx_TD, None, dweights_TK if needs_weights else None, dgate_up_E2FD, ddown_EDF, None
+
+
+def _has_tma(device: torch.device) -> bool:
+    """Hopper and data-centre Blackwell: TMA, and shared memory for the tiles of `expert_plan`."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _fits_tma(*tensors: Tensor) -> bool:
+    """TMA wants 16-byte rows and bases."""
+    return all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def grouped_mlp_refusal(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    if x_TD.dtype not in DTYPES:
+        return f"x is {x_TD.dtype}; the kernels take bfloat16, float16 and float32"
+    if not x_TD.dtype == gate_up_E2FD.dtype == down_EDF.dtype:
+        return (
+            f"x is {x_TD.dtype} but the experts are {gate_up_E2FD.dtype} and {down_EDF.dtype}; cast one side"
+        )
+    if not (gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous()):
+        return "the experts' matrices are not contiguous; the kernels do not copy weights"
+    if experts_TK.numel() >= 2**31:
+        return f"{experts_TK.numel()} choices; the kernels count them in 32 bits"
+    return None
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The layer, as `ops.api.grouped_mlp` says. `plan` overrides the choice of kernels and tiles."""
+    if x_TD.shape[0] == 0:
+        return _empty(x_TD, weights_TK, gate_up_E2FD, down_EDF)
+    inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if plan is None:
+        tma = x_TD.is_cuda and _has_tma(x_TD.device) and _fits_tma(inputs[0], gate_up_E2FD, down_EDF)
+        E, M, D = gate_up_E2FD.shape[0], experts_TK.numel(), x_TD.shape[1]
+        plan = choose_plan(M, E, D, x_TD.dtype, tma=tma, training=training)
+    if training:
+        return _GroupedMLP.apply(*inputs, plan)
+    return _forward(*inputs, plan, save=False)[0]
+
+
+def _empty(x_TD: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """No tokens: nothing to launch, but every input still has a gradient of zeros."""
+    return x_TD + 0 * (weights_TK.sum() + gate_up_E2FD[:0].sum() + down_EDF[:0].sum()).to(x_TD.dtype)
