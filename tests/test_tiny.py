@@ -79,7 +79,7 @@ def test_transformers_reads_what_was_trained(finished: Path) -> None:
 
     theirs: Any = AutoModelForCausalLM.from_pretrained(finished / "export")
     ids = AutoTokenizer.from_pretrained(finished / "export")("def add(self, other):").input_ids
-    assert ids == Tokenizer.load(finished / "export").encode("def add(self, other):")
+    assert ids == Tokenizer.load(finished / "export").encode("def add(self, other):", bos=True)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
     engine = Engine(hf.load(finished / "export", mtp=False).eval(), EngineSettings(num_pages=8))
