@@ -6,7 +6,6 @@ What is trained and measured is in stages/quickstart; here it is only started, r
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import typer
@@ -27,7 +26,6 @@ def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> N
         say(f"{folder} holds a finished run; --fresh starts over, --out DIR makes another beside it")
     elif (folder / "checkpoints").exists():
         say(f"{folder} holds a run that was interrupted; going on")
-    start = time.monotonic()
     with TrainingView() as view:
         outcome = pretrain.run(config, folder, observe=view)
     if outcome.interrupted:
@@ -35,10 +33,10 @@ def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> N
         raise typer.Exit(130)
     say("comparing, drawing, writing")
     summary = quickstart.summarise(config, folder)
-    _print(summary, time.monotonic() - start)
+    _print(summary)
 
 
-def _print(summary: quickstart.Summary, seconds: float) -> None:
+def _print(summary: quickstart.Summary) -> None:
     console = Console()
     table = Table(title="Held-out text, bits per byte (lower is better)", title_justify="left")
     table.add_column("method")
@@ -56,7 +54,7 @@ def _print(summary: quickstart.Summary, seconds: float) -> None:
     for prompt, written in summary.samples:
         console.print(Panel(Text.assemble((prompt, "dim"), written), title="a sample", title_align="left"))
     console.print(
-        f"{summary.parameters / 1e6:.1f}M parameters, {seconds / 60:.1f} minutes. Pictures: "
+        f"{summary.parameters / 1e6:.1f}M parameters, {summary.minutes:.1f} minutes of training. Pictures: "
         + ", ".join(str(picture) for picture in summary.pictures),
         highlight=False,
     )

@@ -91,7 +91,7 @@ class Summary:
     """What a finished run shows."""
 
     parameters: int
-    minutes: float
+    minutes: float  # of training and evaluation, over all starts
     bits_per_byte: float
     baselines: Baselines
     samples: tuple[tuple[str, str], ...]  # (prompt, what the model wrote after it)
