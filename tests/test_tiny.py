@@ -19,6 +19,7 @@ import torch
 from shoal.checkpoint import hf
 from shoal.config.families import tiny
 from shoal.config.run import DataConfig, OptimConfig, RunConfig, TrainConfig
+from shoal.data.baselines import baselines
 from shoal.data.text import Tokenizer
 from shoal.engine.engine import Engine, EngineSettings
 from shoal.engine.sequence import SamplingParams
@@ -65,6 +66,7 @@ def test_the_summary_holds_the_model_against_compressors(config: RunConfig, fini
     text = b"".join(document.text.encode() for document in pretrain.split(config)[1])
     ids = Tokenizer.load(finished / "export").encode_many([text.decode()], bos=True, eos=True)
     assert 0 < summary.bits_per_byte < summary.baselines.unigram
+    assert summary.baselines == baselines(text)
     assert len(next(ids)) > 2
     for picture in summary.pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")

@@ -104,8 +104,8 @@ def summarise(config: RunConfig, folder: Path) -> Summary:
     # 1. The model as others load it, and the text it has not seen.
     model, tokenizer = hf.load(folder / "export").eval(), Tokenizer.load(folder / "export")
     held_out = Shard.open(folder / pretrain.SHARDS[1])
-    text = b"".join(document.text.encode() for document in pretrain.split(config)[1])
-    others = baselines(text)
+    text = tokenizer.decode(held_out.tokens.tolist(), skip_special=True)
+    others = baselines(text.encode())
 
     # 2. Its record.
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -129,7 +129,7 @@ def summarise(config: RunConfig, folder: Path) -> Summary:
         minutes=seconds / 60,
         bits_per_byte=evaluations[-1]["bits_per_byte"],
         baselines=others,
-        samples=_write(model, tokenizer, text.decode()),
+        samples=_write(model, tokenizer, text),
         export=folder / "export",
         pictures=pictures,
     )
@@ -149,7 +149,7 @@ def _draw_experts(model: Transformer, held_out: Shard, config: RunConfig) -> Fig
 def _write(model: Transformer, tokenizer: Tokenizer, held_out: str) -> tuple[tuple[str, str], ...]:
     """The model's own continuation of the first lines of two places in the held-out text."""
     engine = Engine(model, EngineSettings(max_sequences=2, cache_bytes=1 << 26))
-    middle = held_out.index("\n", len(held_out) // 2) + 1 if "\n" in held_out[len(held_out) // 2 :] else 0
+    middle = held_out.find("\n", len(held_out) // 2) + 1  # the start, where there is no line after the middle
     prompts = [_first_lines(held_out), _first_lines(held_out[middle:])]
     ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=0)
