@@ -81,11 +81,20 @@ def test_the_lock_is_public_and_in_step() -> None:
     )
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    wanted = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    named = {
+        "": project["project"]["dependencies"],
+        "dev": project["dependency-groups"]["dev"],
+        **project["project"]["optional-dependencies"],
+    }
     metadata = packages["shoal"]["metadata"]
-    locked = metadata["requires-dist"], metadata["requires-dev"]["dev"]
-    for named, kept in zip(wanted, locked, strict=True):
-        requirements = [Requirement(line) for line in named]
-        assert {(r.name.replace("_", "-"), str(r.specifier)) for r in requirements} == {
-            (r["name"], str(Requirement(r["name"] + r["specifier"]).specifier)) for r in kept
-        }, "pyproject.toml and uv.lock differ; run scripts/uv lock"
+    locked: dict[str, set[tuple[str, str]]] = {group: set() for group in named}
+    for group, rows in {"": metadata["requires-dist"], **metadata["requires-dev"]}.items():
+        for row in rows:
+            extra = re.fullmatch(r"extra == '(\w+)'", row.get("marker", ""))
+            kept = Requirement(row["name"] + row.get("specifier", ""))
+            locked[extra[1] if extra else group].add((kept.name, str(kept.specifier)))
+    for group, lines in named.items():
+        requirements = [Requirement(line) for line in lines]
+        assert {(r.name.replace("_", "-"), str(r.specifier)) for r in requirements} == locked[group], (
+            f"pyproject.toml and uv.lock differ in {group or 'dependencies'}; run scripts/uv lock"
+        )
