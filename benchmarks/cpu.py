@@ -35,7 +35,8 @@ from shoal.engine.engine import Engine, EngineSettings
 from shoal.engine.sequence import SamplingParams
 from shoal.model.transformer import Transformer
 from shoal.stages.quickstart import MODEL
-from shoal.train import loss
+from shoal.train.loss import NextToken
+from shoal.train.objective import Step
 
 SEQUENCES, LENGTH = 8, 512  # of a training step
 PROMPT, NEW = 64, 48  # of a decoded sequence
@@ -65,6 +66,7 @@ def their_model(experts: str) -> Any:
 def our_training(config: ModelConfig = CONFIG) -> Callable[[], None]:
     model = our_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    objective = NextToken(config.num_nextn_predict_layers, mtp_weight=0.3, balance_weight=1e-4)
     ids = tokens(SEQUENCES, LENGTH)
     weights = torch.ones(SEQUENCES, LENGTH)
     weights[:, -1] = 0
@@ -78,9 +80,7 @@ def our_training(config: ModelConfig = CONFIG) -> Callable[[], None]:
     )
 
     def step() -> None:
-        modules = config.num_nextn_predict_layers
-        losses = loss.compute(model, batch, loss.count([batch], modules), mtp_weight=0.3, balance_weight=1e-4)
-        losses.total.backward()
+        objective.compute(model, batch, Step(0, 1, objective.count([batch]))).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

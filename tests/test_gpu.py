@@ -21,7 +21,8 @@ from shoal.engine.sequence import SamplingParams
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from shoal.stages import pretrain
-from shoal.train import loss
+from shoal.train.loss import NextToken
+from shoal.train.objective import Step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FAMILIES = ("deepseek-v3", "deepseek-v2-lite", "deepseek-moe-16b", "qwen3-30b-a3b", "mixtral-8x7b")
@@ -59,8 +60,9 @@ def test_loss_and_gradients_are_those_of_the_cpu(family: str) -> None:
     losses = []
     for model, where in ((host, "cpu"), (device, "cuda")):
         batch = pack(where)
-        counts = loss.count([batch], model.config.num_nextn_predict_layers)
-        found = loss.compute(model, batch, counts, mtp_weight=0.3, balance_weight=1e-2)
+        modules = model.config.num_nextn_predict_layers
+        objective = NextToken(modules, mtp_weight=0.3, balance_weight=1e-2)
+        found = objective.compute(model, batch, Step(0, 1, objective.count([batch])))
         found.total.backward()
         losses.append(found.total.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -17,6 +17,7 @@ from shoal.batch import Batch
 from shoal.model.transformer import Transformer
 from shoal.ops.api import Routing
 from shoal.train import loss
+from shoal.train.objective import Share, Step
 from tests.train import parts
 
 
@@ -104,6 +105,19 @@ def literal_losses(model: Transformer, packed: Batch, modules: int) -> list[tupl
     return sums
 
 
+def share(
+    model: Transformer,
+    packed: Batch,
+    modules: int = 1,
+    *,
+    mtp_weight: float = 0.3,
+    balance_weight: float = 0.0,
+) -> Share:
+    """What a step of this one micro-batch minimises."""
+    objective = loss.NextToken(modules, mtp_weight=mtp_weight, balance_weight=balance_weight)
+    return objective.compute(model, packed, Step(0, 1, objective.count([packed])))
+
+
 def gradients(model: Transformer, value: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     value.backward()
@@ -114,28 +128,26 @@ def gradients(model: Transformer, value: Tensor) -> dict[str, Tensor]:
 def test_main_and_mtp_loss_equal_each_sequence_alone(modules: int) -> None:
     model = parts.model(parts.config(num_nextn_predict_layers=modules))
     packed = parts.batch(1)
-    counts = loss.count([packed], modules)
-    ours = loss.compute(model, packed, counts, mtp_weight=0.3, balance_weight=0.0)
+    ours = share(model, packed, modules)
     (main, main_count), *ahead = literal_losses(model, packed, modules)
-    assert (counts.main, *counts.mtp) == (main_count, *(count for _, count in ahead))
+    counts = loss.NextToken(modules, mtp_weight=0.3, balance_weight=0.0).count([packed])
+    assert counts.tolist() == [packed.num_tokens, main_count, *(count for _, count in ahead)]
     mtp = torch.stack([total / count for total, count in ahead]).mean()
-    assert_close(ours.main, main / main_count)
-    assert_close(ours.mtp, mtp)
+    assert_close(ours.terms["loss"], main / main_count)
+    assert_close(ours.terms["mtp"], mtp)
     expected = gradients(model, main / main_count + 0.3 * mtp)
     assert_close(gradients(model, ours.total), expected)
 
 
 def test_balance_of_the_model_is_summed_over_layers_prediction_module_included() -> None:
     model, packed = parts.model(), parts.batch(2)
-    counts = loss.count([packed], 1)
-    ours = loss.compute(model, packed, counts, mtp_weight=0.3, balance_weight=10.0)
-    plain = loss.compute(model, packed, counts, mtp_weight=0.3, balance_weight=0.0)
+    ours, plain = share(model, packed, balance_weight=10.0), share(model, packed)
     out = model(packed)
     assert packed.targets_T is not None
     routing = [*out.routing, *model.predict_ahead(out.hidden_TD, packed.targets_T, packed).routing]
     assert len(routing) == len(ours.experts) == 3
     term = torch.stack([literal_balance(layer, parts.LENGTHS) for layer in routing]).sum() / packed.num_tokens
-    assert_close(ours.balance, term / 3)
+    assert_close(ours.terms["balance"], term / 3)
     expected = gradients(model, plain.total + 10.0 * term)
     assert_close(gradients(model, ours.total), expected)
 
@@ -153,12 +165,12 @@ def test_micro_batches_add_up_to_the_step() -> None:
 
     def step(batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor]:
         model.zero_grad()
-        counts = loss.count(batches, 1)
-        terms = torch.zeros(3)
+        objective = loss.NextToken(1, mtp_weight=0.3, balance_weight=0.1)
+        counts, terms = objective.count(batches), torch.zeros(3)
         for batch in batches:
-            losses = loss.compute(model, batch, counts, mtp_weight=0.3, balance_weight=0.1)
-            losses.total.backward()
-            terms += torch.stack([losses.main, losses.mtp, losses.balance])
+            part = objective.compute(model, batch, Step(0, 1, counts))
+            part.total.backward()
+            terms += torch.stack(list(part.terms.values()))
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, terms
 
     assert_close(step([first, second]), step([whole]))
@@ -166,8 +178,8 @@ def test_micro_batches_add_up_to_the_step() -> None:
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:
     model, packed = parts.model(), parts.batch(5)
-    losses = loss.compute(model, packed, loss.count([packed], 0), mtp_weight=0.0, balance_weight=0.0)
-    assert losses.mtp == losses.balance == 0
+    losses = share(model, packed, mtp_weight=0.0)
+    assert losses.terms.keys() == {"loss"}
     untouched = {name for name, _ in model.named_parameters() if name.startswith("model.layers.3.")}
     assert untouched
     assert not untouched & gradients(model, losses.total).keys()
@@ -175,7 +187,7 @@ def test_a_term_of_weight_zero_is_not_computed() -> None:
 
 def test_a_batch_where_nothing_counts_is_a_loss_of_zero() -> None:
     model, packed = parts.model(), parts.batch(6, (1, 1))
-    losses = loss.compute(model, packed, loss.count([packed], 1), mtp_weight=0.3, balance_weight=0.0)
+    losses = share(model, packed)
     assert losses.total == 0
     assert all((grad == 0).all() for grad in gradients(model, losses.total).values())
 
@@ -185,8 +197,5 @@ def test_a_mean_is_over_targets_that_count_whatever_they_weigh() -> None:
     assert packed.weights_T is not None
     doubled = replace(packed, weights_T=-2 * packed.weights_T)
     model = parts.model()
-    one, two = (
-        loss.compute(model, batch, loss.count([batch], 1), mtp_weight=0.3, balance_weight=0.0)
-        for batch in (packed, doubled)
-    )
+    one, two = (share(model, batch) for batch in (packed, doubled))
     assert_close(two.total, -2 * one.total)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shoal.model.transformer import Transformer
 from shoal.train.loss import count_assignments
+from shoal.train.objective import Reduce, alone
 
 
 class Balancer:
@@ -41,9 +42,9 @@ class Balancer:
             self.load_LE[:L] += count_assignments(experts_LTK.view(L * T, K), self.load_LE.shape[1], layer, L)
 
     @torch.no_grad()
-    def update(self) -> Tensor:
-        """Move the biases by the loads counted since the last update, and return those loads (L, E)."""
-        load_LE = self.load_LE
+    def update(self, reduce: Reduce = alone) -> Tensor:
+        """Move the biases by the loads of all processes since the last update; return those loads (L, E)."""
+        load_LE = reduce(self.load_LE)
         self.load_LE = torch.zeros_like(load_LE)
         # Below or above the mean, asked in integers: E * load against the sum has no rounding.
         below_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[1] * load_LE)

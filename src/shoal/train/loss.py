@@ -1,4 +1,4 @@
-"""What a training step minimises: main loss, multi-token prediction, and balance within a sequence.
+"""What pretraining minimises: main loss, multi-token prediction, and balance within a sequence.
 
   L = CE(next token) + lambda/D * sum_k CE(token k + 2 of module k) + alpha * sum over layers of L_balance
   (DeepSeek-V3, arXiv 2412.19437, eq. 17-20 and 24-25)
@@ -17,7 +17,7 @@ Shape letters: T tokens, S sequences, E experts, K experts per token, D hidden, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,38 +26,58 @@ from shoal.batch import Batch
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
 from shoal.ops.api import Routing
+from shoal.train.objective import Share, Step
 
 
-@dataclass(frozen=True, eq=False)
-class Counts:
-    """What the sums of a step are divided by, over all its micro-batches."""
+class NextToken:
+    """The objective of pretraining. `modules` is the number of prediction modules that are trained.
 
-    main: Tensor  # targets that count, at least 1
-    mtp: tuple[Tensor, ...]  # the same for each prediction module
-    tokens: int
+    Its terms: `loss`, `mtp` (mean over modules, before lambda), `balance` (mean over layers, before alpha: 1
+    where every sequence is even). A term of weight 0 is not computed.
+    """
 
+    def __init__(self, modules: int, *, mtp_weight: float, balance_weight: float) -> None:
+        self.modules = modules if mtp_weight else 0
+        self.mtp_weight = mtp_weight
+        self.balance_weight = balance_weight
 
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """One micro-batch's share of each term of the step: shares add up. `total` is what is differentiated."""
-
-    total: Tensor
-    main: Tensor
-    mtp: Tensor  # mean over modules, before lambda
-    balance: Tensor  # mean over layers, before alpha: 1 where every sequence is even
-    experts: tuple[Tensor, ...]  # (T, K) of every layer that routes, prediction modules last
-
-
-def count(batches: Sequence[Batch], modules: int) -> Counts:
-    """The counts of one step; `modules` is the number of prediction modules that are trained."""
-    counted = []
-    for batch in batches:
-        for _ in range(modules + 1):
+    def count(self, batches: Sequence[Batch]) -> Tensor:
+        """Tokens, targets that count, and the same for each prediction module: (2 + modules,) int64."""
+        counted = []
+        for batch in batches:
             assert batch.weights_T is not None
-            counted.append(batch.weights_T.count_nonzero())
-            batch = look_ahead(batch)
-    main, *mtp = torch.stack(counted).view(-1, modules + 1).sum(0).clamp(min=1).unbind()
-    return Counts(main, tuple(mtp), sum(batch.num_tokens for batch in batches))
+            counted.append(batch.weights_T.new_full((), batch.num_tokens, dtype=torch.int64))
+            for depth in range(self.modules + 1):
+                ahead = look_ahead(batch) if depth else batch
+                assert ahead.weights_T is not None
+                counted.append(ahead.weights_T.count_nonzero())
+                batch = ahead
+        return torch.stack(counted).view(-1, self.modules + 2).sum(0)
+
+    def compute(self, model: Transformer, batch: Batch, step: Step) -> Share:
+        tokens, targets, *ahead_targets = step.counts.clamp(min=1).unbind()
+        out, head_VD = model(batch), model.head_weight()
+        routing = list(out.routing)
+        total = main = cross_entropy(out.hidden_TD, head_VD, batch) / targets
+        terms = {"loss": main.detach()}
+        if self.modules:
+            mtp, ahead = main.new_zeros(()), batch
+            for depth, count in enumerate(ahead_targets):
+                assert ahead.targets_T is not None
+                out = model.predict_ahead(out.hidden_TD, ahead.targets_T, batch, depth)
+                routing += out.routing
+                ahead = look_ahead(ahead)
+                mtp = mtp + cross_entropy(out.hidden_TD, head_VD, ahead) / count
+            mtp = mtp / self.modules
+            total = total + self.mtp_weight * mtp
+            terms["mtp"] = mtp.detach()
+        if self.balance_weight and routing:
+            balance = main.new_zeros(())
+            for layer in routing:
+                balance = balance + sequence_balance(layer, batch.cu_seqlens_S1) / tokens
+            total = total + self.balance_weight * balance
+            terms["balance"] = balance.detach() / len(routing)
+        return Share(total, terms, tuple(layer.experts_TK for layer in routing))
 
 
 def look_ahead(batch: Batch) -> Batch:
@@ -68,32 +88,6 @@ def look_ahead(batch: Batch) -> Batch:
     next_T = torch.arange(1, batch.num_tokens + 1, device=ends_S.device).index_copy_(0, ends_S, ends_S)
     weights_T = batch.weights_T[next_T].index_fill_(0, ends_S, 0.0)
     return replace(batch, targets_T=batch.targets_T[next_T], weights_T=weights_T)
-
-
-def compute(
-    model: Transformer, batch: Batch, counts: Counts, *, mtp_weight: float, balance_weight: float
-) -> Losses:
-    """Run the model on a micro-batch and add up its losses. A term of weight 0 is not computed, and is 0."""
-    out, head_VD = model(batch), model.head_weight()
-    routing = list(out.routing)
-    total = main = cross_entropy(out.hidden_TD, head_VD, batch) / counts.main
-    mtp = balance = main.new_zeros(())
-    if mtp_weight and counts.mtp:
-        ahead = batch
-        for depth, targets in enumerate(counts.mtp):
-            assert ahead.targets_T is not None
-            out = model.predict_ahead(out.hidden_TD, ahead.targets_T, batch, depth)
-            routing += out.routing
-            ahead = look_ahead(ahead)
-            mtp = mtp + cross_entropy(out.hidden_TD, head_VD, ahead) / targets
-        mtp = mtp / len(counts.mtp)
-        total = total + mtp_weight * mtp
-    if balance_weight and routing:
-        for layer in routing:
-            balance = balance + sequence_balance(layer, batch.cu_seqlens_S1) / counts.tokens
-        total = total + balance_weight * balance
-        balance = balance / len(routing)
-    return Losses(total, main.detach(), mtp.detach(), balance.detach(), tuple(r.experts_TK for r in routing))
 
 
 def cross_entropy(hidden_TD: Tensor, head_VD: Tensor, batch: Batch) -> Tensor:

@@ -20,20 +20,21 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Losses in nats, before their weights; `balance` is 1 where all sequences are
-    even."""
+    """One optimizer step. `terms` are the objective's, before their weights; "loss" is one of them."""
 
     step: int  # steps done, this one included
     steps: int  # of the whole run
-    loss: float
-    mtp: float
-    balance: float
+    terms: Mapping[str, float]
     lr: float
     grad_norm: float  # before clipping
     tokens: int  # since the run began
     max_violation: tuple[float, ...]  # MaxVio of each layer that routes, prediction modules last
     seconds: float  # this step alone
     tokens_per_second: float
+
+    @property
+    def loss(self) -> float:
+        return self.terms["loss"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,13 @@ _TIMING = ("seconds", "tokens_per_second")
 
 
 def to_line(event: StepReport | EvaluationReport) -> dict[str, Any]:
-    """An event as a line of metrics.jsonl: `kind`, its fields, and apart from them its `timing`."""
-    fields = {name: value for name, value in vars(event).items() if name not in _TIMING}
+    """An event as a line of metrics.jsonl: `kind`, its fields, each term by its name, and its `timing`."""
+    fields: dict[str, Any] = {}
+    for name, value in vars(event).items():
+        if name not in _TIMING:
+            fields |= value if name == "terms" else {name: value}
+    if isinstance(event, StepReport) and (taken := event.terms.keys() & vars(event).keys()):
+        raise ValueError(f"the objective names a term {min(taken)!r}, which a step has already; rename it")
     timing = {name: round(value, 6) for name, value in vars(event).items() if name in _TIMING}
     return {"kind": "step" if isinstance(event, StepReport) else "evaluation", **fields, "timing": timing}
 

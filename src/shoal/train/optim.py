@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from shoal.config.run import OptimConfig
 
+Trainable = Mapping[str, Tensor | None]  # a parameter's name -> the rows that learn (int64), None for all
+
 _BATCH_ELEMENTS = 1 << 24  # of Muon's matrices orthogonalised together: 64 MiB of float32
 
 
@@ -45,14 +47,27 @@ def learning_rate(step: int, settings: OptimConfig, steps: int) -> float:
 
 
 class Optimizer:
-    """Updates a model's parameters from their gradients, and names its state for a checkpoint."""
+    """Updates a model's parameters from their gradients, and names its state for a checkpoint.
 
-    def __init__(self, model: nn.Module, settings: OptimConfig) -> None:
+    `trainable` names the parameters that learn, each whole (None) or in some rows of its first dimension,
+    which are experts where they are stacked. Without it, all that want a gradient do. Nothing is kept for
+    the rest.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimConfig, trainable: Trainable | None = None) -> None:
         # named_parameters gives a tied parameter once.
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
-            name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self.parameters.items()
+        parameters = dict(model.named_parameters())
+        if trainable is None:
+            trainable = {name: None for name, p in parameters.items() if p.requires_grad}
+        if strangers := trainable.keys() - parameters.keys():
+            raise ValueError(f"the model has no parameter {min(strangers)!r} to train")
+        self.parameters = {name: p for name, p in parameters.items() if name in trainable}
+        self.rows = {
+            name: rows.to(self.parameters[name].device)
+            for name, rows in trainable.items()
+            if rows is not None
         }
+        self.masters = {name: self._master(name, p.detach()) for name, p in self.parameters.items()}
         muon = {
             name: p
             for name, p in self.masters.items()
@@ -61,14 +76,32 @@ class Optimizer:
         self.muon = Muon(muon, settings.weight_decay)
         self.adamw = AdamW({name: p for name, p in self.masters.items() if name not in muon}, settings)
 
+    def _master(self, name: str, p: Tensor) -> Tensor:
+        if (rows := self.rows.get(name)) is not None:
+            return p.index_select(0, rows).float()
+        return self.parameters[name] if p.dtype == torch.float32 else p.float()
+
+    def gradients(self) -> list[Tensor]:
+        """Of what learns, to be measured and clipped in place. Rows that do not learn are zeroed."""
+        for name, rows in self.rows.items():
+            if (grad := self.parameters[name].grad) is not None:
+                kept = grad.index_select(0, rows)
+                grad.zero_().index_copy_(0, rows, kept)
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for p, master in self._narrow():
-            master.grad = None if p.grad is None else p.grad.float()
+        for name, p, master in self._copied():
+            rows = self.rows.get(name)
+            grad = p.grad if p.grad is None or rows is None else p.grad.index_select(0, rows)
+            master.grad = None if grad is None else grad.float()
         self.adamw.step(lr)
         self.muon.step(lr)
-        for p, master in self._narrow():
-            p.copy_(master)
+        for name, p, master in self._copied():
+            if (rows := self.rows.get(name)) is None:
+                p.copy_(master)
+            else:
+                p.index_copy_(0, rows, master.to(p.dtype))
             master.grad = None
 
     def zero_grad(self) -> None:
@@ -86,11 +119,11 @@ class Optimizer:
             **{f"{name}.momentum": tensor for name, tensor in self.muon.momenta.items()},
         }
 
-    def _narrow(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter that has a float32 master, with it."""
+    def _copied(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each parameter whose master is a tensor of its own, with it."""
         for name, p in self.parameters.items():
             if (master := self.masters[name]) is not p:
-                yield p, master
+                yield name, p, master
 
 
 def _is_embedding(name: str) -> bool:

@@ -5,6 +5,9 @@ step does depends on the state at its start and on its number, so a run that was
 resumed is bit for bit the run that was not. The state is weights, router biases, optimizer, generators and
 the step, which is also the place in the data: batch i of the run is `batches(i)`.
 
+What is minimised is an Objective's business, and which parameters learn the caller's: frozen ones take no
+gradient and no memory here, nor in checkpoints. A sum over processes is a function passed in (`reduce`).
+
 Ctrl-C and SIGTERM finish the step, save, and return. A loss or gradient that is not finite stops the run
 before it touches a weight. Where batches come from and what is done with the model is for the stage;
 watching, for an Observer.
@@ -41,7 +44,8 @@ from shoal.train.metrics import (
     bits_per_byte,
     to_line,
 )
-from shoal.train.optim import Optimizer, learning_rate
+from shoal.train.objective import Objective, Reduce, Step, alone
+from shoal.train.optim import Optimizer, Trainable, learning_rate
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Trainer:
         folder: Path,
         *,
         generator: torch.Generator,
+        objective: Objective
+        | None = None,  # next token, prediction modules and balance, as settings weigh them
+        trainable: Trainable | None = None,  # all that the model has
+        reduce: Reduce = alone,
         evaluation: Evaluation | None = None,
         recipe: Mapping[str, Any] | None = None,
         observe: Observer = lambda event: None,
@@ -86,7 +94,15 @@ class Trainer:
         self.recipe = recipe  # JSON that checkpoints carry, for people
         self.observe = observe
         self.device = model.head_weight().device
-        self.optimizer = Optimizer(model, settings.optim)
+        self.objective = objective or loss.NextToken(
+            model.config.num_nextn_predict_layers,
+            mtp_weight=settings.mtp_loss_weight,
+            balance_weight=settings.balance.sequence_loss,
+        )
+        self.reduce = reduce
+        self.optimizer = Optimizer(model, settings.optim, trainable)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self.optimizer.parameters)
         self.balancer = Balancer(model, settings.balance.bias_update_speed)
         self.generators = {"run": generator, "torch": torch.default_generator}
         if self.device.type == "cuda":
@@ -141,18 +157,19 @@ class Trainer:
         # 1. Accumulate the gradients of the micro-batches.
         batches = self._next_batches()
         terms = self._accumulate(batches)
-        grads = [p.grad for p in self.optimizer.parameters.values() if p.grad is not None]
+        grads = self.optimizer.gradients()
         norm = torch.nn.utils.get_total_norm(grads)
         # 2. The one wait for the device: what is not finite goes no further.
-        main, mtp, balance, grad_norm = torch.cat([terms, norm.view(1)]).tolist()
-        self._refuse_nonfinite(main, mtp, balance, grad_norm)
+        *values, grad_norm = torch.stack([*terms.values(), norm]).tolist()
+        told = dict(zip(terms, values, strict=True))
+        self._refuse_nonfinite(told, grad_norm)
         # 3. Clip, update, balance.
         if grad_norm > settings.optim.clip:
             torch._foreach_mul_(grads, settings.optim.clip / grad_norm)
         lr = learning_rate(self.step, settings.optim, settings.steps)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
-        load_LE = self.balancer.update()
+        load_LE = self.balancer.update(self.reduce)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
         self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
@@ -161,9 +178,7 @@ class Trainer:
         report = StepReport(
             step=self.step,
             steps=settings.steps,
-            loss=main,
-            mtp=mtp,
-            balance=balance,
+            terms=told,
             lr=lr,
             grad_norm=grad_norm,
             tokens=self.tokens,
@@ -177,27 +192,21 @@ class Trainer:
         first = self.step * self.settings.accumulation
         return [_move(self.batches(first + i), self.device) for i in range(self.settings.accumulation)]
 
-    def _accumulate(self, batches: list[Batch]) -> Tensor:
-        """Add up the gradients of the step's micro-batches; its main, MTP and balance losses, (3,)."""
-        settings = self.settings
-        modules = self.model.config.num_nextn_predict_layers if settings.mtp_loss_weight else 0
-        counts = loss.count(batches, modules)
-        terms = torch.zeros(3, device=self.device)
+    def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Add up the gradients of the step's micro-batches, and the objective's terms."""
+        step = Step(self.step, self.settings.steps, self.reduce(self.objective.count(batches)))
+        shares: list[Mapping[str, Tensor]] = []
         for batch in batches:
-            losses = loss.compute(
-                self.model,
-                batch,
-                counts,
-                mtp_weight=settings.mtp_loss_weight,
-                balance_weight=settings.balance.sequence_loss,
-            )
-            losses.total.backward()
-            self.balancer.count(losses.experts)
-            terms += torch.stack([losses.main, losses.mtp, losses.balance])
-        return terms
+            share = self.objective.compute(self.model, batch, step)
+            share.total.backward()
+            self.balancer.count(share.experts)
+            shares.append(share.terms)
+        if "loss" not in shares[0]:
+            raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")
+        return {name: self.reduce(torch.stack([terms[name] for terms in shares]).sum()) for name in shares[0]}
 
-    def _refuse_nonfinite(self, main: float, mtp: float, balance: float, grad_norm: float) -> None:
-        values = {"loss": main, "MTP loss": mtp, "balance loss": balance, "gradient norm": grad_norm}
+    def _refuse_nonfinite(self, terms: Mapping[str, float], grad_norm: float) -> None:
+        values = {**terms, "gradient norm": grad_norm}
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             return
@@ -249,8 +258,9 @@ class Trainer:
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the run's state: the live ones, but for copies of the generators'."""
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         return {
-            "model": self.model.state_dict(),
+            "model": {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen},
             "optimizer": self.optimizer.state(),
             "generators": {name: generator.get_state() for name, generator in self.generators.items()},
         }
