@@ -230,6 +230,10 @@ def test_cancelling_frees_the_pages_and_hurts_nobody(v3: Transformer, prompts: l
     assert engine.cancel(goes)  # while its prompt is being read
     assert engine.cancel(waits)  # before it began
     assert not engine.cancel(goes)
+    step = engine.step()
+    ends = [(event.request, event.token, event.finish) for event in step[:2]]
+    assert ends == [(goes, None, "cancelled"), (waits, None, "cancelled")]
+    tokens += [event.token for event in step[2:]]
     while engine.busy:
         step = engine.step()
         assert {event.request for event in step} == {stays}
@@ -252,9 +256,10 @@ def test_hundreds_of_requests_leave_every_page_free() -> None:
 
     def step() -> None:
         for event in engine.step():
-            got[event.request] += 1
-            if event.finish:
-                live.remove(event.request)
+            if event.finish != "cancelled":
+                got[event.request] += 1
+                if event.finish:
+                    live.remove(event.request)
 
     for _ in range(300):
         ids = [draw.randrange(3) for _ in range(draw.randint(1, 40))]
@@ -267,9 +272,9 @@ def test_hundreds_of_requests_leave_every_page_free() -> None:
             gone = live.pop(draw.randrange(len(live)))
             assert engine.cancel(gone)
             del wanted[gone], got[gone]
-    while live:
+    while engine.busy:
         step()
-    assert not engine.busy
+    assert not live
     assert got == wanted
     assert engine.scheduler.num_preemptions > 0
     assert engine.scheduler.num_positions_remembered > 0
@@ -392,16 +397,21 @@ def test_generate_refuses_what_it_would_mix_up(v3: Transformer) -> None:
         engine.generate([[1]], GREEDY)
 
 
-def test_broken_weights_stop_with_the_request_and_the_rest_can_go_on(v3: Transformer) -> None:
+def test_broken_weights_end_the_request_and_the_rest_goes_on(v3: Transformer) -> None:
     model = copy.deepcopy(v3)
     engine = Engine(model, PLAIN)
     sound, broken = engine.add([1, 2], GREEDY), engine.add([3, 4], GREEDY)
     with torch.no_grad():
         model.model.embed_tokens.weight[4] = math.nan
-    with pytest.raises(FloatingPointError, match=f"request {broken}: the logits of token 2 are not finite"):
-        engine.step()
-    assert engine.cancel(broken)
-    tokens = []
+    events = []
     while engine.busy:
-        tokens += [event.token for event in engine.step() if event.request == sound]
+        events += engine.step()
+    (end,) = [event for event in events if event.request == broken]
+    assert (end.token, end.finish) == (None, "error")
+    assert end.error is not None
+    assert f"request {broken}: the logits of token 2 are not finite" in end.error
+    tokens = [event.token for event in events if event.request == sound]
     assert tuple(tokens) == serve_alone(v3, [[1, 2]], [GREEDY])[0].ids
+    with pytest.raises(FloatingPointError, match="the logits of token 2 are not finite"):
+        engine.generate([[3, 4]], GREEDY)
+    assert engine.pool.num_free == PLAIN.num_pages

@@ -63,3 +63,22 @@ def test_stop_tokens_are_banned_until_the_least_number_is_there() -> None:
         banned.append(sequence.banned_ids)
         sequence.append(0)
     assert banned == [{9}, {9}, set(), set()]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (dict(frequency_penalty=float("nan")), "frequency_penalty is nan; it must be finite"),
+        (dict(repetition_penalty=0.0), "repetition_penalty is 0.0; it must be finite and above 0"),
+        (dict(logit_bias=((1, 2.0), (1, 3.0))), "logit_bias is .* one finite number an id"),
+        (dict(think_end_id=3), "think_end_id is 3; it must be None where there is no grammar"),
+        (dict(max_tokens=0, prompt_logprobs=-1), "prompt_logprobs is -1; it must be at least 0"),
+    ],
+)
+def test_wishes_that_contradict_themselves_are_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**params)
+
+
+def test_a_prompt_may_be_read_for_its_log_probabilities_alone() -> None:
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0

@@ -348,6 +348,8 @@ def _generate(
 
     while finish is None:
         for event in engine.step():
+            if event.token is None or event.logprob is None:
+                raise FloatingPointError(event.error)
             ids.append(event.token)
             logprobs.append(event.logprob)
             finish = event.finish

@@ -53,6 +53,10 @@ def _answer(engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: Sam
     try:
         while finish is None:
             for event in engine.step():
+                if event.request != request:
+                    continue  # the end of an answer that Ctrl-C ended
+                if event.token is None:
+                    raise FloatingPointError(event.error)
                 finish = event.finish
                 piece = stream.push([event.token])
                 text += piece

@@ -16,13 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from torch import Tensor
 
 from shoal.engine.blocks import BlockPool
+from shoal.engine.grammar import Vocabulary
 from shoal.engine.runner import Runner, count_page_bytes
 from shoal.engine.sampling import Draw, Sample, hash_pair, sample
 from shoal.engine.scheduler import Pick, Scheduler
 from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
+from shoal.engine.stats import Stats
 from shoal.model.transformer import Transformer
 
 
@@ -57,15 +62,27 @@ class EngineSettings:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
 
 
+Top = tuple[tuple[int, float], ...]  # (token, logprob), best first
+
+
 @dataclass(frozen=True)
 class Event:
-    """A request got a token; its last one if `finish` says so."""
+    """A request got a token, or ended, or both.
+
+    `token` and `logprob` are None where it ended without one: it was cancelled, its logits are not numbers
+    (`error` says which), or it asked for none.
+    """
 
     request: int
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # as many (token, logprob) as the request asked for
+    token: int | None
+    logprob: float | None
+    top: Top  # as many as the request asked for
     finish: FinishReason | None
+    cached: int = 0  # positions of the prompt that the prefix cache had
+    prompt_logprobs: tuple[float, ...] | None = None  # on the first: of each prompt token but the first
+    prompt_tops: tuple[Top, ...] | None = None
+    routing: Tensor | None = field(default=None, compare=False)  # on the last: (positions - 1, L, K) int16
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,13 +91,21 @@ class Completion:
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    tops: tuple[tuple[tuple[int, float], ...], ...]
+    tops: tuple[Top, ...]
     finish: FinishReason
+    cached: int = 0
+    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_tops: tuple[Top, ...] | None = None
+    routing: Tensor | None = field(default=None, compare=False)
 
 
 class Engine:
-    def __init__(self, model: Transformer, settings: EngineSettings) -> None:
-        self.config, self.settings = model.config, settings
+    """`vocabulary`, what the ids mean, is needed by requests with a grammar alone."""
+
+    def __init__(
+        self, model: Transformer, settings: EngineSettings, vocabulary: Vocabulary | None = None
+    ) -> None:
+        self.config, self.settings, self.vocabulary = model.config, settings, vocabulary
         self.pool = BlockPool(
             _count_pages(model, settings), settings.page_size, remember=settings.prefix_cache
         )
@@ -92,16 +117,27 @@ class Engine:
         self._eos_ids = frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
         self._live: dict[int, Sequence] = {}
         self._num_requests = 0
+        self._ended: list[Event] = []  # told by the next step
+        self._generated = self._steps = 0
+        self._step_seconds = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits or runs: `step` until none does."""
-        return bool(self._live)
+        """Whether a request waits or runs, or an end is still to be told: `step` until none is."""
+        return bool(self._live or self._ended)
 
     def add(self, ids: list[int], params: SamplingParams) -> int:
         """Queue a request and name it. One that could never be served is refused."""
         self._check_ids("prompt", ids)
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._check_vocabulary("logit_bias", (token for token, _ in params.logit_bias))
+        for name, wish in (
+            ("grammar", params.grammar),
+            ("prompt_logprobs", params.prompt_logprobs),
+            ("routing", params.routing or None),
+        ):
+            if wish is not None:
+                raise ValueError(f"{name} is {wish}; this version of the engine does not serve it yet")
         if params.logprobs > self.config.vocab_size:
             raise ValueError(
                 f"logprobs is {params.logprobs}; the vocabulary has {self.config.vocab_size} tokens"
@@ -121,37 +157,54 @@ class Engine:
         return request
 
     def cancel(self, request: int) -> bool:
-        """Drop a request and free its pages. False if there is none: it may just have finished."""
-        sequence = self._live.pop(request, None)
-        if sequence is None:
-            return False
-        self.scheduler.remove(sequence)
-        return True
+        """Drop a request and free its pages; its last event, "cancelled", comes with the next step. False if
+        there is none: it may just have finished."""
+        sequence = self._drop(request)
+        if sequence is not None:
+            self._ended.append(self._end(sequence, "cancelled"))
+        return sequence is not None
 
     def step(self) -> list[Event]:
         """Run the model once: a token for each request whose prompt has been read; nothing if nothing lives.
 
-        FloatingPointError if a request's logits are not numbers: it has not moved, nor has any other.
+        A request whose logits are not numbers ends with an error; the others go on.
         """
+        start = perf_counter()
+        ended, self._ended = self._ended, []
         picks = self.scheduler.schedule()
         if not picks:
-            return []
+            return ended
         logits_SV = self.runner.run(picks)
         ready = [pick.sequence for pick in picks if pick.samples]
         samples = sample(logits_SV, [_draw(sequence) for sequence in ready])
-        for sequence, drawn in zip(ready, samples, strict=True):
-            if not math.isfinite(drawn.logprob):
-                raise FloatingPointError(
-                    f"request {sequence.request}: the logits of token {len(sequence.ids)} are not finite; "
-                    f"the weights are broken, or overflow {self.runner.pages[0].dtype}"
-                )
         self.scheduler.commit(picks, [drawn.token for drawn in samples])
-        return [self._report(sequence, drawn) for sequence, drawn in zip(ready, samples, strict=True)]
+        events = [self._report(sequence, drawn) for sequence, drawn in zip(ready, samples, strict=True)]
+        self._steps += 1
+        self._step_seconds += perf_counter() - start
+        return ended + events
+
+    def stats(self) -> Stats:
+        scheduler = self.scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=self.pool.num_pages,
+            pages_free=self.pool.num_free,
+            prompt_positions=scheduler.num_positions_admitted,
+            prompt_positions_cached=scheduler.num_positions_remembered,
+            preemptions=scheduler.num_preemptions,
+            generated=self._generated,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+        )
 
     def generate(
         self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
     ) -> list[Completion]:
-        """Serve these prompts to their end, with params for all or for each. An error leaves none behind."""
+        """Serve these prompts to their end, with params for all or for each. An error leaves none behind.
+
+        FloatingPointError if the logits of one are not numbers.
+        """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         if len(each) != len(prompts):
             raise ValueError(
@@ -165,10 +218,12 @@ class Engine:
                 events[self.add(ids, wish)] = []
             while self.busy:
                 for event in self.step():
+                    if event.error is not None:
+                        raise FloatingPointError(event.error)
                     events[event.request].append(event)
         finally:
             for request in events:
-                self.cancel(request)
+                self._drop(request)
         return [_complete(of_request) for of_request in events.values()]
 
     def score(self, ids: list[int]) -> list[float]:
@@ -232,10 +287,37 @@ class Engine:
         )
         return wanted
 
+    def _drop(self, request: int) -> Sequence | None:
+        sequence = self._live.pop(request, None)
+        if sequence is not None and sequence.finish is None:
+            self.scheduler.remove(sequence)
+        return sequence
+
+    def _end(self, sequence: Sequence, finish: FinishReason, error: str | None = None) -> Event:
+        """The last event of a request that got no token with it."""
+        return Event(sequence.request, None, None, (), finish, cached=sequence.cached, error=error)
+
     def _report(self, sequence: Sequence, drawn: Sample) -> Event:
+        if not math.isfinite(drawn.logprob):
+            self._drop(sequence.request)
+            place = len(sequence.ids) - 1
+            return self._end(
+                sequence,
+                "error",
+                f"request {sequence.request}: the logits of token {place} are not finite; "
+                f"the weights are broken, or overflow {self.runner.pages[0].dtype}",
+            )
         if sequence.finish:
             del self._live[sequence.request]
-        return Event(sequence.request, drawn.token, drawn.logprob, drawn.top, sequence.finish)
+        self._generated += 1
+        return Event(
+            sequence.request,
+            drawn.token,
+            drawn.logprob,
+            drawn.top,
+            sequence.finish,
+            cached=sequence.cached,
+        )
 
 
 def _count_pages(model: Transformer, settings: EngineSettings) -> int:
@@ -254,15 +336,26 @@ def _count_pages(model: Transformer, settings: EngineSettings) -> int:
 
 def _draw(sequence: Sequence) -> Draw:
     """How the next token of a sequence is drawn."""
-    return Draw(sequence.params, sequence.seed, len(sequence.ids), sequence.banned_ids)
+    return Draw(
+        sequence.params,
+        sequence.seed,
+        len(sequence.ids),
+        sequence.banned_ids,
+        tuple(sequence.ids[: sequence.num_prompt]),
+        tuple(sequence.ids[sequence.num_prompt :]),
+    )
 
 
 def _complete(events: list[Event]) -> Completion:
-    finish = events[-1].finish
-    assert finish is not None
+    first, last = events[0], events[-1]
+    assert last.finish is not None
     return Completion(
-        ids=tuple(event.token for event in events),
-        logprobs=tuple(event.logprob for event in events),
-        tops=tuple(event.top for event in events),
-        finish=finish,
+        ids=tuple(event.token for event in events if event.token is not None),
+        logprobs=tuple(event.logprob for event in events if event.logprob is not None),
+        tops=tuple(event.top for event in events if event.token is not None),
+        finish=last.finish,
+        cached=first.cached,
+        prompt_logprobs=first.prompt_logprobs,
+        prompt_tops=first.prompt_tops,
+        routing=last.routing,
     )

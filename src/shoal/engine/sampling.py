@@ -30,6 +30,8 @@ class Draw(NamedTuple):
     seed: int
     position: int  # of the token to draw, in its sequence
     banned_ids: frozenset[int] = frozenset()
+    prompt_ids: tuple[int, ...] = ()  # of the sequence, for the penalties
+    text_ids: tuple[int, ...] = ()
 
 
 class Sample(NamedTuple):
@@ -61,19 +63,35 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits_SV: Tensor, draws: list[Draw]) -> list[Sample]:
     """One token for each row. NaN or +inf in a row shows as a log-probability that is not finite."""
     logits_SV = logits_SV.float()
-    tokens_S1 = _choose(_ban(logits_SV, draws), draws)
+    tokens_S1 = _choose(_bend(logits_SV, draws), draws)
     total_S1 = logits_SV.logsumexp(-1, keepdim=True)
     logprobs_S1 = logits_SV.gather(1, tokens_S1) - total_S1
     tops = _list_top(logits_SV, total_S1, [draw.params.logprobs for draw in draws])
     return list(map(Sample, tokens_S1.flatten().tolist(), logprobs_S1.flatten().tolist(), tops))
 
 
-def _ban(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
-    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned_ids]
-    if not banned:
-        return logits_SV
-    rows, tokens = torch.tensor(banned, device=logits_SV.device).unbind(1)
-    return logits_SV.index_put((rows, tokens), logits_SV.new_tensor(float("-inf")))
+def _bend(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
+    """What is asked for before the logits are a distribution: penalties, biases, bans, in this order."""
+    bent_SV = logits_SV
+    for row, draw in enumerate(draws):
+        params = draw.params
+        penalised = params.frequency_penalty, params.presence_penalty, params.repetition_penalty
+        if penalised == (0, 0, 1) and not params.logit_bias and not draw.banned_ids:
+            continue
+        bent_SV = logits_SV.clone() if bent_SV is logits_SV else bent_SV
+        bent_V = bent_SV[row]
+        counts_V = torch.bincount(
+            torch.tensor(draw.text_ids, dtype=torch.int64, device=bent_V.device), minlength=len(bent_V)
+        )
+        seen_V = counts_V > 0
+        seen_V[list(draw.prompt_ids)] = True
+        factor = params.repetition_penalty
+        bent_V.copy_(torch.where(seen_V, torch.where(bent_V > 0, bent_V / factor, bent_V * factor), bent_V))
+        bent_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
+        for token, bias in params.logit_bias:
+            bent_V[token] += bias
+        bent_V[list(draw.banned_ids)] = float("-inf")
+    return bent_SV
 
 
 def _choose(logits_SV: Tensor, draws: list[Draw]) -> Tensor:

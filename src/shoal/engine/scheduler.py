@@ -122,8 +122,10 @@ class Scheduler:
         sequence.pages = prefix.pages + pool.take(missing)
         sequence.num_kept, sequence.node = len(prefix.pages), prefix.node
         sequence.num_computed = len(prefix.pages) * pool.page_size
-        self.num_positions_admitted += len(sequence.ids)
-        self.num_positions_remembered += sequence.num_computed
+        if not sequence.admitted:
+            sequence.admitted, sequence.cached = True, sequence.num_computed
+            self.num_positions_admitted += sequence.num_prompt
+            self.num_positions_remembered += sequence.cached
         self.running.append(self.waiting.popleft())
         return True
 

@@ -14,7 +14,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+from shoal.engine.grammar import Grammar
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,19 @@ class SamplingParams:
     gives each request its own.
 
     `stop_token_ids` end the text beside the model's own end-of-sequence ids, which `ignore_eos` disregards;
-    none of them is drawn before `min_tokens`. `max_tokens` None goes on as far as the context allows.
-    `logprobs` asks for that many of the most probable tokens at each position.
+    none of them is drawn before `min_tokens`. `max_tokens` None goes on as far as the context allows; 0 only
+    reads the prompt, for its log-probabilities.
+
+    `logprobs` asks for that many of the most probable tokens at each position, `prompt_logprobs` for the
+    log-probability of each prompt token after the first, and for that many of the most probable beside it.
+
+    What the logits undergo before they are a distribution, in this order: those of tokens that the prompt or
+    the text has are divided by `repetition_penalty` if positive, multiplied if negative (Keskar et al. 2019,
+    arXiv 1909.05858); each loses `frequency_penalty` times how often the text has the token, and
+    `presence_penalty` if it has it at all (OpenAI's); `logit_bias` is added to the ids it names. Tokens that
+    `grammar` does not allow next are never drawn; with `think_end_id` it begins after that token.
+
+    Requests of a lower `priority` go first. `routing` asks for the experts that each position was sent to.
     """
 
     temperature: float = 1.0
@@ -42,22 +55,54 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int = 0
+    prompt_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    priority: int = 0
+    grammar: Grammar | None = None
+    think_end_id: int | None = None
+    routing: bool = False
 
     def __post_init__(self) -> None:
-        most = self.max_tokens
+        most, least = self.max_tokens, 1 if self.prompt_logprobs is None else 0
+        biased = [token for token, _ in self.logit_bias]
         rules = (
             ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0, where 0 is greedy"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1, where 1 keeps every token"),
             ("top_k", self.top_k is None or self.top_k > 0, "at least 1, or None to keep every token"),
             ("min_p", 0 <= self.min_p <= 1, "between 0, which keeps every token, and 1"),
             ("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1"),
-            ("max_tokens", most is None or most > 0, "at least 1, or None for all the context has room for"),
+            (
+                "max_tokens",
+                most is None or most >= least,
+                "at least 1 (0 with prompt_logprobs), or None for all the context has room for",
+            ),
             (
                 "min_tokens",
-                0 <= self.min_tokens <= (most or math.inf),
+                0 <= self.min_tokens <= (math.inf if most is None else most),
                 f"at least 0, at most max_tokens {most}",
             ),
             ("logprobs", self.logprobs >= 0, "at least 0"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "at least 0, or None for none"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty < math.inf,
+                "finite and above 0, where 1 is none",
+            ),
+            (
+                "logit_bias",
+                len(set(biased)) == len(biased) and all(math.isfinite(bias) for _, bias in self.logit_bias),
+                "one finite number an id",
+            ),
+            (
+                "think_end_id",
+                self.think_end_id is None or self.grammar is not None,
+                "None where there is no grammar to begin after it",
+            ),
         )
         for name, valid, rule in rules:
             if not valid:
@@ -77,6 +122,8 @@ class Sequence:
     num_computed: int = 0  # positions whose keys and values lie in the pages
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
     node: int = 0  # the pool's name for those contents
+    cached: int = 0  # positions of the prompt that the pool had when it was first admitted
+    admitted: bool = False
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:
