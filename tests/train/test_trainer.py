@@ -220,9 +220,22 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {},
+        {"master": "bfloat16", "moments": "bfloat16"},
+        {"master": "bfloat16", "moments": "int8", "in_backward": True},
+        {"in_backward": True},
+    ],
+    ids=lambda kept: "-".join(f"{k}-{v}" for k, v in kept.items()) or "float32",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_rule_and_dtype_resumes_bit_for_bit(rule: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=4, optim=replace(SETTINGS.optim, optimizer=rule))
+def test_every_rule_and_dtype_resumes_bit_for_bit(
+    rule: Any, kept: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    optim = replace(SETTINGS.optim, optimizer=rule, **kept)
+    settings = replace(SETTINGS, steps=4, accumulation=1 if optim.in_backward else 2, optim=optim)
     for name, stops in (("whole", (4,)), ("parts", (1, 2, 4))):
         for stop in stops:
 
@@ -358,6 +371,26 @@ def test_a_gradient_that_is_not_finite_is_told_from_the_loss_back(tmp_path: Path
         run.run()
     assert "loss is" not in str(error.value)
     assert "There is no checkpoint yet" in str(error.value)
+
+
+def test_inside_backward_what_is_not_finite_moves_nothing_it_touches(tmp_path: Path) -> None:
+    """Born in the backward pass of layer 2: what is after it has learned already, what is before has not."""
+    settings = replace(SETTINGS, accumulation=1, optim=replace(SETTINGS.optim, in_backward=True))
+    run = trainer(tmp_path, settings)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.get_parameter("model.layers.2.input_layernorm.weight").register_hook(
+        lambda grad: grad * math.nan
+    )
+    with pytest.raises(
+        ValueError, match=r"is model\.layers\.2\.input_layernorm\.weight's\. The step was taken where"
+    ):
+        run.run()
+    after = dict(run.model.named_parameters())
+    assert all(p.isfinite().all() for p in after.values())
+    assert torch.equal(
+        before["model.layers.2.input_layernorm.weight"], after["model.layers.2.input_layernorm.weight"]
+    )
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(

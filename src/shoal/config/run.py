@@ -70,6 +70,11 @@ class OptimConfig:
     by DeepSeek's `multi_step` (times 0.316 at 80% and again at 90% of all steps), or `linear`ly to zero. With
     `muon`, AdamW keeps embedding, head and vectors; the same `lr` serves both. `clip` bounds the gradient's
     global norm.
+
+    `master` and `moments` say what the optimizer keeps of bfloat16 weights: a float32 copy, or none (steps
+    are then rounded at random, right on average); moments in float32, bfloat16 or 8 bits. `in_backward` takes
+    each parameter's step as soon as its gradient is whole and frees it; clipping is then by the last step's
+    norm (train/optim.py).
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -81,6 +86,9 @@ class OptimConfig:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "multi_step", "linear"] = "multi_step"
     floor: float = 0.1
+    master: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
@@ -135,6 +143,11 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
         _require(
+            self.accumulation == 1 or not self.optim.in_backward,
+            f"accumulation is {self.accumulation}, but optim.in_backward frees a gradient before the next "
+            f"micro-batch could add to it; set one of them to 1 or false",
+        )
+        _require(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps is {self.optim.warmup_steps}, more than the run's {self.steps} steps",
         )
@@ -159,6 +172,11 @@ class RunConfig:
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len is {self.data.seq_len}, beyond the {self.model.max_position_embeddings} positions "
             f"of the model; lower it or raise model.max_position_embeddings",
+        )
+        _require(
+            self.dtype == "bfloat16" or self.train.optim.master == "float32",
+            f"train.optim.master is {self.train.optim.master}, but weights of dtype float32 are their own "
+            f"masters; leave it at float32, or set dtype to bfloat16",
         )
         _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 

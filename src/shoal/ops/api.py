@@ -36,6 +36,19 @@ class CrossEntropy(NamedTuple):
     nll_T: Tensor  # float32, not differentiable: negative log-probability of each target, in nats
 
 
+class Moments(NamedTuple):
+    """AdamW's averages of a parameter, as they are kept: float32, bfloat16, or 8 bits in blocks of 256.
+
+    8 bits are int8 (signed, 127 equal steps) for the first and uint8 (a logarithm, 12 steps an octave) for
+    the second, each with a float32 scale a block.
+    """
+
+    first: Tensor  # the weight's shape
+    second: Tensor
+    first_scale: Tensor | None = None  # (numel / 256, rounded up)
+    second_scale: Tensor | None = None
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
@@ -225,3 +238,42 @@ def linear_cross_entropy(
     0.
     """
     return CrossEntropy(*call("linear_cross_entropy", hidden_TD, weight_VD, targets_T, weights_T))
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    master: Tensor | None,
+    factor: Tensor | None,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    key: int,
+) -> None:
+    """One AdamW update (arXiv 1711.05101), in place, of a weight of any shape. No gradient.
+
+    All is computed in float32. The weight follows a float32 `master`, or is its own: a bfloat16 one is then
+    rounded at random, by odds that keep the mean, and so are narrow moments. What is stored narrow is exact
+    in the update of the step that made it. The gradient counts `factor` times (float32 scalar, on the
+    device); a factor that is not finite calls the update off. `step` is the number of this update, from 1, a
+    float32 scalar on the device. Random bits are a function of `key`, `step` and the element alone.
+    """
+    call("adamw", weight, grad, moments, master, factor, step, lr, betas, eps, weight_decay, key)
+
+
+def narrow_load(values: Tensor, scale: Tensor | None) -> Tensor:
+    """Float32 of what `narrow_store` kept."""
+    return call("narrow_load", values, scale)
+
+
+def narrow_store(values: Tensor, scale: Tensor | None, x: Tensor, key: int, step: Tensor) -> None:
+    """Keep float32 x in `values` (float32, bfloat16, int8 or uint8, as in Moments), rounded at random.
+
+    The mean is kept: E[narrow_load] = x, but for uint8 values below 2^-21 of their block's largest, which are
+    kept as that. Bits as in `adamw`.
+    """
+    call("narrow_store", values, scale, x, key, step)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from shoal.ops.reference import attention, experts, layers, loss, routing
+from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing
 
 Side = Literal["auto", "reference", "triton"]
 
@@ -33,6 +33,9 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "paged_attention": attention.paged_attention,
     "latent_attention": attention.latent_attention,
     "linear_cross_entropy": loss.linear_cross_entropy,
+    "adamw": adamw.adamw,
+    "narrow_load": narrow.narrow_load,
+    "narrow_store": narrow.narrow_store,
 }
 
 
@@ -47,11 +50,12 @@ class Kernel:
 @cache
 def kernels() -> dict[str, Kernel]:
     """The Triton side. Imported when first needed: Triton is on Linux only, and takes a second to import."""
-    from shoal.ops.triton import experts, routing
+    from shoal.ops.triton import adamw, experts, routing
 
     return {
         "route": Kernel(routing.route, routing.route_refusal),
         "limit_capacity": Kernel(routing.limit_capacity, lambda *_: None),
+        "adamw": Kernel(adamw.adamw, adamw.adamw_refusal),
         "grouped_mlp": Kernel(experts.grouped_mlp, experts.grouped_mlp_refusal),
     }
 

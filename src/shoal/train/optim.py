@@ -1,30 +1,31 @@
-"""The update rules and the learning rate: AdamW in DeepSeek's groups, Muon as Moonlight scales it.
+"""The optimizer: which rule moves which parameter, at what rate, with what kept of it.
 
-AdamW is torch's own, fused into one pass over memory. DeepSeek's papers give one weight decay of 0.1 and name
-no exception; here it falls on all matrices, embedding and head included, and on no vector (norms, biases).
+AdamW takes all, or with `muon` what is no matrix, and embedding and head. The law: weights are updated in
+float32. Where the model's are narrower a float32 master is kept here, or stochastic rounding stands for it
+(`master = "bfloat16"`); moments are kept as told (`moments`).
 
-Muon (arXiv 2502.16982) replaces the momentum of a matrix by the nearest orthogonal one, times
-0.2 sqrt(max(A, B)): entries then have the size of AdamW's updates, so both share learning rate and decay. It
-takes every matrix but embedding and head, the router's gate too, as in Moonlight and V4. Each expert is a
-matrix of its own, and so are its gate and up projections; equal shapes of all layers run as one batch.
-
-The law: weights are updated in float32; where the model's are narrower, a float32 master is kept here.
-Shape letters: N matrices, A rows, B columns.
+The step inside backward takes a parameter as soon as its gradient is whole and drops the gradient there, so
+that never more than a few exist: 29 GiB less for V2-Lite. The global norm is not known then. A gradient is
+clipped by the larger of the last step's norm and its own, whose share of the global norm it is at least: in
+steady training that is global clipping, one step late; in a spike no parameter passes more than `clip`.
+Clipping each parameter alone would turn the direction of every step; the late norm alone lets a spike in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from shoal.config.run import OptimConfig
+from shoal.train.adamw import AdamW
+from shoal.train.muon import Muon
+from shoal.train.slot import Slot
 
 Trainable = Mapping[str, Tensor | None]  # a parameter's name -> the rows that learn (int64), None for all
-
-_BATCH_ELEMENTS = 1 << 24  # of Muon's matrices orthogonalised together: 64 MiB of float32
 
 
 def learning_rate(step: int, settings: OptimConfig, steps: int) -> float:
@@ -61,172 +62,100 @@ class Optimizer:
             trainable = {name: None for name, p in parameters.items() if p.requires_grad}
         if strangers := trainable.keys() - parameters.keys():
             raise ValueError(f"the model has no parameter {min(strangers)!r} to train")
+        self.settings = settings
         self.parameters = {name: p for name, p in parameters.items() if name in trainable}
-        self.rows = {
-            name: rows.to(self.parameters[name].device)
-            for name, rows in trainable.items()
-            if rows is not None
+        self.slots = {
+            name: Slot.of(name, p, trainable[name], master=settings.master == "float32")
+            for name, p in self.parameters.items()
         }
-        self.masters = {name: self._master(name, p.detach()) for name, p in self.parameters.items()}
         muon = {
-            name: p
-            for name, p in self.masters.items()
-            if settings.optimizer == "muon" and p.ndim >= 2 and not _is_embedding(name)
+            name
+            for name, slot in self.slots.items()
+            if settings.optimizer == "muon" and slot.is_matrix and not _is_embedding(name)
         }
-        self.muon = Muon(muon, settings.weight_decay)
-        self.adamw = AdamW({name: p for name, p in self.masters.items() if name not in muon}, settings)
+        self.muon = Muon((slot for name, slot in self.slots.items() if name in muon), settings)
+        self.adamw = AdamW((slot for name, slot in self.slots.items() if name not in muon), settings)
+        device = next(iter(self.parameters.values())).device
+        self.last_norm = torch.zeros((), device=device)  # of the gradient, in the last step inside backward
+        self._norms: dict[str, Tensor] = {}  # of this step's gradients so far, as they came
+        self._lr: float | None = None  # while a step inside backward is open
 
-    def _master(self, name: str, p: Tensor) -> Tensor:
-        if (rows := self.rows.get(name)) is not None:
-            return p.index_select(0, rows).float()
-        return self.parameters[name] if p.dtype == torch.float32 else p.float()
+    # After backward
 
     def gradients(self) -> list[Tensor]:
         """Of what learns, to be measured and clipped in place. Rows that do not learn are zeroed."""
-        for name, rows in self.rows.items():
-            if (grad := self.parameters[name].grad) is not None:
-                kept = grad.index_select(0, rows)
-                grad.zero_().index_copy_(0, rows, kept)
+        for slot in self.slots.values():
+            if slot.rows is not None and (grad := slot.parameter.grad) is not None:
+                kept = grad.index_select(0, slot.rows)
+                grad.zero_().index_copy_(0, slot.rows, kept)
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for name, p, master in self._copied():
-            rows = self.rows.get(name)
-            grad = p.grad if p.grad is None or rows is None else p.grad.index_select(0, rows)
-            master.grad = None if grad is None else grad.float()
-        self.adamw.step(lr)
-        self.muon.step(lr)
-        for name, p, master in self._copied():
-            if (rows := self.rows.get(name)) is None:
-                p.copy_(master)
-            else:
-                p.index_copy_(0, rows, master.to(p.dtype))
-            master.grad = None
+        self.adamw.steps += 1
+        for rule, update in ((self.adamw, self.adamw.update), (self.muon, self._update_muon)):
+            if slots := [slot for slot in rule.slots.values() if slot.parameter.grad is not None]:
+                update(slots, lr)
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():
             p.grad = None
 
+    # Inside backward
+
+    def attach(self) -> None:
+        """Make every backward pass within `inside_backward` a step."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        for p in self.parameters.values():
+            p.register_post_accumulate_grad_hook(lambda grown: self._take(names[id(grown)]))
+
+    @contextmanager
+    def inside_backward(self, lr: float) -> Iterator[None]:
+        """One backward pass, and with it one step. Afterwards `norms` tells what passed."""
+        self.adamw.steps += 1
+        self._norms.clear()
+        self._lr = lr
+        try:
+            yield
+        finally:
+            self._lr = None
+
+    @torch.no_grad()
+    def _take(self, name: str) -> None:
+        if self._lr is None:
+            return
+        slot = self.slots[name]
+        assert name not in self._norms, f"{name} has a second gradient in one step inside backward"
+        norm = torch.linalg.vector_norm(slot.gradient(), dtype=torch.float32)
+        self._norms[name] = norm
+        factor = (self.settings.clip / torch.maximum(norm, self.last_norm)).clamp(max=1.0)
+        if name in self.muon.slots:
+            self._update_muon([slot], self._lr, factor)
+        else:
+            self.adamw.update([slot], self._lr, factor)
+        slot.parameter.grad = None
+
+    def close_step(self) -> Tensor:
+        """The norm of all gradients of the step inside backward. The next one clips by it."""
+        norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+        self.last_norm.copy_(norm)
+        return norm
+
+    def first_nonfinite(self) -> str | None:
+        """Whose gradient in the step inside backward was the first, from the loss back, not to be finite."""
+        return next((name for name, norm in self._norms.items() if not norm.isfinite()), None)
+
+    # Both
+
+    def _update_muon(self, slots: Sequence[Slot], lr: float, factor: Tensor | None = None) -> None:
+        self.muon.update(slots, lr, self.adamw.steps, factor)
+
     def state(self) -> dict[str, Tensor]:
         """Every tensor a checkpoint must keep, by name. They are the live ones: loading copies into them."""
-        masters = {name: p for name, p in self.masters.items() if p is not self.parameters[name]}
-        return {
-            "step": self.adamw.steps,
-            **{f"{name}.master": tensor for name, tensor in masters.items()},
-            **{f"{name}.exp_avg": tensor for name, tensor in self.adamw.exp_avg.items()},
-            **{f"{name}.exp_avg_sq": tensor for name, tensor in self.adamw.exp_avg_sq.items()},
-            **{f"{name}.momentum": tensor for name, tensor in self.muon.momenta.items()},
-        }
-
-    def _copied(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each parameter whose master is a tensor of its own, with it."""
-        for name, p in self.parameters.items():
-            if (master := self.masters[name]) is not p:
-                yield name, p, master
+        masters = {f"{name}.master": s.master for name, s in self.slots.items() if s.master is not None}
+        late = {"last_norm": self.last_norm} if self.settings.in_backward else {}
+        return {**late, **masters, **self.adamw.state(), **self.muon.state()}
 
 
 def _is_embedding(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
-
-
-class AdamW:
-    """torch's fused AdamW without torch.optim, which imports the compiler: seconds at every start."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], settings: OptimConfig) -> None:
-        self.parameters = dict(parameters)
-        self.settings = settings
-        self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        # One count for all: a parameter is in every step of a run or in none.
-        self.steps = torch.zeros((), device=next((p.device for p in self.parameters.values()), None))
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        self.steps += 1
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        for decays in (True, False):
-            names = [name for name in grads if (self.parameters[name].ndim >= 2) == decays]
-            if names:
-                torch._fused_adamw_(
-                    [self.parameters[name] for name in names],
-                    [grads[name] for name in names],
-                    [self.exp_avg[name] for name in names],
-                    [self.exp_avg_sq[name] for name in names],
-                    [],
-                    [self.steps] * len(names),
-                    lr=lr,
-                    beta1=self.settings.betas[0],
-                    beta2=self.settings.betas[1],
-                    weight_decay=self.settings.weight_decay if decays else 0.0,
-                    eps=self.settings.eps,
-                    amsgrad=False,
-                    maximize=False,
-                )
-
-
-class Muon:
-    """M = 0.95 M + G; W -= lr (0.2 sqrt(max(A, B)) orthogonalise(G + 0.95 M) + decay W), for each matrix."""
-
-    MOMENTUM = 0.95
-
-    def __init__(self, parameters: Mapping[str, Tensor], weight_decay: float) -> None:
-        self.parameters = dict(parameters)
-        self.weight_decay = weight_decay
-        self.momenta = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        if not grads:
-            return
-        parameters, momenta = [self.parameters[n] for n in grads], [self.momenta[n] for n in grads]
-        torch._foreach_mul_(momenta, self.MOMENTUM)
-        torch._foreach_add_(momenta, list(grads.values()))
-        updates = torch._foreach_add(list(grads.values()), momenta, alpha=self.MOMENTUM)
-        torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
-        pairs = zip(map(matrices, grads, parameters), map(matrices, grads, updates), strict=True)
-        for batch in _batches(list(pairs)):
-            targets, steps = zip(*batch, strict=True)
-            step_NAB = orthogonalise(torch.cat(steps))
-            scale = -lr * 0.2 * math.sqrt(max(step_NAB.shape[1:]))
-            torch._foreach_add_(targets, step_NAB.split([len(target) for target in targets]), alpha=scale)
-
-
-def matrices(name: str, tensor: Tensor) -> Tensor:
-    """The independent matrices (N, A, B) that a parameter stacks: experts, and gate and up of each."""
-    rows = tensor.shape[-2] // 2 if name.endswith("gate_up_proj") else tensor.shape[-2]
-    return tensor.view(-1, rows, tensor.shape[-1])
-
-
-def _batches(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Pairs whose matrices have one shape, together up to a bound on memory."""
-    shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-    for pair in pairs:
-        shapes.setdefault(tuple(pair[0].shape[1:]), []).append(pair)
-    for batch in shapes.values():
-        start, elements = 0, 0
-        for i, (target, _) in enumerate(batch):
-            if elements and elements + target.numel() > _BATCH_ELEMENTS:
-                yield batch[start:i]
-                start, elements = i, 0
-            elements += target.numel()
-        yield batch[start:]
-
-
-def orthogonalise(x_NAB: Tensor) -> Tensor:
-    """Five Newton-Schulz steps on each matrix: singular values go to near 1 (0.67 to 1.21), vectors stay.
-
-    One step is X <- a X + (b XX^T + c (XX^T)^2) X, on the side with fewer rows. In bfloat16 on a GPU, whose
-    rounding is below what five steps leave; in float32 on a CPU, which has no fast bfloat16.
-    """
-    tall = x_NAB.shape[1] > x_NAB.shape[2]
-    x = x_NAB.mT if tall else x_NAB
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    x = x.bfloat16() if x.is_cuda else x
-    a, b, c = 3.4445, -4.7750, 2.0315
-    for _ in range(5):
-        gram = torch.bmm(x, x.mT)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
-    return (x.mT if tall else x).to(x_NAB.dtype)

@@ -103,6 +103,8 @@ class Trainer:
         self.optimizer = Optimizer(model, settings.optim, trainable)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.optimizer.parameters)
+        if settings.optim.in_backward:
+            self.optimizer.attach()
         self.balancer = Balancer(model, settings.balance.bias_update_speed)
         self.generators = {"run": generator, "torch": torch.default_generator}
         if self.device.type == "cuda":
@@ -154,21 +156,12 @@ class Trainer:
     def _train_step(self) -> tuple[StepReport, Tensor]:
         """One step, and the experts' loads (L, E) in it."""
         settings, start = self.settings, time.perf_counter()
-        # 1. Accumulate the gradients of the micro-batches.
-        batches = self._next_batches()
-        terms = self._accumulate(batches)
-        grads = self.optimizer.gradients()
-        norm = torch.nn.utils.get_total_norm(grads)
-        # 2. The one wait for the device: what is not finite goes no further.
-        *values, grad_norm = torch.stack([*terms.values(), norm]).tolist()
-        told = dict(zip(terms, values, strict=True))
-        self._refuse_nonfinite(told, grad_norm)
-        # 3. Clip, update, balance.
-        if grad_norm > settings.optim.clip:
-            torch._foreach_mul_(grads, settings.optim.clip / grad_norm)
         lr = learning_rate(self.step, settings.optim, settings.steps)
-        self.optimizer.step(lr)
-        self.optimizer.zero_grad()
+        batches = self._next_batches()
+        # 1. Gradients, 2. weights: one after the other, or the second inside the first.
+        take = self._step_inside_backward if settings.optim.in_backward else self._step_after_backward
+        terms, grad_norm = take(batches, lr)
+        # 3. Balance.
         load_LE = self.balancer.update(self.reduce)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
@@ -178,7 +171,7 @@ class Trainer:
         report = StepReport(
             step=self.step,
             steps=settings.steps,
-            terms=told,
+            terms=terms,
             lr=lr,
             grad_norm=grad_norm,
             tokens=self.tokens,
@@ -187,6 +180,31 @@ class Trainer:
             tokens_per_second=tokens / seconds,
         )
         return report, load_LE
+
+    def _step_after_backward(self, batches: list[Batch], lr: float) -> tuple[dict[str, float], float]:
+        terms = self._accumulate(batches)
+        grads = self.optimizer.gradients()
+        # The one wait for the device: what is not finite goes no further.
+        told, grad_norm = self._tell(terms, torch.nn.utils.get_total_norm(grads))
+        self._refuse_nonfinite(told, grad_norm)
+        if grad_norm > self.settings.optim.clip:
+            torch._foreach_mul_(grads, self.settings.optim.clip / grad_norm)
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        return told, grad_norm
+
+    def _step_inside_backward(self, batches: list[Batch], lr: float) -> tuple[dict[str, float], float]:
+        with self.optimizer.inside_backward(lr):
+            terms = self._accumulate(batches)
+        told, grad_norm = self._tell(terms, self.optimizer.close_step())
+        self._refuse_nonfinite(told, grad_norm)
+        return told, grad_norm
+
+    @staticmethod
+    def _tell(terms: Mapping[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float]:
+        """Terms and norm on the host, in one wait."""
+        *values, grad_norm = torch.stack([*terms.values(), norm]).tolist()
+        return dict(zip(terms, values, strict=True)), grad_norm
 
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation
@@ -211,8 +229,9 @@ class Trainer:
         if not bad:
             return
         good = native.latest(self.folder / "checkpoints")
+        taken = "not taken" if not self.settings.optim.in_backward else "taken where gradients were finite"
         raise ValueError(
-            f"step {self.step + 1}: {' and '.join(bad)}; {self._first_nonfinite()}. The step was not taken. "
+            f"step {self.step + 1}: {' and '.join(bad)}; {self._first_nonfinite()}. The step was {taken}. "
             + (f"The last good checkpoint is {good}; " if good else "There is no checkpoint yet; ")
             + "a lower train.optim.lr or a longer warm-up may get past it"
         )
@@ -223,9 +242,12 @@ class Trainer:
         for name, p in parameters.items():
             if not p.isfinite().all():
                 return f"the first weight that is not finite is {name}"
+        told = "weights are finite; the first gradient that is not, from the loss back, is {}'s"
+        if (name := self.optimizer.first_nonfinite()) is not None:
+            return told.format(name)
         for name, p in reversed(parameters.items()):
             if p.grad is not None and not p.grad.isfinite().all():
-                return f"weights are finite; the first gradient that is not, from the loss back, is {name}'s"
+                return told.format(name)
         return "every weight and gradient is finite"
 
     @torch.no_grad()

@@ -1,0 +1,60 @@
+"""A parameter as an update rule sees it: what moves, by which gradient, and what follows.
+
+Four cases. A float32 parameter moves itself. A narrower one follows a float32 master, or, where none is
+wanted, moves itself by stochastic rounding. Of a stack of which only some rows learn, those have a float32
+master and nothing is kept of the rest. Vectors always have a master: they weigh nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    name: str
+    parameter: Tensor
+    master: Tensor | None  # float32
+    rows: Tensor | None  # int64: those of dimension 0 that learn; None is all
+
+    @staticmethod
+    def of(name: str, parameter: Tensor, rows: Tensor | None, *, master: bool) -> Slot:
+        """`master`: whether a narrow matrix has a float32 one."""
+        p = parameter.detach()
+        if rows is not None:
+            rows = rows.to(p.device)
+            return Slot(name, parameter, p.index_select(0, rows).float(), rows)
+        kept = p.dtype != torch.float32 and (master or p.ndim < 2)
+        return Slot(name, parameter, p.float() if kept else None, None)
+
+    @property
+    def target(self) -> Tensor:
+        """What the rule moves."""
+        return self.parameter if self.master is None else self.master
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.parameter.ndim >= 2
+
+    @property
+    def key(self) -> int:
+        """What the random bits of its rounding are drawn by: 31 bits of its name."""
+        return crc32(self.name.encode()) & 0x7FFFFFFF
+
+    def gradient(self) -> Tensor:
+        """Of what learns, in the dtype it came in."""
+        grad = self.parameter.grad
+        assert grad is not None, f"{self.name} has no gradient"
+        return grad if self.rows is None else grad.index_select(0, self.rows)
+
+    def follow(self) -> None:
+        """Give the parameter what its master has become."""
+        if self.rows is not None:
+            assert self.master is not None
+            self.parameter.index_copy_(0, self.rows, self.master.to(self.parameter.dtype))
+        elif self.master is not None:
+            self.parameter.copy_(self.master)
