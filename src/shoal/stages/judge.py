@@ -1,0 +1,212 @@
+"""Calling rewards where they can do no harm: in another process, with a time limit that ends threads too.
+
+A reward is named "module:function" and called in a worker that lives as long as it behaves. The law: whatever
+a reward does, each answer gets a score, in order; one that could not be judged counts 0 for that reward, and
+the fault is counted by kind and told once. A reward that hangs loses its worker, killed as a process group; a
+new one is started for the next answer.
+
+The worker is this file run as a program. It loads rewards.py and what the named modules import, not torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+Fault = Literal["raised", "hung", "not a number", "left processes", "died"]
+READY = "ready"  # the worker's first word
+START_SECONDS = 60.0  # for its imports
+
+
+@dataclass(frozen=True)
+class Score:
+    """`total` is the weighted sum of `parts`; a part that failed is 0 and has its fault."""
+
+    total: float
+    parts: Mapping[str, float]
+    faults: Mapping[str, Fault]
+
+
+@dataclass
+class Judge:
+    """Scores answers by `rewards`, {"module:function": weight}; a name without a module is of rewards.py.
+
+    Use it as a context: what it started ends with it.
+    """
+
+    rewards: Mapping[str, float]
+    seconds: float = 10.0  # for one reward of one answer
+    faults: Counter[Fault] = field(default_factory=Counter)
+    examples: dict[Fault, str] = field(default_factory=dict)  # the first message of each kind
+    _worker: _Worker | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("no rewards are named; an answer needs one at least to be told good from bad")
+        if self.seconds <= 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be above 0")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def score(self, answers: Sequence[str], problems: Sequence[Mapping[str, Any]]) -> list[Score]:
+        """One score an answer, in order."""
+        return [self._score(text, problem) for text, problem in zip(answers, problems, strict=True)]
+
+    def _score(self, text: str, problem: Mapping[str, Any]) -> Score:
+        parts: dict[str, float] = {}
+        faults: dict[str, Fault] = {}
+        for name in self.rewards:
+            value, fault, message = self._ask(name, text, problem)
+            if fault is not None:
+                faults[name] = fault
+                self.faults[fault] += 1
+                self.examples.setdefault(fault, f"{name}: {message}")
+            parts[name] = value
+        total = sum(weight * parts[name] for name, weight in self.rewards.items())
+        return Score(total, parts, faults)
+
+    def _ask(self, name: str, text: str, problem: Mapping[str, Any]) -> tuple[float, Fault | None, str]:
+        worker = self._worker = self._worker or _Worker(list(self.rewards))
+        reply = worker.ask({"reward": name, "text": text, "problem": problem}, self.seconds)
+        if isinstance(reply, str):  # it hung or died
+            self._stop()
+            fault: Fault = "hung" if reply == "hung" else "died"
+            return 0.0, fault, f"no answer in {self.seconds:g} s" if fault == "hung" else "its process ended"
+        return reply["value"], reply.get("fault"), reply.get("message", "")
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+
+class _Worker:
+    """The other process, seen from here: a line of JSON to it, a line back."""
+
+    def __init__(self, rewards: list[str]) -> None:
+        source = str(Path(__file__).parents[2])  # `-P` and this: found as we were, whatever the folder
+        paths = [source, *(path for path in sys.path if path and path != source)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "shoal.stages.judge", json.dumps(rewards)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,
+        )
+        assert self._process.stdin and self._process.stdout
+        self._to: IO[bytes] = self._process.stdin
+        self._from = self._process.stdout.fileno()
+        self._rest = b""
+        first = self._read(START_SECONDS)
+        if first != READY:
+            self.kill()
+            told = first["error"] if isinstance(first, dict) else f"its process {first}"
+            raise ValueError(f"the rewards {', '.join(rewards)} cannot be used: {told}")
+
+    def ask(self, question: Mapping[str, Any], seconds: float) -> Any:
+        """The reply, or "hung", or "died"."""
+        try:
+            self._to.write(json.dumps(question).encode() + b"\n")
+            self._to.flush()
+        except BrokenPipeError:
+            return "died"
+        return self._read(seconds)
+
+    def _read(self, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._from], [], [], left)[0]:
+                return "hung"
+            data = os.read(self._from, 1 << 16)
+            if not data:
+                return "died"
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """The whole group: the worker and what a reward started in it."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+# The worker itself.
+
+
+def serve() -> None:
+    """Answer questions until there are no more. Standard output is the answers' alone."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a reward prints is not an answer
+
+    def tell(reply: Any) -> None:
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+    try:
+        rewards = {name: _find(name) for name in json.loads(sys.argv[1])}
+    except (ImportError, AttributeError, ValueError) as error:
+        tell({"error": str(error)})
+        return
+    tell(READY)
+    us = os.getpid()
+    for line in sys.stdin:
+        question = json.loads(line)
+        reply = _judge(rewards[question["reward"]], question["text"], question["problem"])
+        if os.getpid() != us:  # a reward forked, and this is the fork: there is one answer, and it is not its
+            os._exit(0)
+        if left := _children(us):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            reply = {"value": 0.0, "fault": "left processes", "message": f"{len(left)} were running"}
+        tell(reply)
+
+
+def _judge(reward: Any, text: str, problem: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        value = float(reward(text, problem))
+    except Exception as error:  # noqa: BLE001  (the user's code: whatever it raises is told and counted)
+        return {"value": 0.0, "fault": "raised", "message": f"{type(error).__name__}: {error}"}
+    if not math.isfinite(value):
+        return {"value": 0.0, "fault": "not a number", "message": f"it returned {value}"}
+    return {"value": value}
+
+
+def _find(name: str) -> Any:
+    module, colon, function = name.partition(":")
+    if not colon:
+        module, function = "shoal.stages.rewards", name
+    return getattr(importlib.import_module(module), function)
+
+
+def _children(pid: int) -> list[int]:
+    """Living children and finished ones that nobody waited for, where the kernel tells (Linux)."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listing.read_text().split()] if listing.exists() else []
+
+
+if __name__ == "__main__":
+    serve()
