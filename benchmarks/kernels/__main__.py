@@ -12,9 +12,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import experts, harness, routing
+from benchmarks.kernels import experts, harness, layers, loss, routing, sampling
 
-OPS = {"experts": experts.cases, "routing": routing.cases}
+OPS = {
+    "experts": experts.cases,
+    "routing": routing.cases,
+    "layers": layers.cases,
+    "loss": loss.cases,
+    "sampling": sampling.cases,
+}
 
 
 def main() -> None:

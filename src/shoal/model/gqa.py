@@ -54,12 +54,16 @@ class GQA(nn.Module):
         return norm(x_THQ) if norm is not None and self.gqa.qk_norm == "head" else x_THQ
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        q_THQ = ops.rope(self._heads(self.q_proj(x_TD), self.q_norm), *angles, interleaved=self.interleaved)
-        k_TGQ = ops.rope(self._heads(self.k_proj(x_TD), self.k_norm), *angles, interleaved=self.interleaved)
+        q_THQ = self._heads(self.q_proj(x_TD), self.q_norm)
+        k_TGQ = self._heads(self.k_proj(x_TD), self.k_norm)
         v_TGQ = self._heads(self.v_proj(x_TD), None)
-        kv = batch.kv
-        if kv is not None:
-            ops.write_cache(kv.pages[self.layer], kv.slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
+        kv, turn = batch.kv, {"interleaved": self.interleaved}
+        if kv is None:
+            q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)
+        else:
+            q_THQ, k_TGQ = ops.write_kv_cache(
+                q_THQ, k_TGQ, v_TGQ, *angles, kv.pages[self.layer], kv.slots_T, **turn
+            )
         if kv is not None and kv.has_prefix:
             o_THQ = ops.paged_attention(
                 q_THQ,

@@ -55,6 +55,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm, in one pass."""
+        return ops.add_rms_norm(x, y, self.weight, self.eps)
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)): the feed-forward of dense layers and of shared experts."""

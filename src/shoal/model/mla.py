@@ -64,17 +64,19 @@ class MLA(nn.Module):
         mla = self.mla
         q_THQ = self._queries(x_TD).unflatten(-1, (mla.num_attention_heads, -1))
         q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
-        latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split(
-            (mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1
-        )
-        latent_TC = self.kv_a_layernorm(latent_TC)
-        # One rotation for the heads' queries and the key they share.
-        rope_TXR = torch.cat((q_rope_THR, k_rope_TR.unsqueeze(1)), dim=1)
-        rope_TXR = ops.rope(rope_TXR, *angles, interleaved=self.interleaved)
-        q_rope_THR, k_rope_T1R = rope_TXR.split((mla.num_attention_heads, 1), dim=1)
-        if batch.kv is not None:
-            rows_TL = torch.cat((latent_TC, k_rope_T1R.squeeze(1)), dim=-1)
-            ops.write_cache(batch.kv.pages[self.layer], batch.kv.slots_T, rows_TL)
+        kv_TL, turn = self.kv_a_proj_with_mqa(x_TD), {"interleaved": self.interleaved}
+        latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
+        if batch.kv is None:
+            latent_TC = self.kv_a_layernorm(latent_TC)
+            q_rope_THR = ops.rope(q_rope_THR, *angles, **turn)
+            k_rope_T1R = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn)
+        else:
+            norm, pages = self.kv_a_layernorm, batch.kv.pages[self.layer]
+            q_rope_THR, rows_TL = ops.write_latent_cache(
+                q_rope_THR, kv_TL, norm.weight, norm.eps, *angles, pages, batch.kv.slots_T, **turn
+            )
+            latent_TC, k_rope_TR = rows_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
+            k_rope_T1R = k_rope_TR.unsqueeze(1)
         if batch.kv is not None and batch.kv.has_prefix:
             o_THV = self.absorbed(q_nope_THN, q_rope_THR, batch)
         else:

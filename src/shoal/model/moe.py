@@ -14,7 +14,6 @@ import math
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config.model import ModelConfig, MoEConfig
@@ -68,7 +67,7 @@ class Gate(nn.Module):
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> Routing:
         moe = self.moe
         routing = ops.route(
-            F.linear(x_TD.float(), self.weight.float()),
+            ops.gate_logits(x_TD, self.weight),
             moe.num_experts_per_tok,
             scoring_func=moe.scoring_func,
             bias_E=self.e_score_correction_bias,

@@ -40,7 +40,11 @@ class Output:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    The second sum is left to whoever comes next, because a sum and the norm of it are one pass: a block is
+    given the stream x and what the block before has yet to add (None before the first), and returns the like.
+    """
 
     def __init__(
         self, config: ModelConfig, layer: int, *, device: torch.device | None, dtype: torch.dtype
@@ -65,14 +69,16 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, angles: Angles, batch: Batch, replay_TK: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, batch)
-        normal_TD = self.post_attention_layernorm(x_TD)
+        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        if y_TD is None:
+            normal_TD = self.input_layernorm(x_TD)
+        else:
+            x_TD, normal_TD = self.input_layernorm.add(x_TD, y_TD)
+        x_TD, normal_TD = self.post_attention_layernorm.add(x_TD, self.self_attn(normal_TD, angles, batch))
         if isinstance(self.mlp, MoE):
-            y_TD, routing = self.mlp(normal_TD, replay_TK)
-            return x_TD + y_TD, routing
-        return x_TD + self.mlp(normal_TD), None
+            return x_TD, *self.mlp(normal_TD, replay_TK)
+        return x_TD, self.mlp(normal_TD), None
 
 
 class SharedHead(nn.Module):
@@ -161,15 +167,16 @@ class Transformer(nn.Module):
                     tensor.normal_(std=self.config.initializer_range, generator=generator)
 
     def forward(self, batch: Batch) -> Output:
-        x_TD = self.model.embed_tokens(batch.ids_T)
+        x_TD, y_TD = self.model.embed_tokens(batch.ids_T), None
         angles = self.model.rotary(batch.positions_T)
         routings: list[Routing] = []
         for block in islice(self.model.layers, self.config.num_hidden_layers):
             replay_TK = None if batch.routing is None else batch.routing[:, len(routings)]
-            x_TD, routing = block(x_TD, angles, batch, replay_TK)
+            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
             if routing is not None:
                 routings.append(routing)
-        return Output(self.model.norm(x_TD), tuple(routings))
+        assert y_TD is not None
+        return Output(self.model.norm.add(x_TD, y_TD)[1], tuple(routings))
 
     def predict_ahead(self, hidden_TD: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0) -> Output:
         """Run prediction module `depth` on the hidden states of the one before it (the model's own for depth
@@ -180,8 +187,9 @@ class Transformer(nn.Module):
         module = self.model.layers[self.config.num_hidden_layers + depth]
         assert isinstance(module, PredictionModule)
         x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
-        x_TD, routing = module(x_TD, self.model.rotary(batch.positions_T), batch, None)
-        return Output(module.shared_head.norm(x_TD), () if routing is None else (routing,))
+        x_TD, y_TD, routing = module(x_TD, None, self.model.rotary(batch.positions_T), batch, None)
+        hidden_TD = module.shared_head.norm.add(x_TD, y_TD)[1]
+        return Output(hidden_TD, () if routing is None else (routing,))
 
     def head_weight(self) -> Tensor:
         """The output matrix (V, D): the embedding where it is tied."""

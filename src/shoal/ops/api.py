@@ -49,6 +49,13 @@ class Moments(NamedTuple):
     second_scale: Tensor | None = None
 
 
+class Sampled(NamedTuple):
+    """A token for each row, and its log-probability as the model has it."""
+
+    tokens_S: Tensor  # int64
+    logprobs_S: Tensor  # float32, of the unpenalised logits at temperature 1
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
@@ -56,6 +63,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     DeepSeek. Any leading shape, empty included. Differentiable in x and weight.
     """
     return call("rms_norm", x, weight_D, eps)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum x + y in their dtype, and `rms_norm` of it: the residual stream, and what the next layer reads.
+
+    x and y are alike in shape and dtype. Differentiable in x, y and weight, through both results.
+    """
+    return call("add_rms_norm", x, y, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,6 +85,15 @@ def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) 
     and cast back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
     """
     return call("rope", x_THR, cos_TR2, sin_TR2, interleaved)
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x W^T in float32 whatever the inputs' dtype: the router's logits (T, E).
+
+    Narrow inputs count as the float32 numbers they are; products and sums are float32's, never TF32's.
+    Differentiable in both.
+    """
+    return call("gate_logits", x_TD, weight_ED)
 
 
 def route(
@@ -166,6 +190,45 @@ def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
     gradient.
     """
     call("write_cache", pages, slots_T, rows)
+
+
+def write_latent_cache(
+    q_THR: Tensor,
+    kv_TL: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    *,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """What MLA does to a token before it attends to a cache: rotated queries (T, H, R), and rows (T, C + R).
+
+    A row is `rms_norm` of the first C elements of `kv_TL` and `rope` of the last R; it is kept at its slot of
+    `pages` (P, page_size, C + R) and returned. Cast points are those of the two ops. No gradient.
+    """
+    return call(
+        "write_latent_cache", q_THR, kv_TL, weight_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
+    )
+
+
+def write_kv_cache(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGQ: Tensor,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    *,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries and keys, which with the values are kept at their slots of `pages` (P, page_size, 2, G,
+    Q). No gradient.
+    """
+    return call("write_kv_cache", q_THQ, k_TGQ, v_TGQ, cos_TR2, sin_TR2, pages, slots_T, interleaved)
 
 
 def paged_attention(
@@ -277,3 +340,61 @@ def narrow_store(values: Tensor, scale: Tensor | None, x: Tensor, key: int, step
     kept as that. Bits as in `adamw`.
     """
     call("narrow_store", values, scale, x, key, step)
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    uniforms_S: Tensor,
+    *,
+    scores_SV: Tensor | None = None,
+) -> Sampled:
+    """Draw each row from softmax(scores / temperature), restricted, at the number u in [0, 1) it is given.
+
+    Kept are the `top_k` most probable (0: all), of them the fewest whose probabilities reach `top_p` of
+    theirs, of these the ones at least `min_p` times as probable as the best; equals of the last one kept are
+    kept too. Drawn is the first token, by id, whose cumulative probability exceeds u times the total; a token
+    of probability 0 never. Temperature 0 takes the best, the lowest id among equals.
+
+    `scores_SV` (float32, from `penalise`) is what is drawn from; without it the logits are. Log-probabilities
+    are the logits' own. Temperature and min_p are float32, top_p and u float64, top_k int32. A row depends on
+    itself alone; NaN or +inf in it shows as a log-probability that is not finite. No gradient.
+    """
+    for name, row, dtype in (
+        ("temperature", temperature_S, torch.float32),
+        ("top_k", top_k_S, torch.int32),
+        ("top_p", top_p_S, torch.float64),
+        ("min_p", min_p_S, torch.float32),
+        ("uniforms", uniforms_S, torch.float64),
+    ):
+        if row.dtype != dtype or row.shape != logits_SV.shape[:1]:
+            raise ValueError(
+                f"sample: {name} is {tuple(row.shape)} {row.dtype}; "
+                f"give one {dtype} for each of the {logits_SV.shape[0]} rows"
+            )
+    return Sampled(
+        *call("sample", logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, uniforms_S, scores_SV)
+    )
+
+
+def penalise(
+    logits_SV: Tensor,
+    ids_SN: Tensor,
+    lengths_S: Tensor,
+    num_prompt_S: Tensor,
+    repetition_S: Tensor,
+    frequency_S: Tensor,
+    presence_S: Tensor,
+) -> Tensor:
+    """Scores (S, V) in float32: the logits, less for what a row has said before.
+
+    Row s has the first `lengths_S[s]` of `ids_SN[s]` behind it, the first `num_prompt_S[s]` of them its
+    prompt, the rest its text; what lies past the length may be anything. In order: the logit of a token that
+    stands in either is divided by `repetition` if positive, multiplied if not; `frequency` times its count in
+    the text is subtracted, and `presence` if that is not 0. Ids and lengths are int32 or int64, factors
+    float32. No gradient.
+    """
+    return call("penalise", logits_SV, ids_SN, lengths_S, num_prompt_S, repetition_S, frequency_S, presence_S)

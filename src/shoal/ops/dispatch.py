@@ -17,25 +17,32 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing
+from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing, sampling
+from shoal.ops.reference import cache as cached
 
 Side = Literal["auto", "reference", "triton"]
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "rms_norm": layers.rms_norm,
+    "add_rms_norm": layers.add_rms_norm,
     "swiglu": layers.swiglu,
     "rope": layers.rope,
+    "gate_logits": routing.gate_logits,
     "route": routing.route,
     "limit_capacity": routing.limit_capacity,
     "grouped_mlp": experts.grouped_mlp,
     "attention": attention.attention,
     "write_cache": attention.write_cache,
+    "write_latent_cache": cached.write_latent_cache,
+    "write_kv_cache": cached.write_kv_cache,
     "paged_attention": attention.paged_attention,
     "latent_attention": attention.latent_attention,
     "linear_cross_entropy": loss.linear_cross_entropy,
     "adamw": adamw.adamw,
     "narrow_load": narrow.narrow_load,
     "narrow_store": narrow.narrow_store,
+    "sample": sampling.sample,
+    "penalise": sampling.penalise,
 }
 
 
@@ -50,13 +57,25 @@ class Kernel:
 @cache
 def kernels() -> dict[str, Kernel]:
     """The Triton side. Imported when first needed: Triton is on Linux only, and takes a second to import."""
-    from shoal.ops.triton import adamw, experts, routing
+    from shoal.ops.triton import adamw, experts, gate, loss, norms, rotary, routing, sampling, swiglu
+    from shoal.ops.triton import cache as cached
 
     return {
+        "rms_norm": Kernel(norms.rms_norm, norms.rms_norm_refusal),
+        "add_rms_norm": Kernel(norms.add_rms_norm, norms.add_rms_norm_refusal),
+        "swiglu": Kernel(swiglu.swiglu, swiglu.swiglu_refusal),
+        "rope": Kernel(rotary.rope, rotary.rope_refusal),
+        "gate_logits": Kernel(gate.gate_logits, gate.gate_logits_refusal),
         "route": Kernel(routing.route, routing.route_refusal),
         "limit_capacity": Kernel(routing.limit_capacity, lambda *_: None),
         "adamw": Kernel(adamw.adamw, adamw.adamw_refusal),
         "grouped_mlp": Kernel(experts.grouped_mlp, experts.grouped_mlp_refusal),
+        "write_cache": Kernel(cached.write_cache, cached.write_cache_refusal),
+        "write_latent_cache": Kernel(cached.write_latent_cache, cached.write_latent_cache_refusal),
+        "write_kv_cache": Kernel(cached.write_kv_cache, cached.write_kv_cache_refusal),
+        "linear_cross_entropy": Kernel(loss.linear_cross_entropy, loss.linear_cross_entropy_refusal),
+        "sample": Kernel(sampling.sample, sampling.sample_refusal),
+        "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),
     }
 
 

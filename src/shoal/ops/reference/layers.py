@@ -1,4 +1,4 @@
-"""Reference of the elementwise ops: RMSNorm, SwiGLU, RoPE.
+"""Reference of the small ops: RMSNorm, with a residual add or without, SwiGLU, RoPE.
 
 They state the cast points that parity with published checkpoints depends on. Narrow inputs are computed in
 float32; float64 inputs stay float64, so that every other implementation can be held against these.
@@ -48,6 +48,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     # 1. Normalise in float32.   2. Cast back.   3. Multiply by the weight in the narrow dtype.
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normal.to(x.dtype) * weight_D
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, rms_norm(total, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

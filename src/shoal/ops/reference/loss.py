@@ -19,11 +19,16 @@ _CHUNK_ELEMENTS = 1 << 20  # logits held at once: 4 MiB of float32, about what a
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        weights_T: Tensor,
+        need_hidden: bool,
+        need_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         nll_T = torch.empty(hidden_TD.shape[0], dtype=wide, device=hidden_TD.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         minus_one_11 = nll_T.new_full((1, 1), -1.0)
@@ -53,8 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor, dnll_T: Tensor) -> tuple[Tensor | None, ...]:
         return (
             *(None if grad is None else grad * dtotal.to(grad.dtype) for grad in ctx.saved_tensors),
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
@@ -68,4 +72,6 @@ def linear_cross_entropy(
                 f"linear_cross_entropy: targets span {low} to {high}, outside the vocabulary of "
                 f"{weight_VD.shape[0]}; give a position that does not count a weight of 0 and any valid id"
             )
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T)
+    # Asked here, where the caller's grad mode is known: scoring makes no gradients.
+    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD))
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, need_hidden, need_weight)

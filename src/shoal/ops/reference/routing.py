@@ -8,7 +8,12 @@ get -inf, not 0 (biased scores may be negative).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    return F.linear(x_TD.float(), weight_ED.float())
 
 
 def _best(values: Tensor, count: int) -> Tensor:

@@ -1,0 +1,328 @@
+"""What a token leaves in the paged cache, written where it is made.
+
+    latent   page[slot] = [rms_norm(c) | rope(k)],  q <- rope(q)      from kv_a's output, one launch
+    heads    page[slot] = [rope(k), v],             q <- rope(q)      the same for keys and values
+
+Layout: program (token, 0) makes the row of the cache (of heads, a block of them), the others turn a block of
+query heads each; all read their inputs where the products left them, so no slice, concatenation or copy is
+launched. The rows are also returned, for attention among the step's own tokens. No two tokens share a
+slot. Bound: at decoding sizes the launch itself, above them bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shoal.ops.triton.norms import DTYPES, normalise
+from shoal.ops.triton.rotary import head_block, load_angles, load_pairs, side_by_side, store_pairs
+
+MAX_LATENT = 8192  # of one program
+
+
+@triton.jit
+def _write_kernel(rows_ptr, pages_ptr, slots_ptr, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    pieces: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // pieces).to(tl.int64)
+    column = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + token * row_stride + column, mask=column < WIDTH)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    tl.store(pages_ptr + slot * WIDTH + column, row, mask=column < WIDTH)
+
+
+@triton.jit
+def _turn_queries(
+    q_ptr,
+    out_ptr,
+    cos,
+    sin,
+    token,
+    block,
+    token_stride,
+    head_stride,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    head = block * HEADS + tl.arange(0, HEADS)[:, None]
+    a, b = load_pairs(q_ptr + token * token_stride + head * head_stride, head < H, R, PAIRS, INTERLEAVED)
+    store_pairs(
+        out_ptr + (token * H + head) * R,
+        a * cos - b * sin,
+        b * cos + a * sin,
+        head < H,
+        R,
+        PAIRS,
+        INTERLEAVED,
+    )
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _write_latent_kernel(
+    q_ptr,
+    kv_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    pages_ptr,
+    slots_ptr,
+    turned_ptr,
+    rows_ptr,
+    q_token_stride,
+    q_head_stride,
+    kv_stride,
+    eps,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    token = tl.program_id(0).to(tl.int64)
+    cos, sin = load_angles(cos_ptr, sin_ptr, token, R, PAIRS)
+    if tl.program_id(1) == 0:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        column = tl.arange(0, BLOCK)[None, :]
+        latent = tl.load(kv_ptr + token * kv_stride + column, mask=column < C, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+        normal, _ = normalise(latent, eps, C, dtype)
+        latent = (normal * weight).to(dtype)
+        tl.store(rows_ptr + token * (C + R) + column, latent, mask=column < C)
+        tl.store(pages_ptr + slot * (C + R) + column, latent, mask=column < C)
+        one = tl.arange(0, 1)[:, None]
+        a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
+        first, second = a * cos - b * sin, b * cos + a * sin
+        store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+        store_pairs(pages_ptr + slot * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+    else:
+        _turn_queries(
+            q_ptr,
+            turned_ptr,
+            cos,
+            sin,
+            token,
+            tl.program_id(1) - 1,
+            q_token_stride,
+            q_head_stride,
+            H,
+            R,
+            HEADS,
+            PAIRS,
+            INTERLEAVED,
+        )
+
+
+@triton.jit
+def _write_heads_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    pages_ptr,
+    slots_ptr,
+    turned_q_ptr,
+    turned_k_ptr,
+    q_token_stride,
+    q_head_stride,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cos, sin = load_angles(cos_ptr, sin_ptr, token, R, PAIRS)
+    key_blocks: tl.constexpr = (G + HEADS - 1) // HEADS
+    if tl.program_id(1) < key_blocks:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+        inside = head < G
+        a, b = load_pairs(
+            k_ptr + token * k_token_stride + head * k_head_stride, inside, R, PAIRS, INTERLEAVED
+        )
+        first, second = a * cos - b * sin, b * cos + a * sin
+        key = pages_ptr + (slot * 2 * G + head) * R
+        store_pairs(turned_k_ptr + (token * G + head) * R, first, second, inside, R, PAIRS, INTERLEAVED)
+        store_pairs(key, first, second, inside, R, PAIRS, INTERLEAVED)
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        real = inside & (column < R)
+        value = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + column, mask=real)
+        tl.store(key + G * R + column, value, mask=real)
+    else:
+        _turn_queries(
+            q_ptr,
+            turned_q_ptr,
+            cos,
+            sin,
+            token,
+            tl.program_id(1) - key_blocks,
+            q_token_stride,
+            q_head_stride,
+            H,
+            R,
+            HEADS,
+            PAIRS,
+            INTERLEAVED,
+        )
+
+
+def _pages_refusal(pages: Tensor, row: Tensor) -> str | None:
+    if not pages.is_contiguous():
+        return "the pages are not contiguous; the kernel writes rows in place"
+    if pages.dtype != row.dtype:
+        return f"the pages are {pages.dtype} but what they keep is {row.dtype}; cast one side"
+    return None
+
+
+def write_cache_refusal(pages: Tensor, slots_T: Tensor, rows: Tensor) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if rows.shape[1:] != pages.shape[2:]:
+        return f"a row is {tuple(rows.shape[1:])} but a slot of the pages is {tuple(pages.shape[2:])}"
+    return _pages_refusal(pages, rows)
+
+
+@torch.no_grad()
+def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
+    """Keep rows at their slots, as `ops.api.write_cache` says."""
+    if not rows.numel():
+        return
+    rows_TX = side_by_side(rows.reshape(rows.shape[0], -1))
+    width = rows_TX.shape[1]
+    block = min(2048, triton.next_power_of_2(width))
+    grid = (rows_TX.shape[0] * triton.cdiv(width, block),)
+    _write_kernel[grid](rows_TX, pages, slots_T.contiguous(), rows_TX.stride(0), WIDTH=width, BLOCK=block)
+
+
+def write_latent_cache_refusal(
+    q_THR: Tensor,
+    kv_TL: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    interleaved: bool,
+) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if q_THR.dtype not in DTYPES:
+        return f"queries are {q_THR.dtype}; the kernel takes bfloat16, float16 and float32"
+    if not q_THR.dtype == kv_TL.dtype == weight_C.dtype:
+        return f"queries are {q_THR.dtype}, latents {kv_TL.dtype} and the weight {weight_C.dtype}; cast them"
+    if weight_C.shape[0] > MAX_LATENT:
+        return f"a latent of {weight_C.shape[0]}; a program holds at most {MAX_LATENT}"
+    return _pages_refusal(pages, kv_TL)
+
+
+@torch.no_grad()
+def write_latent_cache(
+    q_THR: Tensor,
+    kv_TL: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Turned queries and the rows of the cache, as `ops.api.write_latent_cache` says."""
+    (T, H, R), C = q_THR.shape, weight_C.shape[0]
+    q_THR, kv_TL = side_by_side(q_THR), side_by_side(kv_TL)
+    turned_THR = torch.empty(T, H, R, dtype=q_THR.dtype, device=q_THR.device)
+    rows_TL = torch.empty(T, C + R, dtype=q_THR.dtype, device=q_THR.device)
+    if T:
+        block = head_block(H, R)
+        _write_latent_kernel[(T, 1 + triton.cdiv(H, block["HEADS"]))](
+            q_THR,
+            kv_TL,
+            weight_C,
+            cos_TR2.contiguous(),
+            sin_TR2.contiguous(),
+            pages,
+            slots_T.contiguous(),
+            turned_THR,
+            rows_TL,
+            q_THR.stride(0),
+            q_THR.stride(1),
+            kv_TL.stride(0),
+            eps,
+            H=H,
+            C=C,
+            R=R,
+            BLOCK=triton.next_power_of_2(C),
+            INTERLEAVED=interleaved,
+            **block,
+        )
+    return turned_THR, rows_TL
+
+
+def write_kv_cache_refusal(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGQ: Tensor,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    interleaved: bool,
+) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if q_THQ.dtype not in DTYPES:
+        return f"queries are {q_THQ.dtype}; the kernel takes bfloat16, float16 and float32"
+    if not q_THQ.dtype == k_TGQ.dtype == v_TGQ.dtype:
+        return f"queries are {q_THQ.dtype}, keys {k_TGQ.dtype} and values {v_TGQ.dtype}; cast them"
+    return _pages_refusal(pages, k_TGQ)
+
+
+@torch.no_grad()
+def write_kv_cache(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGQ: Tensor,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Turned queries and keys, as `ops.api.write_kv_cache` says."""
+    (T, H, R), G = q_THQ.shape, k_TGQ.shape[1]
+    q_THQ, k_TGQ, v_TGQ = (side_by_side(x) for x in (q_THQ, k_TGQ, v_TGQ))
+    turned_THQ = torch.empty(T, H, R, dtype=q_THQ.dtype, device=q_THQ.device)
+    turned_TGQ = torch.empty(T, G, R, dtype=q_THQ.dtype, device=q_THQ.device)
+    if T:
+        block = head_block(H, R)
+        _write_heads_kernel[(T, triton.cdiv(G, block["HEADS"]) + triton.cdiv(H, block["HEADS"]))](
+            q_THQ,
+            k_TGQ,
+            v_TGQ,
+            cos_TR2.contiguous(),
+            sin_TR2.contiguous(),
+            pages,
+            slots_T.contiguous(),
+            turned_THQ,
+            turned_TGQ,
+            *q_THQ.stride()[:2],
+            *k_TGQ.stride()[:2],
+            *v_TGQ.stride()[:2],
+            H=H,
+            G=G,
+            R=R,
+            INTERLEAVED=interleaved,
+            **block,
+        )
+    return turned_THQ, turned_TGQ

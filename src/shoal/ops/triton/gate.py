@@ -1,0 +1,208 @@
+"""The router's product: logits in float32 from narrow tokens and weights, as the tensor cores add them.
+
+    l_te = sum over chunks of (sum within a chunk of x_td w_ed)
+
+Products of bfloat16 are exact in float32, so casting x and the weight up first, as the plain form does, buys
+nothing but two launches and three times the bytes. Layout: experts are the tall operand, 64 or 128 to a
+program, tokens the narrow one. The sum runs over chunks of CHUNK dims, each from zero, added in their order:
+so few tokens may have a program for each chunk (D 7168 and 256 experts: 224 programs) and a second launch
+that adds, many tokens have one program that does both, and a row's logits are the same bits in either.
+
+Bound: bytes. At one token the weight is read once (V3: 3.7 MB); at many, x.
+
+Backward: a float32 gradient is three bfloat16 numbers, high, middle and low, and the products with the narrow
+operands are one cuBLAS product each of three times the depth, or height: as exact as float32, at the tensor
+cores' rate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+DTYPES = (torch.bfloat16, torch.float16)
+CHUNK = 128
+MAX_SPLIT = 64  # tokens up to which each chunk has a program of its own
+
+
+@triton.jit
+def _chunk(
+    x_ptr,
+    weight_ptr,
+    token,
+    expert,
+    first,
+    T,
+    x_stride,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The partial logits (experts, tokens) of one chunk."""
+    column = first + tl.arange(0, CHUNK)
+    weight = tl.load(
+        weight_ptr + expert[:, None] * D + column[None, :],
+        mask=(expert < E)[:, None] & (column < D)[None, :],
+        other=0.0,
+    )
+    x = tl.load(
+        x_ptr + token[:, None] * x_stride + column[None, :],
+        mask=(token < T)[:, None] & (column < D)[None, :],
+        other=0.0,
+    )
+    return tl.dot(weight, x.T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _split_kernel(
+    x_ptr,
+    weight_ptr,
+    parts_ptr,
+    T,
+    x_stride,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BE: tl.constexpr,
+    BT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+    expert = tl.program_id(0) * BE + tl.arange(0, BE)
+    token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    part = _chunk(x_ptr, weight_ptr, token, expert, tl.program_id(2) * CHUNK, T, x_stride, E, D, CHUNK)
+    at = (tl.program_id(2) * T + token)[None, :] * E + expert[:, None]
+    tl.store(parts_ptr + at, part, mask=(expert < E)[:, None] & (token < T)[None, :])
+
+
+@triton.jit(do_not_specialize=["size"])
+def _add_kernel(parts_ptr, out_ptr, size, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        total += tl.load(parts_ptr + chunk * size + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, total, mask=at < size)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _whole_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    T,
+    x_stride,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BE: tl.constexpr,
+    BT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    expert = tl.program_id(0) * BE + tl.arange(0, BE)
+    token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    total = tl.zeros((BE, BT), tl.float32)
+    for first in range(0, D, CHUNK):
+        total += _chunk(x_ptr, weight_ptr, token, expert, first, T, x_stride, E, D, CHUNK)
+    at = token[None, :] * E + expert[:, None]
+    tl.store(out_ptr + at, total, mask=(expert < E)[:, None] & (token < T)[None, :])
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    (T, D), E = x_TD.shape, weight_ED.shape[0]
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    out_TE = torch.empty(T, E, dtype=torch.float32, device=x_TD.device)
+    if not T:
+        return out_TE
+    if T > MAX_SPLIT:
+        experts, tokens = (64, 64) if E <= 64 else (128, 64)
+        _whole_kernel[(triton.cdiv(E, experts), triton.cdiv(T, tokens))](
+            x_TD,
+            weight_ED,
+            out_TE,
+            T,
+            x_TD.stride(0),
+            E=E,
+            D=D,
+            BE=experts,
+            BT=tokens,
+            CHUNK=CHUNK,
+            num_warps=4,
+            num_stages=4,
+        )
+        return out_TE
+    chunks, tokens, pdl = triton.cdiv(D, CHUNK), 16 if T <= 16 else 64, x_TD.is_cuda and _has_pdl(x_TD.device)
+    parts = torch.empty(chunks, T, E, dtype=torch.float32, device=x_TD.device)
+    _split_kernel[(triton.cdiv(E, 64), triton.cdiv(T, tokens), chunks)](
+        x_TD, weight_ED, parts, T, x_TD.stride(0), E=E, D=D, BE=64, BT=tokens, CHUNK=CHUNK, PDL=pdl
+    )
+    _add_kernel[(triton.cdiv(T * E, 128),)](
+        parts, out_TE, T * E, CHUNKS=chunks, BLOCK=128, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
+    return out_TE
+
+
+def _has_pdl(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def split_in_three(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(3, ...) of `dtype`, whose sum is the float32 `x` to 2^-24 of it."""
+    high = x.to(dtype)
+    rest = x - high.float()
+    middle = rest.to(dtype)
+    return torch.stack((high, middle, (rest - middle.float()).to(dtype)))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of narrow matrices, kept in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+class _GateLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return _logits(x_TD, weight_ED)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ED = ctx.saved_tensors
+        (T, D), E = x_TD.shape, weight_ED.shape[0]
+        thirds_3TE = split_in_three(dlogits_TE, x_TD.dtype)
+        dx_TD = dweight_ED = None
+        if ctx.needs_input_grad[0]:
+            wide_TX = thirds_3TE.transpose(0, 1).reshape(T, 3 * E)
+            dx_TD = torch.mm(wide_TX, weight_ED.repeat(3, 1))
+        if ctx.needs_input_grad[1]:
+            tall_XT = thirds_3TE.transpose(1, 2).reshape(3 * E, T)
+            dweight_ED = _wide_product(tall_XT, x_TD).view(3, E, D).sum(0).to(weight_ED.dtype)
+        return dx_TD, dweight_ED
+
+
+def gate_logits_refusal(x_TD: Tensor, weight_ED: Tensor) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if x_TD.dtype not in DTYPES:
+        return (
+            f"x is {x_TD.dtype}; the kernel takes bfloat16 and float16, and float32 is one product as it is"
+        )
+    if weight_ED.dtype != x_TD.dtype:
+        return f"x is {x_TD.dtype} but the weight is {weight_ED.dtype}; cast one side"
+    if not weight_ED.is_contiguous():
+        return "the weight is not contiguous; the kernel does not copy weights"
+    return None
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """The logits, as `ops.api.gate_logits` says."""
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad):
+        return _GateLogits.apply(x_TD, weight_ED)
+    return _logits(x_TD, weight_ED)
