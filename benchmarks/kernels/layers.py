@@ -96,7 +96,7 @@ def _norms() -> Iterator[Case]:
             row, shape = 2.0 * tokens * dim, f"{tokens} x {dim}"
             pairs = [(x, weight) for x, _, weight in sets]
             yield _forward("rms_norm", shape, alone(norms), alone(reference), pairs, 2 * row)
-            fuse = tokens > 256
+            fuse = tokens > 256 and dim == 7168
             yield _forward("add_rms_norm", shape, added(norms), added(reference), sets, 4 * row, fuse=fuse)
             if fuse:
                 yield _training(
@@ -109,7 +109,7 @@ def _swiglu() -> Iterator[Case]:
         for dim in (2816, 10944):
             sets = [(_normal(tokens, dim), _normal(tokens, dim)) for _ in range(4)]
             row, shape = 2.0 * tokens * dim, f"{tokens} x {dim}"
-            fuse = tokens > 256
+            fuse = tokens > 256 and dim == 10944
             yield _forward("swiglu", shape, swiglu.swiglu, reference.swiglu, sets, 3 * row, fuse=fuse)
             if fuse:
                 yield _training("swiglu", shape, swiglu.swiglu, reference.swiglu, sets[0], 8 * row)
@@ -121,7 +121,7 @@ def _rope() -> Iterator[Case]:
         sets = [(_normal(tokens, heads, 192)[..., 128:], *_angles(tokens, dim // 2), True) for _ in range(2)]
         moved = 4.0 * tokens * heads * dim + 4.0 * tokens * dim
         yield _forward(
-            "rope", f"{tokens} x {heads} x {dim}", rotary.rope, reference.rope, sets, moved, fuse=True
+            "rope", f"{tokens} x {heads} x {dim}", rotary.rope, reference.rope, sets, moved, fuse=heads == 16
         )
 
 

@@ -84,7 +84,7 @@ def _assert_equals_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [1, 63, 512, 1408, 7168] if GPU else [1, 40])
+@pytest.mark.parametrize("dim", [5, 63, 512, 1408, 7168] if GPU else [5, 40])
 @pytest.mark.parametrize("rows", ROWS)
 def test_rms_norm(rows: int, dim: int, dtype: torch.dtype) -> None:
     inputs = (_random(rows, dim, dtype=dtype), _random(dim, seed=1, dtype=dtype))

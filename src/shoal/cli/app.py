@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.bench import bench_app
+
 if TYPE_CHECKING:
     from shoal.data.text import Tokenizer
     from shoal.engine.engine import Engine
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare text: train a tokenizer, pack documents.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 
 class Dtype(StrEnum):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -125,3 +126,10 @@ def explain(op: str, x: Tensor, *arguments: Any) -> str:
     if reason is None:
         return f"{op}: triton"
     return f"{op}: {'refused' if side == 'triton' else 'reference'}, since {reason}"
+
+
+def expert_tuning() -> ModuleType:
+    """What tunes and measures `grouped_mlp` on the GPU at hand, for the command line."""
+    from shoal.ops.triton import expert_tuning
+
+    return expert_tuning

@@ -5,8 +5,9 @@
 
 Layout: program (token, 0) makes the row of the cache (of heads, a block of them), the others turn a block of
 query heads each; all read their inputs where the products left them, so no slice, concatenation or copy is
-launched. The rows are also returned, for attention among the step's own tokens. No two tokens share a
-slot. Bound: at decoding sizes the launch itself, above them bytes.
+launched. The rows are also returned, for attention among the step's own tokens. No two tokens share a slot.
+Bound: at decoding sizes the launch itself, above them bytes. On an H200 (2026-11-24): 3 to 4 us up to 256
+tokens, where the ops apart take 26 to 60; 63 to 76% of 4.555 TB/s at 8192.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.ops.triton.norms import DTYPES, normalise
-from shoal.ops.triton.rotary import head_block, load_angles, load_pairs, side_by_side, store_pairs
+from shoal.ops.triton.rotary import head_block, load_angles, load_pairs, side_by_side, store_pairs, turn
 
 MAX_LATENT = 8192  # of one program
 
@@ -50,15 +51,8 @@ def _turn_queries(
 ):
     head = block * HEADS + tl.arange(0, HEADS)[:, None]
     a, b = load_pairs(q_ptr + token * token_stride + head * head_stride, head < H, R, PAIRS, INTERLEAVED)
-    store_pairs(
-        out_ptr + (token * H + head) * R,
-        a * cos - b * sin,
-        b * cos + a * sin,
-        head < H,
-        R,
-        PAIRS,
-        INTERLEAVED,
-    )
+    first, second = turn(a, b, cos, sin)
+    store_pairs(out_ptr + (token * H + head) * R, first, second, head < H, R, PAIRS, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -98,7 +92,7 @@ def _write_latent_kernel(
         tl.store(pages_ptr + slot * (C + R) + column, latent, mask=column < C)
         one = tl.arange(0, 1)[:, None]
         a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
-        first, second = a * cos - b * sin, b * cos + a * sin
+        first, second = turn(a, b, cos, sin)
         store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
         store_pairs(pages_ptr + slot * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
     else:
@@ -153,7 +147,7 @@ def _write_heads_kernel(
         a, b = load_pairs(
             k_ptr + token * k_token_stride + head * k_head_stride, inside, R, PAIRS, INTERLEAVED
         )
-        first, second = a * cos - b * sin, b * cos + a * sin
+        first, second = turn(a, b, cos, sin)
         key = pages_ptr + (slot * 2 * G + head) * R
         store_pairs(turned_k_ptr + (token * G + head) * R, first, second, inside, R, PAIRS, INTERLEAVED)
         store_pairs(key, first, second, inside, R, PAIRS, INTERLEAVED)

