@@ -26,6 +26,7 @@ from shoal.config import families
 from shoal.config.model import ModelConfig
 
 Table = dict[str, Any]
+Recompute = Literal["none", "selective", "full"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -123,7 +124,8 @@ class TrainConfig:
     """The loop: `steps` optimizer steps of `accumulation` micro-batches each.
 
     A checkpoint and an evaluation are made every so many steps (0: none in between) and after the last;
-    `keep` checkpoints stay. `mtp_loss_weight` is lambda of the multi-token-prediction loss.
+    `keep` checkpoints stay. `mtp_loss_weight` is lambda of the multi-token-prediction loss. `recompute` is
+    what backward makes again instead of keeping it: nothing, the attention of each block, or all of it.
     """
 
     steps: int
@@ -132,6 +134,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep: int = 2
     mtp_loss_weight: float = 0.3
+    recompute: Recompute = "none"
     optim: OptimConfig = OptimConfig()
     balance: BalanceConfig = BalanceConfig()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +72,48 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing | None]:
+        x_TD, normal_TD = self.attend(x_TD, y_TD, angles, batch)
+        return x_TD, *self.feed_forward(normal_TD, replay_TK)
+
+    def attend(
+        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after attention, and the norm of it."""
         if y_TD is None:
             normal_TD = self.input_layernorm(x_TD)
         else:
             x_TD, normal_TD = self.input_layernorm.add(x_TD, y_TD)
-        x_TD, normal_TD = self.post_attention_layernorm.add(x_TD, self.self_attn(normal_TD, angles, batch))
+        return self.post_attention_layernorm.add(x_TD, self.self_attn(normal_TD, angles, batch))
+
+    def feed_forward(self, normal_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing | None]:
         if isinstance(self.mlp, MoE):
-            return x_TD, *self.mlp(normal_TD, replay_TK)
-        return x_TD, self.mlp(normal_TD), None
+            return self.mlp(normal_TD, replay_TK)
+        return self.mlp(normal_TD), None
+
+
+class CallBlock(Protocol):
+    """Runs a block: as it is, or by a transform that saves less of it for the backward pass."""
+
+    def __call__(
+        self,
+        block: Block,
+        x_TD: Tensor,
+        y_TD: Tensor | None,
+        angles: Angles,
+        batch: Batch,
+        replay_TK: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Routing | None]: ...
+
+
+def call_block(
+    block: Block,
+    x_TD: Tensor,
+    y_TD: Tensor | None,
+    angles: Angles,
+    batch: Batch,
+    replay_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Routing | None]:
+    return block(x_TD, y_TD, angles, batch, replay_TK)
 
 
 class SharedHead(nn.Module):
@@ -138,6 +173,7 @@ class Transformer(nn.Module):
         super().__init__()
         device = None if device is None else torch.device(device)
         self.config = config
+        self.call_block: CallBlock = call_block
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -172,7 +208,8 @@ class Transformer(nn.Module):
         routings: list[Routing] = []
         for block in islice(self.model.layers, self.config.num_hidden_layers):
             replay_TK = None if batch.routing is None else batch.routing[:, len(routings)]
-            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
+            assert isinstance(block, Block)
+            x_TD, y_TD, routing = self.call_block(block, x_TD, y_TD, angles, batch, replay_TK)
             if routing is not None:
                 routings.append(routing)
         assert y_TD is not None
@@ -187,7 +224,8 @@ class Transformer(nn.Module):
         module = self.model.layers[self.config.num_hidden_layers + depth]
         assert isinstance(module, PredictionModule)
         x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
-        x_TD, y_TD, routing = module(x_TD, None, self.model.rotary(batch.positions_T), batch, None)
+        angles = self.model.rotary(batch.positions_T)
+        x_TD, y_TD, routing = self.call_block(module, x_TD, None, angles, batch, None)
         hidden_TD = module.shared_head.norm.add(x_TD, y_TD)[1]
         return Output(hidden_TD, () if routing is None else (routing,))
 

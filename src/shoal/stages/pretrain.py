@@ -27,13 +27,20 @@ from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import train_tokenizer
 from shoal.model.transformer import Transformer
 from shoal.train.metrics import Observer, Phase
+from shoal.train.recompute import recompute
 from shoal.train.trainer import Evaluation, Outcome, Trainer
 
 CONFIG = "config.toml"
 TOKENIZER = "tokenizer"
 SHARDS = ("data/train.shard", "data/held-out.shard")
 # What may change when a run goes on: how far it goes, and how often it looks up.
-MAY_CHANGE = {"train.steps", "train.evaluate_every", "train.checkpoint_every", "train.keep"}
+MAY_CHANGE = {
+    "train.steps",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.recompute",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,7 @@ def run(
     model.allocate(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     model.init_weights(generator)
+    recompute(model, config.train.recompute)
 
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(
