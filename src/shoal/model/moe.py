@@ -11,6 +11,7 @@ Shape letters: T tokens, D hidden, E experts, K experts per token, F expert hidd
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self.moe = moe
+        self.perturb: Callable[[Tensor], Tensor] | None = None  # of the logits, outside evaluation: noise
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, device=device, dtype=dtype))
         # Float32 whatever the model's dtype: its values differ by less than bfloat16 can hold, and it is no
         # parameter.
@@ -66,8 +68,11 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> Routing:
         moe = self.moe
+        logits_TE = ops.gate_logits(x_TD, self.weight)
+        if self.perturb is not None and self.training:
+            logits_TE = self.perturb(logits_TE)
         routing = ops.route(
-            ops.gate_logits(x_TD, self.weight),
+            logits_TE,
             moe.num_experts_per_tok,
             scoring_func=moe.scoring_func,
             bias_E=self.e_score_correction_bias,
@@ -76,7 +81,7 @@ class Gate(nn.Module):
             norm_topk_prob=moe.norm_topk_prob,
             routed_scaling_factor=moe.routed_scaling_factor,
             replay_TK=replay_TK,
-        )
+        )._replace(logits_TE=logits_TE)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if factor is None or replay_TK is not None:
             return routing

@@ -27,6 +27,9 @@ class Routing(NamedTuple):
     experts_TK: Tensor  # int64, best first; -1 where the choice was dropped
     weights_TK: Tensor  # float32, differentiable: what each chosen expert's output is multiplied by
     scores_TE: Tensor  # float32, differentiable: the score of every expert, before bias and selection
+    logits_TE: Tensor | None = (
+        None  # float32, differentiable: what the scores were made of, where a gate kept it
+    )
 
 
 class CrossEntropy(NamedTuple):

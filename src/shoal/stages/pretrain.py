@@ -26,6 +26,7 @@ from shoal.data.shard import Shard, tokenize_documents, write_shard
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import train_tokenizer
 from shoal.model.transformer import Transformer
+from shoal.train.balance import add_noise
 from shoal.train.metrics import Observer, Phase
 from shoal.train.recompute import recompute
 from shoal.train.trainer import Evaluation, Outcome, Trainer
@@ -75,7 +76,8 @@ def run(
     model.allocate(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     model.init_weights(generator)
-    recompute(model, config.train.recompute)
+    add_noise(model, config.train.balance.noise, generator)
+    recompute(model, config.train.recompute, [generator])
 
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(

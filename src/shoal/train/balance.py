@@ -1,11 +1,13 @@
-"""Loss-free balancing: after each optimizer step every expert's bias moves against its load.
+"""Loss-free balancing: the routers' correction biases, moved by the loads of a step once it is over.
 
-  b_i += u * sign(mean load - load_i)      (arXiv 2408.15664, algorithm 1; DeepSeek-V3, section 2.1.2)
+- `sign`: b_i += u * sign(mean load - load_i)   (arXiv 2408.15664, algorithm 1; DeepSeek-V3, section 2.1.2)
+- `quantile`: b_i is solved for. An expert is chosen by the tokens where b_i > c_t - s_ti, with c_t the best
+  biased score that was not chosen; the K/E quantile of c_t - s_ti over the step's tokens gives it an even
+  share of them. Then all are centred. (Kimi K3's rule, which has no step size.)
 
-The law: loads are counted over all micro-batches of the step, by the trainer alone, so evaluation and
-recomputation never move a bias. Every layer that routes is counted, prediction modules included; those
-without a correction bias are measured only. The bias is `e_score_correction_bias` of each gate: it chooses
-experts and has no gradient.
+The law: loads are counted over all micro-batches and processes of the step, by the trainer alone, so
+evaluation and recomputation never move a bias. Every layer that routes is counted, prediction modules
+included; those without a correction bias are measured only. The bias chooses experts and has no gradient.
 
 MaxVio, the measure, is (largest load - mean) / mean of a layer: 0 when even, E/K - 1 when all tokens go one
 way. Shape letters: L layers that route, E experts, T tokens, K experts per token.
@@ -18,41 +20,93 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shoal.config.run import BalanceConfig
+from shoal.model.moe import Gate
 from shoal.model.transformer import Transformer
-from shoal.train.loss import count_assignments
+from shoal.train.auxiliary import count_assignments
 from shoal.train.objective import Reduce, alone
 
 
 class Balancer:
     """Counts the experts' loads of a step and, when it is over, moves the biases of a model."""
 
-    def __init__(self, model: Transformer, update_speed: float) -> None:
-        self.update_speed = update_speed
+    def __init__(self, model: Transformer, settings: BalanceConfig) -> None:
+        self.settings = settings
         self.gates = model.gates()
         experts = model.config.moe.n_routed_experts if model.config.moe else 0
         device = self.gates[0].weight.device if self.gates else None
         self.load_LE = torch.zeros(len(self.gates), experts, dtype=torch.int64, device=device)
+        self.needs: list[list[Tensor]] = [[] for _ in self.gates]  # c - s of each micro-batch, (T, E)
 
-    def count(self, experts: Sequence[Tensor]) -> None:
-        """Add a micro-batch's choices, (T, K) a layer. Prediction modules that did not run have none."""
-        if experts:
-            experts_LTK = torch.stack(tuple(experts))
-            L, T, K = experts_LTK.shape
-            layer = torch.arange(L, device=experts_LTK.device).repeat_interleave(T, output_size=L * T)
-            self.load_LE[:L] += count_assignments(experts_LTK.view(L * T, K), self.load_LE.shape[1], layer, L)
+    def count(self, experts: Sequence[Tensor], scores: Sequence[Tensor] = ()) -> None:
+        """Add a micro-batch's choices, (T, K) a layer, and for `quantile` its scores, (T, E).
+
+        Prediction modules that did not run have none.
+        """
+        if not experts:
+            return
+        experts_LTK = torch.stack(tuple(experts))
+        L, T, K = experts_LTK.shape
+        layer = torch.arange(L, device=experts_LTK.device).repeat_interleave(T, output_size=L * T)
+        self.load_LE[:L] += count_assignments(experts_LTK.view(L * T, K), self.load_LE.shape[1], layer, L)
+        if self.settings.bias_rule == "quantile":
+            if len(scores) != L:
+                raise ValueError(
+                    "balance.bias_rule is 'quantile', but the objective gives no scores; use 'sign' with it"
+                )
+            for gate, needs, scores_TE in zip(self.gates, self.needs, scores, strict=False):
+                if gate.e_score_correction_bias is not None:
+                    best = (scores_TE + gate.e_score_correction_bias).topk(K + 1, dim=-1).values
+                    needs.append(best[:, -1:] - scores_TE)
 
     @torch.no_grad()
-    def update(self, reduce: Reduce = alone) -> Tensor:
-        """Move the biases by the loads of all processes since the last update; return those loads (L, E)."""
+    def update(self, reduce: Reduce = alone, *, moving: bool = True) -> Tensor:
+        """End the step: move the biases, where they are `moving`; the loads of all processes, (L, E)."""
         load_LE = reduce(self.load_LE)
         self.load_LE = torch.zeros_like(load_LE)
-        # Below or above the mean, asked in integers: E * load against the sum has no rounding.
-        below_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[1] * load_LE)
-        move_LE = self.update_speed * below_LE.float()
-        for gate, move_E in zip(self.gates, move_LE, strict=True):
-            if gate.e_score_correction_bias is not None:
-                gate.e_score_correction_bias.add_(move_E)
+        needs, self.needs = self.needs, [[] for _ in self.gates]
+        if moving:
+            # Below or above the mean, asked in integers: E * load against the sum has no rounding.
+            below_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[1] * load_LE)
+            move_LE = self.settings.bias_update_speed * below_LE.float()
+            for gate, move_E, need in zip(self.gates, move_LE, needs, strict=True):
+                if gate.e_score_correction_bias is None:
+                    continue
+                if self.settings.bias_rule == "sign":
+                    gate.e_score_correction_bias.add_(move_E)
+                elif need:
+                    gate.e_score_correction_bias.copy_(self._solve(gate, torch.cat(need), reduce))
         return load_LE
+
+    @staticmethod
+    def _solve(gate: Gate, need_TE: Tensor, reduce: Reduce) -> Tensor:
+        """The bias that gives each expert K/E of the tokens; over processes, the mean of theirs."""
+        T, E = need_TE.shape
+        share = T * gate.moe.num_experts_per_tok // E
+        # Between the last token that is to choose the expert and the first that is not.
+        low, high = (need_TE.kthvalue(min(max(n, 1), T), dim=0).values for n in (share, share + 1))
+        bias_E = (low + high) / 2
+        bias_E = reduce(bias_E) / reduce(torch.ones((), device=bias_E.device))
+        return bias_E - bias_E.mean()
+
+
+class GateNoise:
+    """Normal noise of one spread on a router's logits (after Shazeer 2017, whose spread is learned)."""
+
+    def __init__(self, spread: float, generator: torch.Generator) -> None:
+        self.spread = spread
+        self.generator = generator
+
+    def __call__(self, logits_TE: Tensor) -> Tensor:
+        noise_TE = torch.empty_like(logits_TE).normal_(generator=self.generator)
+        return logits_TE + self.spread * noise_TE
+
+
+def add_noise(model: Transformer, spread: float, generator: torch.Generator) -> Transformer:
+    """The model, its routers noisy while it trains."""
+    for gate in model.gates():
+        gate.perturb = GateNoise(spread, generator) if spread else None
+    return model
 
 
 def max_violation(load_LE: Tensor) -> Tensor:

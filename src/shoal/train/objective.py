@@ -45,9 +45,9 @@ class Share:
     terms: Mapping[
         str, Tensor
     ]  # float32 scalars without gradient: the same names in each micro-batch, "loss" among them
-    experts: tuple[
-        Tensor, ...
-    ] = ()  # (T, K) of every layer that routed, prediction modules last: the loads to balance
+    # The routing record of the micro-batch, a tensor for each layer that routed, prediction modules last.
+    experts: tuple[Tensor, ...] = ()  # (T, K): loads to balance and to show
+    scores: tuple[Tensor, ...] = ()  # (T, E): what quantile balancing solves its biases from
 
 
 class Objective(Protocol):

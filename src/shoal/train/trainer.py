@@ -34,6 +34,7 @@ from shoal.checkpoint import native
 from shoal.config.run import TrainConfig
 from shoal.model.transformer import Transformer
 from shoal.train import loss
+from shoal.train.auxiliary import Auxiliary
 from shoal.train.balance import Balancer, max_violation
 from shoal.train.metrics import (
     CheckpointReport,
@@ -97,7 +98,7 @@ class Trainer:
         self.objective = objective or loss.NextToken(
             model.config.num_nextn_predict_layers,
             mtp_weight=settings.mtp_loss_weight,
-            balance_weight=settings.balance.sequence_loss,
+            auxiliary=Auxiliary.of(settings.balance, model.config.moe),
         )
         self.reduce = reduce
         self.optimizer = Optimizer(model, settings.optim, trainable)
@@ -105,7 +106,7 @@ class Trainer:
             p.requires_grad_(name in self.optimizer.parameters)
         if settings.optim.in_backward:
             self.optimizer.attach()
-        self.balancer = Balancer(model, settings.balance.bias_update_speed)
+        self.balancer = Balancer(model, settings.balance)
         self.generators = {"run": generator, "torch": torch.default_generator}
         if self.device.type == "cuda":
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
@@ -118,7 +119,7 @@ class Trainer:
         self.model.train()
         with MetricsLog(self.folder / "metrics.jsonl", self.step) as log, Interrupt() as interrupt:
             while self.step < self.settings.steps and interrupt.signal is None:
-                report, load_LE = self._train_step()
+                report, load_LE = self.train_step()
                 self._report(log, report)
                 if self.evaluation is not None and self._due(self.settings.evaluate_every):
                     self._report(log, self._evaluate(self.evaluation, load_LE))
@@ -153,7 +154,7 @@ class Trainer:
         self.observe(CheckpointReport(self.step, self.saved, time.perf_counter() - start))
         return self.saved
 
-    def _train_step(self) -> tuple[StepReport, Tensor]:
+    def train_step(self) -> tuple[StepReport, Tensor]:
         """One step, and the experts' loads (L, E) in it."""
         settings, start = self.settings, time.perf_counter()
         lr = learning_rate(self.step, settings.optim, settings.steps)
@@ -162,7 +163,8 @@ class Trainer:
         take = self._step_inside_backward if settings.optim.in_backward else self._step_after_backward
         terms, grad_norm = take(batches, lr)
         # 3. Balance.
-        load_LE = self.balancer.update(self.reduce)
+        moving = self.step < settings.balance.bias_share * settings.steps
+        load_LE = self.balancer.update(self.reduce, moving=moving)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
         self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
@@ -217,7 +219,7 @@ class Trainer:
         for batch in batches:
             share = self.objective.compute(self.model, batch, step)
             share.total.backward()
-            self.balancer.count(share.experts)
+            self.balancer.count(share.experts, share.scores)
             shares.append(share.terms)
         if "loss" not in shares[0]:
             raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")

@@ -1,0 +1,269 @@
+"""Whole training steps on one GPU: tokens a second, the share of the matrix rate, and peak memory.
+
+`python -m benchmarks.train [CASES] [--out FILE.md]`. bf16, random ids, sequences of 4096 packed with document
+masks. FLOPs are config/cost.py's: products with active weights, head included, and causal attention (a token
+sees half of its sequence); 16.41 GFLOP a token for V2-Lite. Shares are of the H200's 797 TFLOP/s in a burst
+and 666 sustained. `step` is the Trainer's own: loss, backward with the optimizer inside, clipping, balance,
+and what it reports. The peer is transformers with grouped_mm, without optimizer and without document masks.
+Times are medians of wall-clock between synchronisations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from shoal.batch import Batch
+from shoal.config.cost import flops_per_token, params
+from shoal.config.families import family
+from shoal.config.hf import to_hf
+from shoal.config.model import GQAConfig, ModelConfig, MoEConfig
+from shoal.config.run import BalanceConfig, OptimConfig, Recompute, TrainConfig
+from shoal.model.transformer import Transformer
+from shoal.train.loss import NextToken
+from shoal.train.objective import Step
+from shoal.train.recompute import recompute
+from shoal.train.trainer import Trainer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU shows that it runs, at a tiny config
+BURST, SUSTAINED = 797e12, 666e12
+GIB = 1 << 30
+V2_LITE = family("deepseek-v2-lite").config
+# 1B active, 7B in all: 128 fine experts of width 768, the layer of Qwen3-30B-A3B, eleven of them.
+FINE = replace(
+    V2_LITE,
+    model_type="qwen3_moe",
+    num_hidden_layers=11,
+    attention=GQAConfig(num_attention_heads=32, num_key_value_heads=4, head_dim=128, qk_norm="head"),
+    rope=replace(V2_LITE.rope, interleaved=False, scaling=None),
+    moe=MoEConfig(128, 8, 768, norm_topk_prob=True),
+    intermediate_size=6144,
+)
+LEAN = OptimConfig(lr=1e-5, master="bfloat16", moments="int8", in_backward=True)
+FULL = OptimConfig(lr=1e-5, master="float32", moments="float32", in_backward=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: `optim` None is forward and backward alone, gradients kept."""
+
+    name: str
+    config: ModelConfig
+    sequences: int = 4
+    length: int = 4096
+    optim: OptimConfig | None = None
+    recompute: Recompute = "none"
+    sequence_loss: float = 1e-4
+    peer: str | None = None  # eager or compiled: transformers
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    tokens: int
+    tokens_per_second: float
+    tflops: float
+    burst: float
+    sustained: float
+    weights_gib: float
+    peak_gib: float
+    ms: float
+    note: str = ""
+
+
+def cases() -> dict[str, Case]:
+    mtp = replace(V2_LITE, num_nextn_predict_layers=1)
+    plain = Case("", V2_LITE)
+    rows = [
+        replace(plain, name="v2-lite"),
+        replace(plain, name="v2-lite-step", optim=LEAN),
+        replace(plain, name="v2-lite-step-selective", optim=LEAN, recompute="selective"),
+        replace(plain, name="v2-lite-step-full-32k", optim=LEAN, recompute="full", sequences=8),
+        replace(plain, name="v2-lite-no-sequence-loss", sequence_loss=0.0),
+        replace(plain, name="v2-lite-mtp-step", config=mtp, optim=LEAN, recompute="selective"),
+        replace(plain, name="v2-lite-8k", sequences=2),
+        replace(plain, name="fine", config=FINE),
+        replace(plain, name="fine-step", config=FINE, optim=FULL),
+        replace(plain, name="peer-eager-8k", peer="eager", sequences=2),
+        replace(plain, name="peer-eager", peer="eager"),
+        replace(plain, name="peer-compiled-8k", peer="compiled", sequences=2),
+        replace(plain, name="peer-compiled", peer="compiled"),
+    ]
+    return {row.name: row for row in rows}
+
+
+def batch(case: Case, seed: int) -> Batch:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    tokens = case.sequences * case.length
+    ids_T = torch.randint(0, case.config.vocab_size, (tokens,), generator=generator, device=DEVICE)
+    ends_S1 = torch.arange(0, tokens + 1, case.length, device=DEVICE)
+    weights_T = torch.ones(tokens, device=DEVICE).index_fill_(0, ends_S1[1:] - 1, 0.0)
+    return Batch(
+        ids_T=ids_T,
+        positions_T=torch.arange(case.length, device=DEVICE).repeat(case.sequences),
+        cu_seqlens_S1=ends_S1.int(),
+        max_seqlen=case.length,
+        targets_T=ids_T.roll(-1),
+        weights_T=weights_T,
+    )
+
+
+def ours(case: Case, folder: Path) -> Callable[[], object]:
+    model = Transformer(case.config, device="meta", dtype=torch.bfloat16)
+    model.allocate(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    model.init_weights(generator)
+    recompute(model, case.recompute)
+    batches = [batch(case, seed) for seed in range(4)]
+    if case.optim is not None:
+        balance = BalanceConfig(sequence_loss=case.sequence_loss)
+        settings = TrainConfig(steps=1_000_000, optim=case.optim, balance=balance)
+        return Trainer(model, lambda i: batches[i % 4], settings, folder, generator=generator).train_step
+    objective = NextToken(0, mtp_weight=0.0, balance_weight=case.sequence_loss)
+
+    def forward_backward() -> None:
+        step = Step(0, 1, objective.count(batches[:1]))
+        objective.compute(model, batches[0], step).total.backward()
+        model.zero_grad()
+
+    return forward_backward
+
+
+def theirs(case: Case) -> Callable[[], object]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = to_hf(case.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    torch.set_default_device(DEVICE)
+    torch.set_default_dtype(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm").train()
+    torch.set_default_device("cpu")
+    torch.set_default_dtype(torch.float32)
+    if case.peer == "compiled":
+        for layer in model.model.layers:
+            layer.compile()
+    ids = torch.randint(0, case.config.vocab_size, (case.sequences, case.length), device=DEVICE)
+
+    def forward_backward() -> None:
+        hidden_TD = model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        # Their own loss holds all logits in float32, several times 6.7 GB at 16k tokens. A chunk at a time,
+        # its gradient made at once, is kinder to them.
+        rows_TD = hidden_TD.detach().requires_grad_()
+        for rows, targets in zip(rows_TD.split(4096), ids.roll(-1, 1).flatten().split(4096), strict=True):
+            logits = model.lm_head(rows).float()
+            (F.cross_entropy(logits, targets, reduction="sum") / ids.numel()).backward()
+        hidden_TD.backward(rows_TD.grad)
+        model.zero_grad()
+
+    return forward_backward
+
+
+def measure(case: Case, steps: int) -> Result:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        run = theirs(case) if case.peer else ours(case, Path(folder))
+        weights = torch.cuda.memory_allocated() / GIB
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begun
+        for _ in range(2):
+            run()
+        times = []
+        for _ in range(steps):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times)
+        peak = torch.cuda.max_memory_allocated() / GIB
+        del run
+    tokens = case.sequences * case.length
+    mtp = case.config.num_nextn_predict_layers > 0
+    rate = tokens * flops_per_token(case.config, case.length, mtp=mtp) / seconds
+    note = f"spread {min(times) * 1e3:.0f} to {max(times) * 1e3:.0f} ms; first step {first:.1f} s"
+    return Result(
+        case.name, tokens, tokens / seconds, rate / 1e12, rate / BURST, rate / SUSTAINED, weights, peak,
+        1e3 * seconds, note,
+    )  # fmt: skip
+
+
+HEAD = (
+    "| case | tokens | tokens/s | TFLOP/s | of 797 | of 666 | built GiB | peak GiB | ms | note |\n"
+    + "|---" * 10
+    + "|"
+)
+
+
+def row(r: Result) -> str:
+    return (
+        f"| {r.case} | {r.tokens} | {r.tokens_per_second:,.0f} | {r.tflops:.0f} | {r.burst:.1%} | "
+        f"{r.sustained:.1%} | {r.weights_gib:.1f} | {r.peak_gib:.1f} | {r.ms:.0f} | {r.note} |"
+    )
+
+
+def profile(case: Case) -> str:
+    """Where the time of a step goes, by kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = ours(case, Path(folder))
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as told:
+            run()
+            torch.cuda.synchronize()
+    return told.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    known = cases()
+    parser.add_argument("cases", nargs="*", choices=[*known, []], help="which; all of them if none is named")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--profile", type=Path, help="write kernel times of the first case here, in place of all"
+    )
+    arguments: Any = parser.parse_args()
+    chosen = [known[name] for name in arguments.cases or known]
+    if arguments.profile:
+        arguments.profile.write_text(profile(chosen[0]))
+        return
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}\n{HEAD}", flush=True)
+    lines = []
+    for case in chosen:
+        try:
+            result = measure(case, arguments.steps)
+        except torch.OutOfMemoryError as error:
+            line = f"| {case.name} | out of memory: {str(error).splitlines()[0][:120]} |"
+        else:
+            line = row(result)
+            if arguments.out:
+                with arguments.out.with_suffix(".jsonl").open("a") as file:
+                    told = {"device": device, "parameters": params(case.config).total, **asdict(result)}
+                    file.write(json.dumps(told) + "\n")
+        lines.append(line)
+        print(line, flush=True)
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(f"\n## {device}, torch {torch.__version__}\n\n{HEAD}\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
