@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, Phase, StepReport
+from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, Phase, SpikeReport, StepReport
 
 console = Console(stderr=True, highlight=False)
 COMMAND = os.environ.get("SHOAL_COMMAND", "shoal")  # how the user called us: a clone has ./shoal
@@ -101,6 +101,9 @@ class TrainingView:
                 self._step(event)
             case EvaluationReport():
                 say(f"  step {event.step}: {event.bits_per_byte:.3f} bits per byte of held-out text")
+            case SpikeReport():
+                did = "left out" if event.action == "skip" else f"rolled back to step {event.step - 1}"
+                say(f"  step {event.step}: loss leapt to {event.loss:.3f}, above {event.limit:.3f}: {did}")
             case Phase():
                 say(event.text)
             case CheckpointReport():

@@ -145,6 +145,8 @@ class TrainConfig:
     A checkpoint and an evaluation are made every so many steps (0: none in between) and after the last;
     `keep` checkpoints stay. `mtp_loss_weight` is lambda of the multi-token-prediction loss. `recompute` is
     what backward makes again instead of keeping it: nothing, the attention of each block, or all of it.
+    A loss more than `spike_deviations` standard deviations above the last 64 (0: never asked) is a spike;
+    `spike_action` leaves its step out, or rolls back to the last checkpoint and on with the batches after it.
     """
 
     steps: int
@@ -154,6 +156,8 @@ class TrainConfig:
     keep: int = 2
     mtp_loss_weight: float = 0.3
     recompute: Recompute = "none"
+    spike_deviations: float = 0.0
+    spike_action: Literal["skip", "rollback"] = "skip"
     optim: OptimConfig = OptimConfig()
     balance: BalanceConfig = BalanceConfig()
 
@@ -161,7 +165,7 @@ class TrainConfig:
         for name, least in (("steps", 1), ("accumulation", 1), ("keep", 1)):
             value = getattr(self, name)
             _require(value >= least, f"{name} is {value}; it must be at least {least}")
-        for name in ("evaluate_every", "checkpoint_every", "mtp_loss_weight"):
+        for name in ("evaluate_every", "checkpoint_every", "mtp_loss_weight", "spike_deviations"):
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
         _require(

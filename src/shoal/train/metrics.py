@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,17 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
+class SpikeReport:
+    """A loss that leapt, and what was done: the step was left out, or the run rolled back to just before
+    `step`."""
+
+    step: int
+    loss: float
+    limit: float  # above it a loss is a spike
+    action: Literal["skip", "rollback"]
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     step: int
     path: Path
@@ -62,13 +73,14 @@ class Phase:
     text: str
 
 
-Event = StepReport | EvaluationReport | CheckpointReport | Phase
+Event = StepReport | EvaluationReport | SpikeReport | CheckpointReport | Phase
 Observer = Callable[[Event], None]
 
 _TIMING = ("seconds", "tokens_per_second")
+_KINDS: dict[type, str] = {StepReport: "step", EvaluationReport: "evaluation", SpikeReport: "spike"}
 
 
-def to_line(event: StepReport | EvaluationReport) -> dict[str, Any]:
+def to_line(event: StepReport | EvaluationReport | SpikeReport) -> dict[str, Any]:
     """An event as a line of metrics.jsonl: `kind`, its fields, each term by its name, and its `timing`."""
     fields: dict[str, Any] = {}
     for name, value in vars(event).items():
@@ -77,22 +89,31 @@ def to_line(event: StepReport | EvaluationReport) -> dict[str, Any]:
     if isinstance(event, StepReport) and (taken := event.terms.keys() & vars(event).keys()):
         raise ValueError(f"the objective names a term {min(taken)!r}, which a step has already; rename it")
     timing = {name: round(value, 6) for name, value in vars(event).items() if name in _TIMING}
-    return {"kind": "step" if isinstance(event, StepReport) else "evaluation", **fields, "timing": timing}
+    return {"kind": _KINDS[type(event)], **fields, **({"timing": timing} if timing else {})}
 
 
 class MetricsLog:
     """metrics.jsonl, opened to go on after `step`: later lines, and one cut short by a kill, are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{path.name}.new")
+        self._file = self._open(step)
+
+    def _open(self, step: int) -> IO[bytes]:
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.new")
         with temporary.open("wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        self._file = path.open("ab")
+        temporary.replace(self.path)
+        return self.path.open("ab")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written after `step`."""
+        self._file.close()
+        self._file = self._open(step)
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")

@@ -135,6 +135,11 @@ class Optimizer:
             self.adamw.update([slot], self._lr, factor)
         slot.parameter.grad = None
 
+    def call_off(self) -> None:
+        """No gradient came, and the step did not happen."""
+        assert not self._norms
+        self.adamw.steps -= 1
+
     def close_step(self) -> Tensor:
         """The norm of all gradients of the step inside backward. The next one clips by it."""
         norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))

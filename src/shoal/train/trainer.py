@@ -8,7 +8,8 @@ the step, which is also the place in the data: batch i of the run is `batches(i)
 What is minimised is an Objective's business, and which parameters learn the caller's: frozen ones take no
 gradient and no memory here, nor in checkpoints. A sum over processes is a function passed in (`reduce`).
 
-Ctrl-C and SIGTERM finish the step, save, and return. A loss or gradient that is not finite stops the run
+A loss that leaps is skipped or rolled back from, where the recipe says so (guards.py). Ctrl-C and SIGTERM
+finish the step, save, and return. A loss or gradient that is not finite stops the run
 before it touches a weight. Where batches come from and what is done with the model is for the stage;
 watching, for an Observer.
 """
@@ -17,14 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +34,13 @@ from shoal.model.transformer import Transformer
 from shoal.train import loss
 from shoal.train.auxiliary import Auxiliary
 from shoal.train.balance import Balancer, max_violation
+from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
     CheckpointReport,
     EvaluationReport,
     MetricsLog,
     Observer,
+    SpikeReport,
     StepReport,
     bits_per_byte,
     to_line,
@@ -56,6 +56,9 @@ class Evaluation:
 
     batches: Callable[[], Iterable[Batch]]
     num_bytes: int
+
+
+MOST_ROLLBACKS = 3  # to one checkpoint
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,11 @@ class Trainer:
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
         self.step = 0  # steps done
         self.tokens = 0  # tokens they had
+        self.passed_over = 0  # micro-batches that rolling back has left out, all before the next
+        self.guard = SpikeGuard(settings.spike_deviations)
         self.saved: Path | None = None  # the checkpoint of this very step
+        self._spike: SpikeReport | None = None  # of the last step
+        self._rolled_back: list[int] = []  # the steps of the checkpoints gone back to
 
     def run(self) -> Outcome:
         """Train from the present step to the last, or until a signal."""
@@ -120,6 +127,11 @@ class Trainer:
         with MetricsLog(self.folder / "metrics.jsonl", self.step) as log, Interrupt() as interrupt:
             while self.step < self.settings.steps and interrupt.signal is None:
                 report, load_LE = self.train_step()
+                if self._spike is not None and self.settings.spike_action == "rollback":
+                    self._roll_back(log, self._spike)
+                    continue
+                if self._spike is not None:
+                    self._report(log, self._spike)
                 self._report(log, report)
                 if self.evaluation is not None and self._due(self.settings.evaluate_every):
                     self._report(log, self._evaluate(self.evaluation, load_LE))
@@ -139,6 +151,8 @@ class Trainer:
         for name, generator in self.generators.items():
             generator.set_state(tensors["generators"][name])
         self.step, self.tokens, self.saved = state["step"], state["tokens"], path
+        self.passed_over = state.get("passed_over", 0)
+        self.guard.restore(state.get("losses", ()))
         return True
 
     def save(self, log: MetricsLog) -> Path:
@@ -148,7 +162,13 @@ class Trainer:
             self.folder / "checkpoints",
             self.step,
             self._state(),
-            {"step": self.step, "tokens": self.tokens, "recipe": self.recipe},
+            {
+                "step": self.step,
+                "tokens": self.tokens,
+                "passed_over": self.passed_over,
+                "losses": self.guard.state(),
+                "recipe": self.recipe,
+            },
             keep=self.settings.keep,
         )
         self.observe(CheckpointReport(self.step, self.saved, time.perf_counter() - start))
@@ -161,9 +181,12 @@ class Trainer:
         batches = self._next_batches()
         # 1. Gradients, 2. weights: one after the other, or the second inside the first.
         take = self._step_inside_backward if settings.optim.in_backward else self._step_after_backward
+        self._spike = None
         terms, grad_norm = take(batches, lr)
+        if self._spike is None:
+            self.guard.accept(terms["loss"])
         # 3. Balance.
-        moving = self.step < settings.balance.bias_share * settings.steps
+        moving = self._spike is None and self.step < settings.balance.bias_share * settings.steps
         load_LE = self.balancer.update(self.reduce, moving=moving)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
@@ -189,6 +212,9 @@ class Trainer:
         # The one wait for the device: what is not finite goes no further.
         told, grad_norm = self._tell(terms, torch.nn.utils.get_total_norm(grads))
         self._refuse_nonfinite(told, grad_norm)
+        if self._is_spike(told["loss"]):
+            self.optimizer.zero_grad()
+            return told, grad_norm
         if grad_norm > self.settings.optim.clip:
             torch._foreach_mul_(grads, self.settings.optim.clip / grad_norm)
         self.optimizer.step(lr)
@@ -198,6 +224,9 @@ class Trainer:
     def _step_inside_backward(self, batches: list[Batch], lr: float) -> tuple[dict[str, float], float]:
         with self.optimizer.inside_backward(lr):
             terms = self._accumulate(batches)
+            if self._spike is not None:
+                self.optimizer.call_off()
+                return {name: value.item() for name, value in terms.items()}, 0.0
         told, grad_norm = self._tell(terms, self.optimizer.close_step())
         self._refuse_nonfinite(told, grad_norm)
         return told, grad_norm
@@ -209,7 +238,7 @@ class Trainer:
         return dict(zip(terms, values, strict=True)), grad_norm
 
     def _next_batches(self) -> list[Batch]:
-        first = self.step * self.settings.accumulation
+        first = self.step * self.settings.accumulation + self.passed_over
         return [_move(self.batches(first + i), self.device) for i in range(self.settings.accumulation)]
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
@@ -218,7 +247,10 @@ class Trainer:
         shares: list[Mapping[str, Tensor]] = []
         for batch in batches:
             share = self.objective.compute(self.model, batch, step)
-            share.total.backward()
+            # Inside backward there is no later moment to ask; it costs a wait for the device.
+            inside = self.settings.optim.in_backward and self.guard.deviations
+            if not inside or not self._is_spike(self.reduce(share.terms["loss"].clone()).item()):
+                share.total.backward()
             self.balancer.count(share.experts, share.scores)
             shares.append(share.terms)
         if "loss" not in shares[0]:
@@ -237,6 +269,31 @@ class Trainer:
             + (f"The last good checkpoint is {good}; " if good else "There is no checkpoint yet; ")
             + "a lower train.optim.lr or a longer warm-up may get past it"
         )
+
+    def _is_spike(self, loss: float) -> bool:
+        limit = self.guard.limit()
+        if loss > limit:
+            self._spike = SpikeReport(self.step + 1, loss, limit, self.settings.spike_action)
+        return self._spike is not None
+
+    def _roll_back(self, log: MetricsLog, spike: SpikeReport) -> None:
+        """Return to the last checkpoint, and go on with the batches after the spike."""
+        next_batch = self.step * self.settings.accumulation + self.passed_over
+        if not self.resume():
+            raise ValueError(
+                f"step {spike.step}: the loss leapt to {spike.loss:.4g}, above {spike.limit:.4g}, and there "
+                f"is no checkpoint to roll back to; lower train.checkpoint_every, or set spike_action to skip"
+            )
+        self._rolled_back.append(self.step)
+        if self._rolled_back.count(self.step) > MOST_ROLLBACKS:
+            raise ValueError(
+                f"step {spike.step}: the loss leapt to {spike.loss:.4g} again, {MOST_ROLLBACKS} times after "
+                f"rolling back to step {self.step}; other data does not help: lower train.optim.lr"
+            )
+        self.passed_over = next_batch - self.step * self.settings.accumulation
+        log.rewind(self.step)
+        # Told at the step that comes next: resuming from this checkpoint will tell it again.
+        self._report(log, dataclasses.replace(spike, step=self.step + 1))
 
     def _first_nonfinite(self) -> str:
         """A weight, else the gradient nearest to the loss: the backward pass met it first."""
@@ -276,7 +333,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
 
-    def _report(self, log: MetricsLog, event: StepReport | EvaluationReport) -> None:
+    def _report(self, log: MetricsLog, event: StepReport | EvaluationReport | SpikeReport) -> None:
         log.write(to_line(event))
         self.observe(event)
 
@@ -288,29 +345,6 @@ class Trainer:
             "optimizer": self.optimizer.state(),
             "generators": {name: generator.get_state() for name, generator in self.generators.items()},
         }
-
-
-class Interrupt:
-    """While it is open, the first Ctrl-C or SIGTERM is only noted; a second one acts as it always does."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._handlers = {
-                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:
