@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import json.decoder
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,6 +148,43 @@ def test_data_commands_make_a_tokenizer_and_a_shard(shoal: Shoal, tmp_path: Path
     assert "1 documents" in made.err
 
 
+def test_data_steps_follow_one_another_to_a_page(shoal: Shoal, tmp_path: Path) -> None:
+    library = Path(json.__file__).parent
+    (tmp_path / "bad.jsonl").write_text("no JSON\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": (library / "scanner.py").read_text()}))
+    files = [library / "decoder.py", library / "decoder.py", library / "scanner.py", tmp_path / "bad.jsonl"]
+    (tmp_path / "copy.py").write_bytes(files[0].read_bytes())
+    names = ("clean", "single", "paragraphs", "clear")
+    folders = [tmp_path / name for name in names]
+    kept = [folder / "documents.jsonl.zst" for folder in folders]
+    made = shoal("data", "clean", *files, tmp_path / "copy.py", "--out", folders[0], "--workers", "1")
+    assert "kept 3 of 3 documents" in made.err
+    assert "1 records could not be read, first: " in made.err
+    made = shoal("data", "dedup", kept[0], "--out", folders[1], "--workers", "1")
+    assert "exact copy: 1 documents" in made.err
+    assert (
+        shoal("data", "dedup", kept[1], "--by", "paragraph", "--out", folders[2], "--workers", "1").code == 0
+    )
+    against = ("--against", tmp_path / "eval.jsonl")
+    made = shoal("data", "decontaminate", kept[2], *against, "--out", folders[3], "--workers", "1")
+    assert "evaluation text: 1 documents" in made.err
+    assert shoal("data", "report", *folders, "--out", tmp_path / "page.html").code == 0
+    shown = (tmp_path / "page.html").read_text()
+    assert all(
+        f"<h2>{step}" in shown for step in ("clean", "dedup by document", "dedup by paragraph", "decon")
+    )
+
+
+def test_fertility_compares_tokenizers_on_the_same_text(shoal: Shoal, checkpoint: Path) -> None:
+    text = Path(json.decoder.__file__)
+    arguments = ("--tokenizer", checkpoint, "--tokenizer", checkpoint / "tokenizer.json", "--json")
+    rows = json.loads(shoal("data", "fertility", text, *arguments).out)
+    assert [row["language"] for row in rows] == ["code", "code"]
+    assert rows[0]["tokens"] == rows[1]["tokens"] > 0
+    assert rows[0]["characters"] == len(text.read_text())
+    assert rows[0]["tokens_per_character"] == rows[0]["tokens"] / rows[0]["characters"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -155,6 +193,13 @@ def test_data_commands_make_a_tokenizer_and_a_shard(shoal: Shoal, tmp_path: Path
         (("score", "no/such/folder", "--ids", "1"), "no/such/folder"),
         (("data", "tokenizer", "no-such-*.txt", "--out", "x"), "no-such-*.txt"),
         (("data", "pack", "x.txt", "--tokenizer", "nowhere", "--out", "x"), "nowhere"),
+        (("data", "clean", "none.txt", "--out", "x"), "none.txt"),
+        (("data", "clean", "--languages", "fr", __file__, "--out", "x"), "fr"),
+        (("data", "clean", "--workers", "0", __file__, "--out", "x"), "workers is 0"),
+        (("data", "dedup", "--by", "line", __file__, "--out", "x"), "line"),
+        (("data", "decontaminate", "--against", "none.jsonl", __file__, "--out", "x"), "none.jsonl"),
+        (("data", "report", "nowhere"), "nowhere"),
+        (("data", "fertility", "--tokenizer", "nowhere", __file__), "nowhere"),
         (("train", "no-such.toml", "--out", "x"), "no-such.toml"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",

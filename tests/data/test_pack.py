@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.data.pack import Packer, evaluation_batches
+from shoal.data.fim import BEGIN, END, FIM, HOLE
+from shoal.data.pack import Mixture, Packer, batches_of_rank, evaluation_batches
 from shoal.data.read import Document
 from shoal.data.shard import Shard, TokenizedDocument, tokenize_documents, write_shard
 from shoal.data.text import Tokenizer
@@ -173,3 +174,113 @@ def test_what_cannot_be_packed_is_refused_with_both_numbers(tmp_path: Path) -> N
         Packer(shard, 4, 1, 0)
     with pytest.raises(ValueError, match="seed is -1"):
         Packer(shard, 4, 2, -1)
+
+
+@given(packings(), packings(), st.sampled_from([(1.0, 1.0), (0.7, 0.3), (1, 2.5)]), st.integers(0, 40))
+def test_a_mixture_keeps_its_weights_and_its_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    one: tuple[list[int], int, int, int],
+    other: tuple[list[int], int, int, int],
+    weights: tuple[float, float],
+    first: int,
+) -> None:
+    """Each source's tokens come in its own stream, none lost at a step's edge, in proportion to the token."""
+    folders = [tmp_path_factory.mktemp("mix") for _ in range(2)]
+    shards = [
+        numbered_shard(folder, [*part[0], 30]) for folder, part in zip(folders, (one, other), strict=True)
+    ]
+    size = max(shard.vocab_size for shard in shards)
+    for shard in shards:  # one vocabulary
+        documents = [
+            TokenizedDocument(shard.tokens[a:b].tolist(), 1) for a, b in pairwise(shard.offsets.tolist())
+        ]
+        write_shard(shard.path, documents, size)
+    shards = [Shard.open(shard.path) for shard in shards]
+    mixture = Mixture((shards[0], shards[1]), weights, 16, 8, seed=3)
+    batches = [mixture.batch(step) for step in range(first, first + 6)]
+    taken: list[list[int]] = [[], []]
+    for step, batch in enumerate(batches, start=first):
+        assert batch.num_tokens == 16
+        assert int(batch.cu_seqlens_S1[-1]) == 16
+        assert sequences(batch, batch.positions_T) == [
+            list(range(len(s))) for s in sequences(batch, batch.ids_T)
+        ]
+        counts = [
+            after - before
+            for before, after in zip(mixture._given(step), mixture._given(step + 1), strict=True)
+        ]
+        for source, part in zip(taken, batch.ids_T.split(counts), strict=True):
+            source += part.tolist()
+    share = weights[0] / sum(weights)
+    assert abs(len(taken[0]) - share * 16 * 6) <= 1
+    for shard, source, start in zip(shards, taken, mixture._given(first), strict=True):
+        alone = Packer(shard, 8, 8, 3).stretch(start, start + len(source))
+        assert source == alone.ids_T.tolist()
+    again = Mixture((shards[0], shards[1]), weights, 16, 8, seed=3).batch(first + 5)
+    assert torch.equal(again.ids_T, batches[-1].ids_T)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_ranks_together_take_the_batches_of_one(tmp_path: Path, ranks: int) -> None:
+    packer = Packer(numbered_shard(tmp_path, [5, 9, 2, 7, 30]), 6, 4, seed=1)
+    for step in (0, 3, 17):
+        alone = [packer.batch(n).ids_T.tolist() for n in batches_of_rank(step, 4, 0, 1)]
+        shared = {
+            n: Packer(packer.shard, 6, 4, 1).batch(n).ids_T.tolist()
+            for rank in range(ranks)
+            for n in batches_of_rank(step, 4, rank, ranks)
+        }
+        assert [shared[n] for n in sorted(shared)] == alone
+    with pytest.raises(ValueError, match="rank 0 of 3 cannot share 4 batches"):
+        batches_of_rank(0, 4, 0, 3)
+
+
+def test_an_epoch_of_many_documents_is_found_by_blocks(tmp_path: Path) -> None:
+    lengths = [1 + n % 3 for n in range(5000)]
+    packer = Packer(numbered_shard(tmp_path, lengths), 700, 16, seed=2)
+    total = packer.shard.num_tokens
+    stream = torch.cat([packer.batch(step).ids_T for step in range(-(-total // 700))]).tolist()[:total]
+    assert sorted(stream) == list(range(total))
+    long = packer.stretch(0, 3 * total)
+    assert long.ids_T.tolist()[:total] == stream
+    assert torch.equal(long.ids_T.bincount(), torch.full((total,), 3))
+    assert packer._epoch(0).order.dtype.itemsize == 4
+
+
+def test_fill_in_the_middle_keeps_every_byte_and_depends_on_seed_and_text(
+    tokenizer: Tokenizer, modules: list[Document], tmp_path: Path
+) -> None:
+    def tokens(documents: list[Document], fim: FIM) -> list[list[int]]:
+        return [list(document.ids) for document in tokenize_documents(tokenizer, documents, fim)]
+
+    whole, cut = tokens(modules, FIM()), tokens(modules, FIM(0.5, seed=1))
+    marks = [tokenizer.encode(token, parse_special=True)[0] for token in (BEGIN, HOLE, END)]
+    changed = [n for n, ids in enumerate(cut) if ids != whole[n]]
+    # Binomial: 30 of 60 with a standard deviation of 3.9; this draw is fixed.
+    assert 15 < len(changed) < 45
+    for n in changed:
+        places = [cut[n].index(mark) for mark in marks]
+        assert places == sorted(places)
+        assert places[0] == 1
+        assert (cut[n][0], cut[n][-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+        prefix, suffix, middle = (
+            tokenizer.decode(cut[n][a + 1 : b]) for a, b in pairwise([*places, len(cut[n]) - 1])
+        )
+        assert prefix + middle + suffix == modules[n].text
+    assert tokens(modules[::-1], FIM(0.5, seed=1)) == cut[::-1]
+    assert tokens(modules, FIM(0.5, seed=2)) != cut
+    sizes = [document.num_bytes for document in tokenize_documents(tokenizer, modules, FIM(1.0))]
+    assert sizes == [len(module.text.encode()) for module in modules]
+    with pytest.raises(ValueError, match=r"rate is 1\.5"):
+        FIM(1.5)
+
+
+def test_a_mixture_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    shard = numbered_shard(tmp_path, [50, 60])
+    for weights, message in [
+        ((1.0,), "2 sources have 1 weights"),
+        ((1.0, -1.0), "each is positive"),
+        ((1.0, 0.01), "source 1 has a weight of 0.01"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Mixture((shard, shard), weights, 64, 8, 0)

@@ -8,6 +8,7 @@ import ast
 import gzip
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.data.read import LONGEST_PLAIN, Document, read_documents, split_documents, standard_library
+from shoal.data.read import (
+    LONGEST_PLAIN,
+    Document,
+    Reading,
+    read_documents,
+    split_documents,
+    standard_library,
+)
 
 RECORDS = [{"text": "one\r\ntwo", "source": "a:b"}, {"text": "中文\u2028é"}, {"text": "three", "lang": "en"}]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
@@ -28,7 +36,7 @@ documents_strategy = st.lists(st.builds(Document, st.text(max_size=40), st.text(
     ("name", "data"),
     [
         ("a.jsonl", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl.zst", zstandard.compress(LINES[:20]) + zstandard.compress(LINES[20:])),  # two frames
         ("blank.jsonl", b"\n" + LINES.replace(b"\n", b"\n  \n")),
     ],
@@ -76,12 +84,16 @@ def test_order_is_that_of_patterns_then_names_and_no_file_comes_twice(tmp_path: 
     [
         ("a.txt", b"fine \xff", "a.txt is not UTF-8 at byte 5"),
         ("a.jsonl", LINES + b'{"text": "\xff"}', f"a.jsonl is not UTF-8 at byte {len(LINES) + 10}"),
-        ("a.jsonl.gz", gzip.compress(LINES + b"\xc3"), f"a.jsonl.gz is not UTF-8 at byte {len(LINES)}"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES + b"\xc3", mtime=0),
+            f"a.jsonl.gz is not UTF-8 at byte {len(LINES)}",
+        ),
         ("a.jsonl", LINES + b'{"content": "x"}', "a.jsonl:4 has no text"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1 has no text"),
         ("a.jsonl", LINES + b'{"text": "cut', "a.jsonl:4 is not JSON"),
         ("a.jsonl", b'{"text": "x\\ud800"}\n', "a.jsonl:1 has half a surrogate pair at character 1"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-12], "a.jsonl.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "a.jsonl.gz is damaged"),
         ("a.jsonl.zst", b"no archive at all", "a.jsonl.zst is damaged"),
         ("a.txt", b" \n\n", "no text in "),
         ("a.jsonl", b'{"text": " "}\n', "no text in "),
@@ -174,3 +186,58 @@ def test_an_impossible_fraction_is_refused(fraction: float) -> None:
 def test_too_little_text_to_hold_out_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("1 characters are too few to hold out 5.0%")):
         split_documents([Document("a", "")], 0.05)
+
+
+def test_what_cannot_be_read_is_counted_quoted_and_skipped(tmp_path: Path) -> None:
+    damaged = gzip.compress(LINES * 3000, mtime=0)[:-12]
+    (tmp_path / "a.jsonl").write_bytes(
+        b"no JSON\n" + LINES + b'{"text": 1}\n' + b'{"text": "\xff"}\n' + LINES
+    )
+    (tmp_path / "b.jsonl.gz").write_bytes(damaged)
+    (tmp_path / "c.txt").write_bytes(b"bad \xff")
+    (tmp_path / "d.txt").write_bytes(b"good")
+    reading = Reading()
+    documents = list(read_documents([tmp_path / "*"], reading))
+    assert [d.text for d in documents[:6]] == 2 * [record["text"] for record in RECORDS]
+    assert documents[-1].text == "good"
+    assert len(documents) > 2 * 3 + 1
+    assert reading.bad == 5
+    places = [
+        "a.jsonl:1 is not JSON",
+        "a.jsonl:5 has no text",
+        "a.jsonl is not UTF-8 at byte",
+        "b.jsonl.gz is damaged",
+        "c.txt is not UTF-8 at byte 4",
+    ]
+    assert all(place in quote for place, quote in zip(places, reading.quotes, strict=True))
+    assert reading.quotes[0].endswith(": b'no JSON\\n'")
+    assert reading.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_parquet_reads_as_its_lines_do(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"text": record["text"], "source": record.get("source"), "more": 1} for record in RECORDS]
+    table = pyarrow.Table.from_pylist(
+        [*rows, {"text": None, "source": "x", "more": 1}, {"text": "last", "more": 2}]
+    )
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    reading = Reading()
+    documents = list(read_documents([tmp_path / "a.parquet"], reading))
+    assert [document.text for document in documents] == [*(record["text"] for record in RECORDS), "last"]
+    assert documents[0].source == "a:b"
+    assert (reading.bad, reading.num_bytes) == (1, (tmp_path / "a.parquet").stat().st_size)
+    assert "a.parquet:4 has no text" in reading.quotes[0]
+    with pytest.raises(ValueError, match=r"a\.parquet:4 has no text"):
+        list(read_documents([tmp_path / "a.parquet"]))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="is damaged"):
+        list(read_documents([tmp_path / "a.parquet"]))
+
+
+def test_parquet_without_its_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=re.escape("pip install 'shoal[data]'")):
+        list(read_documents([tmp_path / "a.parquet"], Reading()))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli.bench import bench_app
+from shoal.cli.data import app as data_app
 
 if TYPE_CHECKING:
     from shoal.data.text import Tokenizer
@@ -32,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Prepare text: train a tokenizer, pack documents.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
@@ -76,42 +76,6 @@ def quickstart(
     if more and not text:
         raise ValueError(f"{more[0]!r} is out of place; give files as --text {' '.join(more)}")
     show(patterns=[*(text or []), *(more or [])], folder=out, steps=steps, fresh=fresh)
-
-
-@data_app.command("tokenizer")
-def data_tokenizer(
-    files: Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst).")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens, special ones included.")] = 32768,
-) -> None:
-    """Train a byte-level BPE tokenizer with DeepSeek's pre-tokenizer and special tokens."""
-    from shoal.cli.view import console, say
-    from shoal.data.read import read_documents
-    from shoal.data.tokenizer import train_tokenizer
-
-    texts = (document.text for document in read_documents(files))
-    tokenizer = train_tokenizer(texts, vocab_size, show_progress=console.is_terminal)
-    tokenizer.save(out)
-    say(f"{tokenizer.vocab_size} tokens, written to {out}")
-
-
-@data_app.command("pack")
-def data_pack(
-    files: Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst).")],
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
-    out: Annotated[Path, typer.Option(help="The shard to write.")],
-) -> None:
-    """Tokenize documents into one memory-mapped shard."""
-    from shoal.cli.view import say
-    from shoal.data.read import read_documents
-    from shoal.data.shard import Shard, tokenize_documents, write_shard
-    from shoal.data.text import Tokenizer
-
-    known = Tokenizer.load(tokenizer)
-    write_shard(out, tokenize_documents(known, read_documents(files)), known.vocab_size)
-    shard = Shard.open(out)
-    rate = shard.num_bytes / shard.num_tokens
-    say(f"{shard.num_documents} documents, {shard.num_tokens:,} tokens, {rate:.2f} bytes a token: {out}")
 
 
 @app.command()

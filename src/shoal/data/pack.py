@@ -2,7 +2,8 @@
 
 A training batch is a pure function of (seed, step). Each epoch lays all documents out in an order of its own,
 the epochs follow one another in one endless stream, and step s is tokens s*T to (s+1)*T of it. So a run
-resumes, or jumps, with no state but the step, and n ranks share one stream: rank r takes batch(n * step + r).
+resumes, or jumps, with no state but the step, and n ranks share one stream (`batches_of_rank`). Of several
+sources, each is such a stream, and every batch takes its weight's share of each, to the token.
 
 The law: attention never crosses from one document to another. A document that a batch's edge or `seq_len`
 cuts goes on as a new sequence from position 0. Every token is predicted from the one before it in its
@@ -13,9 +14,12 @@ Shape letters: T tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +51,11 @@ class _Spans(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    order: Ints  # the documents in order
-    starts: Ints  # where each starts in the epoch, and last where all end
+    order: NDArray[np.uint32]  # the documents in order
+    starts: Ints  # where every BLOCK-th of them starts in the epoch
+
+
+BLOCK = 1024  # documents; so an epoch in memory takes 4 bytes a document, and there are two at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,25 +82,33 @@ class Packer:
         return self.shard.num_tokens / self.tokens_per_batch
 
     def batch(self, step: int) -> Batch:
-        epoch, start = divmod(step * self.tokens_per_batch, self.shard.num_tokens)
-        stop = start + self.tokens_per_batch
-        spans = self._spans(epoch, start, min(stop, self.shard.num_tokens))
-        if stop > self.shard.num_tokens:
-            rest = self._spans(epoch + 1, 0, stop - self.shard.num_tokens)
-            spans = _Spans(*map(np.concatenate, zip(spans, rest, strict=True)))
-        return _assemble(self.shard, spans.cut(self.seq_len))
+        return self.stretch(step * self.tokens_per_batch, (step + 1) * self.tokens_per_batch)
+
+    def stretch(self, start: int, stop: int) -> Batch:
+        """Tokens `start` to `stop` of the endless stream."""
+        total = self.shard.num_tokens
+        epochs = range(start // total, -(-stop // total))
+        spans = [self._spans(n, max(start - n * total, 0), min(stop - n * total, total)) for n in epochs]
+        return _assemble(self.shard, _Spans(*map(np.concatenate, zip(*spans, strict=True))).cut(self.seq_len))
 
     def _spans(self, epoch: int, start: int, stop: int) -> _Spans:
         """Tokens `start` to `stop` of an epoch."""
-        order, starts = self._epoch(epoch)
-        first = np.searchsorted(starts, start, side="right") - 1
-        last = np.searchsorted(starts, stop, side="left")
-        skipped = np.maximum(start - starts[first:last], 0)
-        ends = np.minimum(starts[first + 1 : last + 1], stop)
-        documents = order[first:last]
+        order, block_starts = self._epoch(epoch)
+        block = int(np.searchsorted(block_starts, start, side="right")) - 1
+        last_block = int(np.searchsorted(block_starts, stop, side="left"))
+        documents = order[block * BLOCK : last_block * BLOCK]
+        ends = block_starts[block] + np.cumsum(
+            self.shard.offsets[documents + 1] - self.shard.offsets[documents]
+        )
+        inside = slice(
+            np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop, side="left") + 1
+        )
+        documents, ends = documents[inside], ends[inside]
+        starts = ends - (self.shard.offsets[documents + 1] - self.shard.offsets[documents])
+        skipped = np.maximum(start - starts, 0)
         return _Spans(
             self.shard.offsets[documents] + skipped,
-            ends - starts[first:last] - skipped,
+            np.minimum(ends, stop) - starts - skipped,
             self.shard.offsets[documents + 1],
         )
 
@@ -107,8 +122,87 @@ class Packer:
         # numpy.
         key = np.array([self.seed, epoch], np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(self.shard.num_documents), kind="stable")
-        lengths = np.diff(self.shard.offsets)[order]
-        return _Epoch(order, np.concatenate([[0], np.cumsum(lengths)]))
+        ends = np.cumsum(np.diff(self.shard.offsets)[order])
+        starts = np.concatenate([[0], ends[BLOCK - 1 : -1 : BLOCK]])
+        return _Epoch(order.astype(np.uint32), starts)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several sources, each in a stream of its own: every batch has their tokens in proportion to `weights`.
+
+    Before step s, source j has given floor(s*T*W_j) - floor(s*T*W_(j-1)) tokens, W the weights summed up to
+    1: exact over any number of steps, and a function of the step alone. A small source comes again sooner.
+    """
+
+    shards: tuple[Shard, ...]
+    weights: tuple[float, ...]
+    tokens_per_batch: int
+    seq_len: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.shards or len(self.shards) != len(self.weights):
+            raise ValueError(f"{len(self.shards)} sources have {len(self.weights)} weights; give one to each")
+        for n, share in enumerate(self._sums):
+            least = share - (self._sums[n - 1] if n else 0)
+            tokens = float(least * self.tokens_per_batch)
+            if tokens < 2:
+                raise ValueError(
+                    f"source {n} has a weight of {self.weights[n]} and {tokens:.1f} tokens "
+                    f"of a batch of {self.tokens_per_batch}; it needs 2: raise its weight or the batch"
+                )
+        if len({shard.vocab_size for shard in self.shards}) > 1:
+            raise ValueError("the sources have several vocabularies; pack them with one tokenizer")
+        assert self._packers
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps until every source has been read once at least."""
+        shares = np.diff([0.0, *map(float, self._sums)])
+        sizes = [shard.num_tokens for shard in self.shards]
+        return max(size / (share * self.tokens_per_batch) for size, share in zip(sizes, shares, strict=True))
+
+    def batch(self, step: int) -> Batch:
+        starts, stops = self._given(step), self._given(step + 1)
+        parts = [
+            packer.stretch(start, stop)
+            for packer, start, stop in zip(self._packers, starts, stops, strict=True)
+        ]
+        return _join(parts)
+
+    def _given(self, step: int) -> list[int]:
+        """Tokens each source has given before `step`."""
+        bounds = [0, *(math.floor(step * self.tokens_per_batch * total) for total in self._sums)]
+        return [after - before for before, after in pairwise(bounds)]
+
+    @cached_property
+    def _sums(self) -> list[Fraction]:
+        """The weights up to each source, of a whole of 1; as they were written, so no rounding adds up."""
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError(f"the weights are {self.weights}; each is positive and finite")
+        sums = list(accumulate(Fraction(str(weight)) for weight in self.weights))
+        return [part / sums[-1] for part in sums]
+
+    @cached_property
+    def _packers(self) -> list[Packer]:
+        shares = [int(stop) for stop in self._given(1)]
+        return [
+            Packer(shard, max(share, self.seq_len), self.seq_len, self.seed)
+            for shard, share in zip(self.shards, shares, strict=True)
+        ]
+
+
+def batches_of_rank(step: int, per_step: int, rank: int, ranks: int) -> range:
+    """Which batches of a stream rank `rank` of `ranks` takes in a step of `per_step` batches over all ranks.
+
+    Together the ranks take those of one rank alone, so a run may change its number of ranks between steps.
+    """
+    if not 0 <= rank < ranks or per_step % ranks:
+        raise ValueError(
+            f"rank {rank} of {ranks} cannot share {per_step} batches a step; let ranks divide the batches"
+        )
+    return range(step * per_step + rank, (step + 1) * per_step, ranks)
 
 
 def evaluation_batches(shard: Shard, tokens_per_batch: int, seq_len: int) -> Iterator[Batch]:
@@ -134,6 +228,22 @@ def _check_lengths(tokens_per_batch: int, seq_len: int) -> None:
             f"seq_len is {seq_len} and tokens_per_batch {tokens_per_batch}; a sequence has 2 tokens "
             "at least, and a batch holds one"
         )
+
+
+def _join(parts: Sequence[Batch]) -> Batch:
+    """The sequences of all, in order."""
+    ends = accumulate((part.num_tokens for part in parts), initial=0)
+    cu_S1 = [
+        part.cu_seqlens_S1[n > 0 :] + end for n, (part, end) in enumerate(zip(parts, ends, strict=False))
+    ]
+    return Batch(
+        ids_T=torch.cat([part.ids_T for part in parts]),
+        positions_T=torch.cat([part.positions_T for part in parts]),
+        cu_seqlens_S1=torch.cat(cu_S1),
+        max_seqlen=max(part.max_seqlen for part in parts),
+        targets_T=torch.cat([part.targets_T for part in parts if part.targets_T is not None]),
+        weights_T=torch.cat([part.weights_T for part in parts if part.weights_T is not None]),
+    )
 
 
 def _assemble(shard: Shard, spans: _Spans) -> Batch:

@@ -1,10 +1,11 @@
 """Documents from files: which files, in which order, and which text is held out.
 
 Plain files (.txt, .md, .py) are one document each, or one a megabyte, cut between lines; JSON Lines (.jsonl,
-.jsonl.gz, .jsonl.zst) hold one a line, in its "text". The law: the same files give the same documents in the
-same order, and whether a text is held out depends on what it says, not on where it lies or in which order it
-comes. What cannot be read is an error that names the file and the place; only blank documents are passed
-over. Tokens are left to text.py and shard.py.
+.jsonl.gz, .jsonl.zst) hold one a line, in its "text"; Parquet one a row, in its column "text". The law: the
+same files give the same documents in the same order, and whether a text is held out depends on what it says,
+not on where it lies or in which order it comes. What cannot be read is an error that names the file and the
+place, or, for a caller who hands in a `Reading`, is counted, quoted and skipped; blank documents are passed
+over. One document is in memory at a time. Tokens are left to text.py and shard.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,8 @@ import zstandard
 
 PLAIN = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET = ".parquet"
+PARQUET_ROWS = 256  # decoded at a time
 
 # What of the standard library is not its code: tests, other packages, an editor, and tables written as code
 # (codecs, and help topics in one file of 0.7 MB that alone would decide a small held-out split).
@@ -42,14 +45,42 @@ class Document:
     source: str  # where it came from, for people
 
 
-def read_documents(patterns: Sequence[str | Path]) -> Iterator[Document]:
+@dataclass
+class Reading:
+    """How far a reader has come, and what it could not read: filled while it reads."""
+
+    num_bytes: int = 0  # of the files, compressed as they are
+    bad: int = 0
+    quotes: list[str] = field(default_factory=list)  # of the first bad ones: what, where, first bytes
+
+    def skip(self, fault: ValueError, data: bytes) -> None:
+        self.bad += 1
+        if len(self.quotes) < QUOTED:
+            self.quotes.append(f"{fault}: {data[:QUOTED_BYTES]!r}")
+
+
+QUOTED, QUOTED_BYTES = 20, 60
+
+
+def read_documents(patterns: Sequence[str | Path], reading: Reading | None = None) -> Iterator[Document]:
     """The documents of files and globs (`**` crosses folders), in the order given, a glob's files by name.
 
-    A file named twice is read once. A pattern without a file fails at the call, a fault in a file when it is
-    reached.
+    A file named twice is read once. A pattern without a file fails at the call. A fault in a file fails when
+    it is reached; with a `Reading`, the record (of a damaged archive, its rest) is skipped and noted there.
     """
-    files = list(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern))))
-    return _read_all(files)
+    return _read_all(find_files(patterns), reading)
+
+
+def find_files(patterns: Sequence[str | Path], more: Sequence[str] = ()) -> list[Path]:
+    """The files that `read_documents` reads, in its order; `more` are endings to find besides."""
+    known = (*PLAIN, *RECORDS, PARQUET, *more)
+    return list(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern), known)))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, decompressed by its ending."""
+    with path.open("rb") as raw, _decompress(raw, path) as lines:
+        yield from lines
 
 
 def standard_library() -> Iterator[Document]:
@@ -105,8 +136,8 @@ def _cut_tail(document: Document, fraction: float) -> tuple[Document, Document]:
     return Document(text[:cut], source), Document(text[cut:], source)
 
 
-def _find(pattern: str) -> list[Path]:
-    path, known = Path(pattern).expanduser(), PLAIN + RECORDS
+def _find(pattern: str, known: tuple[str, ...]) -> list[Path]:
+    path = Path(pattern).expanduser()
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name its files, for example '{path}/**/*.txt'")
     if path.is_file():
@@ -123,64 +154,123 @@ def _find(pattern: str) -> list[Path]:
     return files
 
 
-def _read_all(files: Sequence[Path]) -> Iterator[Document]:
-    count = 0
+def _read_all(files: Sequence[Path], reading: Reading | None) -> Iterator[Document]:
+    count, before, counted = 0, 0, Reading() if reading is None else reading
     for file in files:
-        for document in _read(file):
+        for document in _read(file, counted, before, strict=reading is None):
             if document.text.strip():
                 count += 1
                 yield document
+        before += file.stat().st_size
+        counted.num_bytes = before
     if count == 0:
         raise ValueError(f"no text in {', '.join(map(str, files)) or 'no files'}; give files that have some")
 
 
-def _read(path: Path) -> Iterator[Document]:
-    return _read_records(path) if path.name.endswith(RECORDS) else _read_plain(path)
+def _read(path: Path, reading: Reading, before: int, *, strict: bool) -> Iterator[Document]:
+    """`before` is the size of the files read before this one."""
+    if path.name.endswith(PARQUET):
+        parts = _read_parquet(path, reading, before)
+    elif path.name.endswith(RECORDS):
+        parts = _read_lines(path, reading, before)
+    else:
+        parts = _read_plain(path, reading, before)
+    for part in parts:
+        if isinstance(part, Document):
+            yield part
+        elif strict:
+            raise part.fault from part.fault.__cause__
+        else:
+            reading.skip(part.fault, part.data)
 
 
-def _read_plain(path: Path) -> Iterator[Document]:
+@dataclass(frozen=True)
+class _Bad:
+    fault: ValueError
+    data: bytes
+
+
+def _read_plain(path: Path, reading: Reading, before: int) -> Iterator[Document | _Bad]:
     offset = 0
     with path.open("rb") as file:
         while data := b"".join(file.readlines(LONGEST_PLAIN)):
-            yield Document(_decode(data, path, offset), str(path))
+            try:
+                yield Document(_decode(data, path, offset), str(path))
+            except ValueError as fault:
+                yield _Bad(fault, data)
             offset += len(data)
+            reading.num_bytes = before + offset
 
 
-def _read_records(path: Path) -> Iterator[Document]:
-    offset = 0
+def _read_lines(path: Path, reading: Reading, before: int) -> Iterator[Document | _Bad]:
+    offset, line = 0, b""
     try:
-        with _open(path) as lines:
+        with path.open("rb") as raw, _decompress(raw, path) as lines:
             for number, line in enumerate(lines, start=1):
-                text = _decode(line, path, offset)
+                try:
+                    text = _decode(line, path, offset)
+                    if text.strip():
+                        yield _read_record(text, f"{path}:{number}")
+                except ValueError as fault:
+                    yield _Bad(fault, line)
                 offset += len(line)
-                if text.strip():
-                    yield _read_record(text, f"{path}:{number}")
+                reading.num_bytes = before + raw.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch or compress it again") from error
+        fault = ValueError(f"{path} is damaged ({error}); fetch or compress it again")
+        fault.__cause__ = error
+        yield _Bad(fault, line)
 
 
-def _open(path: Path) -> BinaryIO:
+def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path))
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if path.suffix == ".zst":
         decompressor = zstandard.ZstdDecompressor()
-        return io.BufferedReader(decompressor.stream_reader(path.open("rb"), read_across_frames=True))
-    return path.open("rb")
+        return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def _read_parquet(path: Path, reading: Reading, before: int) -> Iterator[Document | _Bad]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow to be read: pip install 'shoal[data]'") from error
+    size, row = path.stat().st_size, 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in ("text", "source") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    try:
+                        yield _as_document(record, f"{path}:{row}")
+                    except ValueError as fault:
+                        yield _Bad(fault, repr(record).encode())
+                reading.num_bytes = before + size * row // max(file.metadata.num_rows, 1)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        fault = ValueError(f"{path} is damaged ({error}); fetch it again")
+        fault.__cause__ = error
+        yield _Bad(fault, b"")
 
 
 def _read_record(line: str, place: str) -> Document:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({error}); each line must be one object") from error
-    if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
-        raise ValueError(f'{place} has no text; each line must be an object with a string named "text"')
+    document = _as_document(record, place)
     try:
-        text.encode()
+        document.text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{place} has half a surrogate pair at character {error.start} of its text"
         ) from error
+    return document
+
+
+def _as_document(record: object, place: str) -> Document:
+    if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
+        raise ValueError(f'{place} has no text; each record must be an object with a string named "text"')
     source = record.get("source")
     return Document(text, source if isinstance(source, str) else place)
 

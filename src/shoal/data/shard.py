@@ -14,17 +14,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import tee
+from itertools import chain, tee
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.data.atomic import write_atomically
+from shoal.data.fim import BEGIN, END, FIM, HOLE
 from shoal.data.read import Document
 from shoal.data.text import Tokenizer
 
 MAGIC = b"SHOAL 01"
+WHOLE = FIM(0.0)
 HEADER = np.dtype(
     [("magic", "S8"), ("vocab_size", "<u8"), ("token_bytes", "<u8"), ("documents", "<u8"), ("tokens", "<u8")]
 )
@@ -84,12 +86,37 @@ class Shard:
         return int(self.byte_lengths.sum())
 
 
-def tokenize_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
-    """Each document between BOS, where the tokenizer has one, and EOS; so every byte of text is predicted."""
-    texts, sizes = tee(document.text for document in documents)
-    many = tokenizer.encode_many(texts, bos=tokenizer.bos_id is not None, eos=True)
-    for ids, text in zip(many, sizes, strict=True):
-        yield TokenizedDocument(ids, len(text.encode()))
+def tokenize_documents(
+    tokenizer: Tokenizer, documents: Iterable[Document], fim: FIM = WHOLE
+) -> Iterator[TokenizedDocument]:
+    """Each document between BOS, where the tokenizer has one, and EOS; so every byte of text is predicted.
+
+    Those that `fim` cuts are told as prefix, suffix and middle, with its three tokens before each.
+    """
+    marks = _fim_ids(tokenizer) if fim.rate else []
+    layouts, texts = tee(_lay_out(document.text, fim) for document in documents)
+    many = tokenizer.encode_many(piece for pieces in texts for piece in pieces)
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for pieces in layouts:
+        ids = [next(many) for _ in pieces]
+        if len(pieces) > 1:
+            ids = [[mark, *piece] for mark, piece in zip(marks, ids, strict=True)]
+        size = sum(len(piece.encode()) for piece in pieces)
+        yield TokenizedDocument([*before, *chain.from_iterable(ids), tokenizer.eos_id], size)
+
+
+def _lay_out(text: str, fim: FIM) -> tuple[str, ...]:
+    cut = fim.cut(text)
+    return (text,) if cut is None else (cut[0], cut[2], cut[1])
+
+
+def _fim_ids(tokenizer: Tokenizer) -> list[int]:
+    ids = [tokenizer.encode(token, parse_special=True) for token in (BEGIN, HOLE, END)]
+    if any(len(each) != 1 for each in ids):
+        raise ValueError(
+            f"this tokenizer has no {BEGIN}, {HOLE} and {END}; set the fill-in-the-middle rate to 0"
+        )
+    return [each[0] for each in ids]
 
 
 def write_shard(path: str | Path, documents: Iterable[TokenizedDocument], vocab_size: int) -> None:
