@@ -25,7 +25,7 @@ class KVView:
     slots_T: Tensor  # int64: page * page_size + offset, where each new token is kept
     block_table_SB: Tensor  # int32: the pages of each sequence in order; rows padded with 0
     context_lens_S: Tensor  # int32: positions of each sequence after this step, new tokens included
-    max_context_len: int  # the largest of them, on the host
+    max_context_len: int  # none of them is larger; on the host
     has_prefix: bool  # some sequence looks back on positions that are not in this step
 
     @property

@@ -11,6 +11,7 @@ import copy
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,12 +87,43 @@ def test_chunks_equal_the_whole_prompt(
     assert_same(got, alone)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("buckets", [(), (1, 3, 8)])
+def test_padding_and_overlap_change_nothing(
+    model: Transformer,
+    prompts: list[list[int]],
+    alone: list[Completion],
+    overlap: bool,
+    buckets: tuple[int, ...],
+) -> None:
+    """Texts of unequal length: the batch shrinks through the buckets, and a stop is noticed a step late."""
+    engine = Engine(model, replace(PLAIN, overlap=overlap, buckets=buckets))
+    assert_same(engine.generate(prompts, mixed_params()), alone)
+    stop = alone[0].ids[3]
+    wish = replace(mixed_params()[0], stop_token_ids=(stop,))
+    (stopped,) = engine.generate(prompts[:1], wish)
+    assert (stopped.ids, stopped.finish) == (alone[0].ids[: alone[0].ids.index(stop) + 1], "stop")
+    assert engine.pool.num_free == PLAIN.num_pages
+    assert engine.stats().generated == sum(len(done.ids) for done in [*alone, stopped])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_preemption_changes_nothing(
-    model: Transformer, prompts: list[list[int]], alone: list[Completion], prefix_cache: bool
+    model: Transformer,
+    prompts: list[list[int]],
+    alone: list[Completion],
+    prefix_cache: bool,
+    overlap: bool,
 ) -> None:
     settings = EngineSettings(
-        page_size=4, num_pages=20, max_batch_tokens=40, max_sequences=8, prefix_cache=prefix_cache
+        page_size=4,
+        num_pages=20,
+        max_batch_tokens=40,
+        max_sequences=8,
+        prefix_cache=prefix_cache,
+        overlap=overlap,
+        buckets=(2, 8),
     )
     engine = Engine(model, settings)
     assert_same(engine.generate(prompts, mixed_params()), alone)
@@ -134,6 +166,26 @@ def test_what_old_pages_hold_is_never_seen(
     for pages in engine.runner.pages:
         pages.fill_(math.nan)
     assert_same(engine.generate(prompts, mixed_params()), alone)
+
+
+def test_penalties_see_the_same_text_however_it_was_served(v3: Transformer, prompts: list[list[int]]) -> None:
+    """They read the ids from the pages, where a token lands that has not reached the host."""
+    wishes = [
+        SamplingParams(temperature=0, max_tokens=16, repetition_penalty=4.0),
+        SamplingParams(temperature=0, max_tokens=16, frequency_penalty=9.0),
+        SamplingParams(seed=4, max_tokens=16, presence_penalty=8.0, logit_bias=((7, 9.0),)),
+        SamplingParams(temperature=0, max_tokens=16),
+    ] * 2
+    alone = serve_alone(v3, prompts, wishes)
+    free = serve_alone(v3, prompts, [GREEDY] * 8)
+    assert sum(a.ids != b.ids for a, b in zip(alone, free, strict=True)) >= 3  # they do something
+    for settings in (
+        replace(PLAIN, overlap=True, buckets=(2, 8)),
+        EngineSettings(page_size=4, num_pages=20, max_batch_tokens=9, max_sequences=8, overlap=True),
+    ):
+        engine = Engine(v3, settings)
+        for _ in range(2):
+            assert_same(engine.generate(prompts, wishes), alone)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -243,12 +295,60 @@ def test_cancelling_frees_the_pages_and_hurts_nobody(v3: Transformer, prompts: l
     assert engine.pool.num_free == 30
 
 
-def test_hundreds_of_requests_leave_every_page_free() -> None:
-    """Random lengths, budgets and cancellations; whoever was not cancelled gets as much as it asked for."""
+def test_a_request_that_is_cancelled_while_its_token_is_on_its_way_gets_none(v3: Transformer) -> None:
+    engine = Engine(v3, replace(PLAIN, overlap=True))
+    stays, goes = engine.add([1, 2], GREEDY), engine.add([3, 4], GREEDY)
+    assert engine.step() == []  # both are on their way
+    assert engine.cancel(goes)
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert [(event.token, event.finish) for event in events if event.request == goes] == [(None, "cancelled")]
+    tokens = tuple(event.token for event in events if event.request == stays)
+    assert tokens == serve_alone(v3, [[1, 2]], [GREEDY])[0].ids
+    assert engine.pool.num_free == PLAIN.num_pages
+
+
+def test_priorities_go_first_and_change_no_text(v3: Transformer, prompts: list[list[int]]) -> None:
+    """One place to run: the urgent request takes it from the one that has it, which then goes on."""
+    engine = Engine(v3, EngineSettings(page_size=4, num_pages=32, max_batch_tokens=64, max_sequences=1))
+    slow, later = (engine.add(prompts[at], GREEDY) for at in (2, 4))
+    events = engine.step() + engine.step()
+    urgent = engine.add(prompts[1], replace(GREEDY, priority=-1))
+    while engine.busy:
+        events += engine.step()
+    ends = [event.request for event in events if event.finish]
+    assert ends == [urgent, slow, later]
+    for request, at in ((slow, 2), (later, 4), (urgent, 1)):
+        tokens = tuple(event.token for event in events if event.request == request)
+        assert tokens == serve_alone(v3, [prompts[at]], [GREEDY])[0].ids
+    assert engine.stats().preemptions == 1
+
+
+def test_a_long_prompt_starves_nobody(v3: Transformer) -> None:
+    """Whoever decodes gets a token in every step while a prompt of 30 steps is read, urgent or not."""
+    engine = Engine(v3, EngineSettings(page_size=8, num_pages=64, max_batch_tokens=8, max_sequences=4))
+    talking = [engine.add([at], replace(GREEDY, max_tokens=40)) for at in (1, 2)]
+    engine.step()
+    engine.add([3] * 180, replace(GREEDY, max_tokens=1, priority=-1))
+    for _ in range(29):
+        assert {event.request for event in engine.step()} == set(talking)
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_requests_leave_every_page_free(count: int) -> None:
+    """Random lengths, budgets, priorities, cancels; whoever was not cancelled gets what it asked for."""
     draw = random.Random(0)
     engine = Engine(
         build("r1-distill-qwen-1.5b"),
-        EngineSettings(page_size=4, num_pages=24, max_batch_tokens=24, max_sequences=12),
+        EngineSettings(
+            page_size=4,
+            num_pages=24,
+            max_batch_tokens=24,
+            max_sequences=12,
+            overlap=True,
+            buckets=(4, 12),
+        ),
     )
     wanted: dict[int, int] = {}
     got: Counter[int] = Counter()
@@ -261,9 +361,14 @@ def test_hundreds_of_requests_leave_every_page_free() -> None:
                 if event.finish:
                     live.remove(event.request)
 
-    for _ in range(300):
+    for _ in range(count):
         ids = [draw.randrange(3) for _ in range(draw.randint(1, 40))]
-        wish = SamplingParams(temperature=draw.choice([0, 1]), max_tokens=draw.randint(1, 8))
+        wish = SamplingParams(
+            temperature=draw.choice([0, 1]),
+            max_tokens=draw.randint(1, 8),
+            priority=draw.choice([0, 0, 0, 1, -1]),
+            frequency_penalty=draw.choice([0, 0, 1]),
+        )
         live.append(engine.add(ids, wish))
         wanted[live[-1]] = wish.max_tokens or 0
         while len(live) > 16:
@@ -279,6 +384,9 @@ def test_hundreds_of_requests_leave_every_page_free() -> None:
     assert engine.scheduler.num_preemptions > 0
     assert engine.scheduler.num_positions_remembered > 0
     assert engine.pool.num_free == 24
+    assert engine.pool.num_held == 0
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_free) == (0, 0, 24)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -365,7 +473,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
 
 def test_the_cache_is_as_large_as_its_budget_and_no_larger_than_useful() -> None:
     model = build("qwen3-30b-a3b")  # a context of 256: 32 pages of 8
-    page_bytes = sum(pages.nbytes for pages in Engine(model, PLAIN).runner.pages) // 128
+    page_bytes = sum(pages.nbytes for pages in Engine(model, PLAIN).runner.pages) // 129  # one takes padding
 
     def count(cache_bytes: int) -> int:
         return Engine(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.engine.sampling import Draw, sample, uniform
+from shoal.engine.sampling import Draw, History, sample, uniform
 from shoal.engine.sequence import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -213,3 +213,55 @@ def test_logits_that_are_not_numbers_show(params: SamplingParams) -> None:
 
 def test_no_rows() -> None:
     assert sample(torch.zeros(0, 8), []) == []
+
+
+# ----------------------------------------------------------------------------------------------------
+# Penalties and biases
+
+
+def literal_penalties(logits_V: Tensor, params: SamplingParams, prompt: list[int], text: list[int]) -> Tensor:
+    """What SamplingParams says, token by token."""
+    bent = logits_V.clone()
+    for token in range(len(bent)):
+        value = float(logits_V[token])
+        if token in prompt or token in text:
+            factor = params.repetition_penalty
+            value = value / factor if value > 0 else value * factor
+        value -= params.frequency_penalty * text.count(token)
+        value -= params.presence_penalty * (token in text)
+        value += dict(params.logit_bias).get(token, 0.0)
+        bent[token] = value
+    return bent
+
+
+def test_penalties_and_biases_are_what_they_say() -> None:
+    """Greedy of the bent logits, for rows that ask for different things over texts of different lengths."""
+    draw = random.Random(0)
+    logits = torch.randn(30, 12, generator=torch.Generator().manual_seed(0))
+    wishes, prompts, texts = [], [], []
+    for _ in range(30):
+        wishes.append(
+            SamplingParams(
+                temperature=0,
+                repetition_penalty=draw.choice([1.0, 0.5, 1.7]),
+                frequency_penalty=draw.choice([0.0, 0.6, -0.4]),
+                presence_penalty=draw.choice([0.0, 1.5]),
+                logit_bias=draw.choice([(), ((3, 2.0), (5, -4.0))]),
+            )
+        )
+        prompts.append([draw.randrange(12) for _ in range(draw.randint(1, 6))])
+        texts.append([draw.randrange(12) for _ in range(draw.randint(0, 9))])
+
+    def history(rows: list[int], length: int) -> Tensor:
+        """What lies after a text may be anything."""
+        return torch.tensor([(prompts[row] + texts[row] + [7] * length)[:length] for row in rows])
+
+    draws = [
+        Draw(wish, 0, len(prompt) + len(text))
+        for wish, prompt, text in zip(wishes, prompts, texts, strict=True)
+    ]
+    drawn = sample(logits, draws, History(history, [len(prompt) for prompt in prompts]))
+    for row, choice in enumerate(drawn):
+        bent = literal_penalties(logits[row], wishes[row], prompts[row], texts[row])
+        assert choice.token == int(bent.argmax())
+        assert choice.logprob == pytest.approx(float(logits[row].log_softmax(0)[choice.token]), abs=4e-6)

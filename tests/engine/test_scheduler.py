@@ -35,7 +35,10 @@ def numbers(picks: list[Pick]) -> list[tuple[int, int]]:
 def advance(scheduler: Scheduler, token: int = 7) -> list[tuple[int, int]]:
     picks = scheduler.schedule()
     told = numbers(picks)
-    scheduler.commit(picks, [token for pick in picks if pick.samples])
+    drawn = [pick.sequence for pick in picks if pick.samples]
+    scheduler.launch(picks)
+    for sequence in drawn:
+        scheduler.commit(sequence, [token])
     return told
 
 
@@ -135,7 +138,10 @@ def test_any_workload_ends_with_every_page_free(seed: int) -> None:
         assert bool(picks) == bool(live)
         if picks:
             check_step(scheduler, picks)
-            scheduler.commit(picks, [draw.randrange(4) for pick in picks if pick.samples])
+            drawn = [pick.sequence for pick in picks if pick.samples]
+            scheduler.launch(picks)
+            for sequence in drawn:
+                scheduler.commit(sequence, [draw.randrange(4)])
             live = {number: sequence for number, sequence in live.items() if not sequence.finish}
     assert not scheduler.running
     assert not scheduler.waiting

@@ -43,6 +43,11 @@ class BlockPool:
         return len(self._free)
 
     @property
+    def num_held(self) -> int:
+        """How often pages are held, by all sequences together."""
+        return sum(self._holders)
+
+    @property
     def capacity(self) -> int:
         """Positions that all pages hold together."""
         return self.num_pages * self.page_size
@@ -57,7 +62,7 @@ class BlockPool:
         for page in pages:
             assert self._holders[page] == 0
             self._holders[page] = 1
-            self._forget(page)
+            self.forget(page)
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
@@ -112,7 +117,8 @@ class BlockPool:
         """From now on find nothing of what is known, nor of what sequences now running add to it."""
         self._root = self._last_node = self._last_node + 1
 
-    def _forget(self, page: int) -> None:
+    def forget(self, page: int) -> None:
+        """What the page holds is not worth finding, nor what was built on it."""
         key, self._keys[page] = self._keys[page], None
         if key is not None:
             del self._known[key]

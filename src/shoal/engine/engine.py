@@ -1,15 +1,15 @@
 """Engine: token ids in, token ids out, for many requests at once, over a model it is handed ready.
 
-`step` is the engine: the scheduler picks, the runner computes, sampling draws, the scheduler commits.
-Everything else puts requests in, takes them out, or calls `step` until they are done. There is no text here,
-no thread and no clock.
+`step` is the engine: the scheduler picks, the runner computes, sampling draws, the scheduler commits. With
+`overlap` the device never waits for the host: a step is launched on the last one's tokens before they have
+come, and what was computed for a text that turns out to have ended is dropped. There is no text here, and no
+thread.
 
-The law: what a request gets depends on its ids, its params and the weights; not on what else is being served,
-how its prompt was cut into chunks, what the cache remembered, or how often it was preempted. (To the rounding
-of matrix products, which may differ with their shapes.)
+The law: what a request gets depends on its ids, its params and the weights; not on what else is served, how
+its prompt was cut, what the cache remembered, how often it was preempted, how its steps were padded, or what
+was guessed ahead. (To the rounding of matrix products, which may differ with their shapes.)
 
-The same `Transformer` object may be in training elsewhere: call `forget_prefixes` whenever its weights have
-changed.
+The same `Transformer` may be in training elsewhere: call `forget_prefixes` when its weights have changed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from time import perf_counter
 
 from torch import Tensor
 
+from shoal.engine import grammar, sampling, staging
 from shoal.engine.blocks import BlockPool
-from shoal.engine.grammar import Vocabulary
-from shoal.engine.runner import Runner, count_page_bytes
-from shoal.engine.sampling import Draw, Sample, hash_pair, sample
+from shoal.engine.buckets import default_contexts, default_sizes
+from shoal.engine.grammar import GrammarCompiler, Matcher, Vocabulary
+from shoal.engine.runner import Runner, Span, Step, count_page_bytes
+from shoal.engine.sampling import Draw, History, Sample, hash_pair
 from shoal.engine.scheduler import Pick, Scheduler
-from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
+from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence, Top
 from shoal.engine.stats import Stats
 from shoal.model.transformer import Transformer
 
@@ -38,6 +40,10 @@ class EngineSettings:
     The cache has `num_pages` pages; None makes as many as `cache_bytes` hold, but no more than
     `max_sequences` of the model's longest context could fill. A step has at most `max_batch_tokens` tokens of
     `max_sequences` sequences. Requests without a seed are given one from `seed`.
+
+    `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
+    graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
+    does so on CUDA.
     """
 
     page_size: int = 64
@@ -47,6 +53,8 @@ class EngineSettings:
     max_sequences: int = 64
     prefix_cache: bool = True
     seed: int = 0
+    buckets: tuple[int, ...] | None = None
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
@@ -58,11 +66,12 @@ class EngineSettings:
                 f"max_sequences {self.max_sequences} exceeds max_batch_tokens {self.max_batch_tokens}; "
                 f"every running sequence decodes one token a step, so raise the latter or lower the former"
             )
+        if self.buckets is not None and not all(0 < size <= self.max_sequences for size in self.buckets):
+            raise ValueError(
+                f"buckets are {self.buckets}; each must be between 1 and max_sequences {self.max_sequences}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
-
-
-Top = tuple[tuple[int, float], ...]  # (token, logprob), best first
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,16 @@ class Completion:
     routing: Tensor | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step on its way: who gets what when it comes."""
+
+    drawn: list[Pick]  # those that get tokens, in the order of the rows
+    samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
+    scores: list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
+    read: list[Sequence]  # prompts that wanted no more than to be read
+
+
 class Engine:
     """`vocabulary`, what the ids mean, is needed by requests with a grammar alone."""
 
@@ -112,11 +131,23 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
         )
-        self.runner = Runner(model, self.pool.num_pages, settings.page_size)
+        on_cuda = model.head_weight().is_cuda
+        buckets = default_sizes(settings.max_sequences) if on_cuda else ()
+        self.runner = Runner(
+            model,
+            self.pool.num_pages,
+            settings.page_size,
+            max_sequences=settings.max_sequences,
+            buckets=buckets if settings.buckets is None else settings.buckets,
+            contexts=default_contexts(min(self.config.max_position_embeddings, self.pool.capacity)),
+        )
+        self._overlaps = on_cuda if settings.overlap is None else settings.overlap
         eos = self.config.eos_token_id
         self._eos_ids = frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
+        self._grammars: GrammarCompiler | None = None  # made when the first is asked for
         self._live: dict[int, Sequence] = {}
         self._num_requests = 0
+        self._flight: Flight | None = None
         self._ended: list[Event] = []  # told by the next step
         self._generated = self._steps = 0
         self._step_seconds = 0.0
@@ -131,25 +162,21 @@ class Engine:
         self._check_ids("prompt", ids)
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
         self._check_vocabulary("logit_bias", (token for token, _ in params.logit_bias))
-        for name, wish in (
-            ("grammar", params.grammar),
-            ("prompt_logprobs", params.prompt_logprobs),
-            ("routing", params.routing or None),
-        ):
-            if wish is not None:
-                raise ValueError(f"{name} is {wish}; this version of the engine does not serve it yet")
-        if params.logprobs > self.config.vocab_size:
-            raise ValueError(
-                f"logprobs is {params.logprobs}; the vocabulary has {self.config.vocab_size} tokens"
-            )
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs or 0)):
+            if count > self.config.vocab_size:
+                raise ValueError(f"{name} is {count}; the vocabulary has {self.config.vocab_size} tokens")
+        if params.routing and self.config.moe is None:
+            raise ValueError("routing is True, but this model routes nothing; leave it out")
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         request = self._num_requests
         sequence = Sequence(
             ids=list(ids),
             params=params,
             request=request,
             seed=hash_pair(self.settings.seed, request) if params.seed is None else params.seed,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
+            stop_ids=stop_ids,
             max_len=len(ids) + self._count_wanted(len(ids), params),
+            matcher=self._match(params, stop_ids),
         )
         self.scheduler.add(sequence)
         self._live[request] = sequence
@@ -159,29 +186,42 @@ class Engine:
     def cancel(self, request: int) -> bool:
         """Drop a request and free its pages; its last event, "cancelled", comes with the next step. False if
         there is none: it may just have finished."""
-        sequence = self._drop(request)
-        if sequence is not None:
-            self._ended.append(self._end(sequence, "cancelled"))
-        return sequence is not None
+        return self._drop(request, tell=True) is not None
 
     def step(self) -> list[Event]:
-        """Run the model once: a token for each request whose prompt has been read; nothing if nothing lives.
+        """Run the model once, and tell what requests got; nothing if nothing lives.
 
-        A request whose logits are not numbers ends with an error; the others go on.
+        With `overlap` what is told is mostly what the step before gave. A request whose logits are not
+        numbers ends with an error; the others go on.
         """
         start = perf_counter()
-        ended, self._ended = self._ended, []
-        picks = self.scheduler.schedule()
-        if not picks:
-            return ended
-        logits_SV = self.runner.run(picks)
-        ready = [pick.sequence for pick in picks if pick.samples]
-        samples = sample(logits_SV, [_draw(sequence) for sequence in ready])
-        self.scheduler.commit(picks, [drawn.token for drawn in samples])
-        events = [self._report(sequence, drawn) for sequence, drawn in zip(ready, samples, strict=True)]
-        self._steps += 1
+        events, self._ended = self._ended, []
+        if self._flight is not None and self._must_wait():
+            events += self._land()
+        flight = self._launch()
+        if self._flight is not None:
+            events += self._land()
+        self._flight = flight
+        if flight is not None and (not self._overlaps or self._must_wait()):
+            events += self._land()
         self._step_seconds += perf_counter() - start
-        return ended + events
+        return events
+
+    def warm_up(self) -> None:
+        """Do now what would be done the first time only: graphs are recorded, kernels compiled. Worth its
+        time on CUDA, before the first request."""
+        if self.busy:
+            raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
+        self.runner.capture()
+        most = min(self.settings.max_batch_tokens, self.config.max_position_embeddings, self.pool.capacity)
+        pages = self.pool.take(self.pool.count_pages(most))
+        wishes = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)]
+        for length in sorted({min(length, most) for length in (1, 2, 15, 16, 17, 100, 128, 1000, most)}):
+            for start in {0, min(length, most - length)}:
+                step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
+                for wish in wishes:
+                    sampling.sample(step.logits_MV, [Draw(wish, 0, 0)])
+        self.pool.release(pages)
 
     def stats(self) -> Stats:
         scheduler = self.scheduler
@@ -196,6 +236,8 @@ class Engine:
             generated=self._generated,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            expert_tokens=self.runner.records.expert_tokens(),
+            experts_touched=self.runner.records.experts_touched(),
         )
 
     def generate(
@@ -246,7 +288,8 @@ class Engine:
             while sequence.num_pending:
                 start = sequence.num_computed
                 end = start + min(sequence.num_pending, self.settings.max_batch_tokens)
-                logprobs += self.runner.score(Pick(sequence, end - start), ids[start + 1 : end + 1])
+                span = Span(sequence.pages, start, ids[start:end], num_drawn=0)
+                logprobs += self.runner.score(span, ids[start + 1 : end + 1])
                 sequence.num_computed = end
         finally:
             self.pool.release(sequence.pages)
@@ -287,36 +330,174 @@ class Engine:
         )
         return wanted
 
-    def _drop(self, request: int) -> Sequence | None:
+    def _match(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
+        if params.grammar is None:
+            return None
+        if self.vocabulary is None:
+            raise ValueError("grammar needs a vocabulary; hand one to Engine(model, settings, vocabulary)")
+        if not stop_ids:
+            raise ValueError(
+                "grammar needs a token to end with, but there is none; give stop_token_ids, or leave out "
+                "ignore_eos"
+            )
+        if params.min_tokens:
+            raise ValueError(
+                f"min_tokens is {params.min_tokens}, but a grammar says when it ends; leave one of them out"
+            )
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.vocabulary, self.config.vocab_size, self._eos_ids)
+        return self._grammars.match(params.grammar, stop_ids, params.think_end_id)
+
+    # ------------------------------------------------------------------------------------------------
+    # A step goes out
+
+    def _must_wait(self) -> bool:
+        """Whether the next step cannot be made up before the last one's tokens are here: it needs them on
+        the host, or has to take the pages of somebody whose token is on its way."""
+        return self.scheduler.is_short() or any(sequence.matcher for sequence in self.scheduler.running)
+
+    def _launch(self) -> Flight | None:
+        picks = self.scheduler.schedule()
+        if not picks:
+            return None
+        step = self.runner.run([self.runner.span(pick) for pick in picks])
+        drawn = [pick for pick in picks if pick.samples]
+        samples = self._draw(drawn, picks, step) if drawn else None
+        scores = self._score(picks, step)
+        read = [pick.sequence for pick in picks if pick.reads_all]
+        self.scheduler.launch(picks)
+        self._steps += 1
+        return Flight(drawn, samples, scores, read)
+
+    def _draw(self, drawn: list[Pick], picks: list[Pick], step: Step) -> staging.Parcel:
+        """Draw the next token of each pick that wants one; leave it for the next step; send it home."""
+        sequences = [pick.sequence for pick in drawn]
+        draws = [Draw(each.params, each.seed, each.length, each.banned_ids) for each in sequences]
+        rows = [at for at, pick in enumerate(picks) if pick.samples]
+
+        def history(wanted: list[int], length: int) -> Tensor:
+            return self.runner.records.ids(step.table_SB, [rows[row] for row in wanted], length)
+
+        prompts = [each.num_prompt for each in sequences]
+        allowed_SV = self._allow([each.matcher for each in sequences])
+        result = sampling.draw(step.logits_MV, draws, History(history, prompts), allowed_SV)
+        self.runner.keep(result.tokens_S1.squeeze(1), sequences)
+        return staging.Parcel(result.pack())
+
+    def _allow(self, matchers: list[Matcher | None]) -> Tensor | None:
+        if not any(matchers):
+            return None
+        size = self.config.vocab_size
+        (words_SW,) = staging.send([grammar.allow(matchers, size)], self.runner.device)
+        return grammar.unpack(words_SW, size)
+
+    def _score(self, picks: list[Pick], step: Step) -> list[tuple[Sequence, int, staging.Parcel]]:
+        """Log-probabilities of the prompt tokens that follow those in this step, where they are wanted."""
+        scores = []
+        row = 0
+        for pick in picks:
+            sequence, start = pick.sequence, pick.sequence.num_computed
+            num_top = sequence.params.prompt_logprobs
+            targets = sequence.ids[start + 1 : min(start + pick.num_new, sequence.num_prompt - 1) + 1]
+            if num_top is not None and targets and len(sequence.scores) <= start:
+                hidden_TD = step.hidden_TD[row : row + len(targets)]
+                packed = self.runner.score_rows(hidden_TD, targets, num_top)
+                scores.append((sequence, start, staging.Parcel(packed)))
+            row += pick.num_new
+        return scores
+
+    # ------------------------------------------------------------------------------------------------
+    # A step comes in
+
+    def _land(self) -> list[Event]:
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        events: list[Event] = []
+        for sequence, start, packed in flight.scores:
+            self._take_scores(sequence, start, packed.open())
+        for sequence in flight.read:
+            if sequence.request in self._live:
+                sequence.finish = "length"
+                events.append(self._tell(sequence, None, "length", pages=sequence.pages, first=True))
+                self._drop(sequence.request)
+        if flight.samples is None:
+            return events
+        counts = [pick.sequence.params.logprobs for pick in flight.drawn]
+        samples = sampling.read(flight.samples.open(), counts)
+        for pick, drawn in zip(flight.drawn, samples, strict=True):
+            if pick.sequence.request in self._live:
+                events += self._take(pick.sequence, [drawn])
+        return events
+
+    def _take(self, sequence: Sequence, samples: list[Sample]) -> list[Event]:
+        """A sequence gets the tokens that were drawn for it."""
+        if not math.isfinite(samples[0].logprob):
+            return [self._break(sequence)]
+        first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
+        taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
+        events = []
+        for place, sample in enumerate(samples[: len(taken)]):
+            if sequence.matcher is not None:
+                sequence.matcher.accept(sample.token)
+            finish = sequence.finish if place == len(taken) - 1 else None
+            events.append(self._tell(sequence, sample, finish, pages=pages, first=first and not place))
+        self._generated += len(taken)
+        if sequence.finish:
+            del self._live[sequence.request]
+        return events
+
+    def _take_scores(self, sequence: Sequence, start: int, packed: Tensor) -> None:
+        if len(sequence.scores) != start:
+            return  # its pages were taken meanwhile, and its prompt is read again
+        num_top = sequence.params.prompt_logprobs or 0
+        for logprob, *tops in packed.tolist():
+            top = zip(map(int, tops[:num_top]), tops[num_top:], strict=True)
+            sequence.scores.append(Scored(logprob, tuple(top)))
+
+    def _break(self, sequence: Sequence) -> Event:
+        """A request whose logits are not numbers ends; nobody finds what its pages hold."""
+        self.scheduler.forget(sequence)
+        self._drop(sequence.request)
+        error = (
+            f"request {sequence.request}: the logits of token {len(sequence.ids)} are not finite; "
+            f"the weights are broken, or overflow {self.runner.pages[0].dtype}"
+        )
+        return self._tell(sequence, None, "error", error=error)
+
+    def _drop(self, request: int, *, tell: bool = False) -> Sequence | None:
         sequence = self._live.pop(request, None)
-        if sequence is not None and sequence.finish is None:
+        if sequence is not None:
+            if tell:
+                self._ended.append(self._tell(sequence, None, "cancelled", pages=sequence.pages))
             self.scheduler.remove(sequence)
         return sequence
 
-    def _end(self, sequence: Sequence, finish: FinishReason, error: str | None = None) -> Event:
-        """The last event of a request that got no token with it."""
-        return Event(sequence.request, None, None, (), finish, cached=sequence.cached, error=error)
-
-    def _report(self, sequence: Sequence, drawn: Sample) -> Event:
-        if not math.isfinite(drawn.logprob):
-            self._drop(sequence.request)
-            place = len(sequence.ids) - 1
-            return self._end(
-                sequence,
-                "error",
-                f"request {sequence.request}: the logits of token {place} are not finite; "
-                f"the weights are broken, or overflow {self.runner.pages[0].dtype}",
-            )
-        if sequence.finish:
-            del self._live[sequence.request]
-        self._generated += 1
+    def _tell(
+        self,
+        sequence: Sequence,
+        drawn: Sample | None,
+        finish: FinishReason | None,
+        *,
+        pages: list[int] | None = None,  # those it has, or had
+        first: bool = False,
+        error: str | None = None,
+    ) -> Event:
+        routing = None
+        if finish and pages and sequence.params.routing:
+            known = min(len(sequence.ids) - 1, sequence.num_computed) if sequence.pages else None
+            routing = self.runner.records.experts(pages, len(sequence.ids) - 1 if known is None else known)
+        told = first and sequence.params.prompt_logprobs is not None
         return Event(
-            sequence.request,
-            drawn.token,
-            drawn.logprob,
-            drawn.top,
-            sequence.finish,
-            cached=sequence.cached,
+            request=sequence.request,
+            token=None if drawn is None else drawn.token,
+            logprob=None if drawn is None else drawn.logprob,
+            top=() if drawn is None else drawn.top,
+            finish=finish,
+            cached=sequence.cached or 0,
+            prompt_logprobs=tuple(score.logprob for score in sequence.scores) if told else None,
+            prompt_tops=tuple(score.top for score in sequence.scores) if told else None,
+            routing=routing,
+            error=error,
         )
 
 
@@ -332,18 +513,6 @@ def _count_pages(model: Transformer, settings: EngineSettings) -> int:
         )
     usable = settings.max_sequences * -(-model.config.max_position_embeddings // settings.page_size)
     return min(affordable, usable)
-
-
-def _draw(sequence: Sequence) -> Draw:
-    """How the next token of a sequence is drawn."""
-    return Draw(
-        sequence.params,
-        sequence.seed,
-        len(sequence.ids),
-        sequence.banned_ids,
-        tuple(sequence.ids[: sequence.num_prompt]),
-        tuple(sequence.ids[sequence.num_prompt :]),
-    )
 
 
 def _complete(events: list[Event]) -> Completion:

@@ -2,13 +2,21 @@
 
 A grammar is a frozen spec that travels with the request, so that a mistake in it is told when the request is
 made and two requests that ask for the same are seen to. `Vocabulary` is what the ids mean, handed to the
-engine by whoever has the tokenizer: the engine itself knows no text.
+engine by whoever has the tokenizer: the engine itself knows no text. `GrammarCompiler` makes one out of
+both, by xgrammar, which is imported when the first request asks for it; `Matcher` is where a text stands.
+
+The law: after every token the text can still be completed, and it ends only where the grammar does.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 VocabularyKind = Literal["raw", "byte_level", "byte_fallback"]
@@ -38,7 +46,8 @@ class Grammar:
 @dataclass(frozen=True)
 class Vocabulary:
     """The text of each id, in the tokenizer's own spelling, which `kind` names: plain text, GPT-2's letters
-    for bytes (`byte_level`), or SentencePiece's (`byte_fallback`: a space is U+2581, a byte <0xNN>).
+    for bytes (`byte_level`), or SentencePiece's (`byte_fallback`: a space is U+2581, a byte <0xNN>). Empty
+    for an id without text, such as a control token: no grammar allows it.
     """
 
     tokens: tuple[str, ...]
@@ -49,3 +58,90 @@ class Vocabulary:
             raise ValueError(
                 f"vocabulary kind is {self.kind!r}; it must be one of {', '.join(get_args(VocabularyKind))}"
             )
+
+
+class Matcher:
+    """Where one text stands in its grammar. With `think_end_id` the grammar begins after that token."""
+
+    def __init__(self, matcher: Any, think_end_id: int | None) -> None:
+        self._matcher, self._think_end_id = matcher, think_end_id
+
+    def accept(self, token: int) -> None:
+        """The text goes on with a token, one of those that `fill` left."""
+        if self._think_end_id is not None:
+            if token == self._think_end_id:
+                self._think_end_id = None
+        elif not self._matcher.is_terminated():
+            assert self._matcher.accept_token(token), f"token {token} was drawn against its grammar"
+
+    def fill(self, words_SW: Tensor, row: int) -> None:
+        """Write which tokens may come next: bit i of word w is token 32 w + i."""
+        if self._think_end_id is None:
+            self._matcher.fill_next_token_bitmask(words_SW, row)
+
+
+class GrammarCompiler:
+    """Grammars over one vocabulary; those compiled before are remembered."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int, stop_ids: frozenset[int]) -> None:
+        if len(vocabulary.tokens) > vocab_size:
+            raise ValueError(
+                f"the vocabulary handed in has {len(vocabulary.tokens)} tokens, the model {vocab_size}; "
+                f"give the tokens of this model"
+            )
+        import xgrammar
+
+        self._xgrammar = xgrammar
+        kinds = xgrammar.VocabType
+        kind = {"raw": kinds.RAW, "byte_level": kinds.BYTE_LEVEL, "byte_fallback": kinds.BYTE_FALLBACK}
+        info = xgrammar.TokenizerInfo(
+            list(vocabulary.tokens),
+            kind[vocabulary.kind],
+            vocab_size=vocab_size,
+            stop_token_ids=sorted(stop_ids),
+        )
+        self._compiler = xgrammar.GrammarCompiler(info)
+
+    def match(self, grammar: Grammar, stop_ids: frozenset[int], think_end_id: int | None) -> Matcher:
+        """A text at its beginning, which may end by these ids. ValueError if the grammar is none."""
+        try:
+            compiled = self._compile(grammar)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"grammar {grammar.kind} is {grammar.text[:200]!r}; it cannot be compiled: {reason}"
+            ) from error
+        matcher = self._xgrammar.GrammarMatcher(compiled, override_stop_tokens=sorted(stop_ids))
+        return Matcher(matcher, think_end_id)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        compiler, text = self._compiler, grammar.text
+        match grammar.kind:
+            case "json_schema":
+                return compiler.compile_json_schema(text)
+            case "json_object":
+                return compiler.compile_json_schema('{"type": "object"}')
+            case "regex":
+                return compiler.compile_regex(text)
+            case "ebnf":
+                return compiler.compile_grammar(text)
+            case "choice":
+                choices = json.loads(text)
+                if not choices or not all(isinstance(choice, str) for choice in choices):
+                    raise ValueError("a choice is a JSON list of strings")
+                return compiler.compile_grammar("root ::= " + " | ".join(map(json.dumps, choices)))
+
+
+def allow(matchers: list[Matcher | None], vocab_size: int) -> np.ndarray:
+    """The words (S, W) int32 of all rows; those without a grammar may go on with anything."""
+    words_SW = torch.full((len(matchers), -(-vocab_size // 32)), -1, dtype=torch.int32)
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            matcher.fill(words_SW, row)
+    return words_SW.numpy()
+
+
+def unpack(words_SW: Tensor, vocab_size: int) -> Tensor:
+    """The words as one truth a token (S, V), where they are."""
+    bits_32 = torch.arange(32, dtype=torch.int32, device=words_SW.device)
+    return ((words_SW.unsqueeze(-1) >> bits_32) & 1).bool().flatten(1)[:, :vocab_size]

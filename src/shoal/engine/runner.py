@@ -1,119 +1,229 @@
 """Runner: from the scheduler's picks to logits, by one call of the model.
 
 It owns the cache: for each layer a tensor of pages, the same page number for a sequence in all of them. It
-turns the picks into a Batch with its KVView, everything the step needs in two transfers to the device, and
+turns the picks into a Batch with its KVView, everything the step needs in one transfer to the device, and
 calls the very `Transformer` that was trained. What a page holds past the end of its sequence is never read,
 so pages are not cleared.
 
-Shape letters: T tokens of the step, S sequences, B pages of a sequence, P pages, V vocabulary.
+A step may be launched before the ids it continues have reached the host: such an id is written as a place in
+`tokens`, the table on the device where sampling leaves them. Steps of nothing but decodes are padded to a
+few fixed sizes (`buckets`), whose padding writes to one page more than there are; on CUDA each replays a
+graph.
+
+Shape letters: T tokens of the step, S sequences, M rows that are drawn from, B pages of a sequence, D hidden,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.batch import Batch, KVView
 from shoal.config.model import ModelConfig
+from shoal.engine import staging
+from shoal.engine.buckets import Buckets, Inputs, Row
+from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
+from shoal.engine.sequence import Sequence
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
 
-_ALIGNMENT = 4  # elements: every row of a transfer begins on 16 bytes, as a freshly made tensor would
+_SCORED_AT_ONCE = 256  # rows whose logits over the vocabulary are held at a time
 
 
-def count_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page in all layers."""
-    return config.num_cached_layers * page_size * math.prod(config.attention.cache_shape) * dtype.itemsize
+def count_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, *, mtp: bool = False) -> int:
+    """Bytes of one page in all layers, with `mtp` in the first prediction module too."""
+    layers = config.num_hidden_layers + mtp
+    return layers * page_size * math.prod(config.attention.cache_shape) * dtype.itemsize
+
+
+class Span(NamedTuple):
+    """Tokens of one sequence that go through the model: the next of a pick, or those of a draft."""
+
+    pages: list[int]
+    start: int  # the position of the first
+    codes: list[int]  # ids, or places of `tokens`
+    num_drawn: int  # of how many, from the last, the next token is wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a step computes, on the device."""
+
+    logits_MV: Tensor  # of the rows to draw from, in the order of the spans
+    hidden_TD: Tensor
+    table_SB: Tensor  # int32: the pages of each span
 
 
 class Runner:
-    def __init__(self, model: Transformer, num_pages: int, page_size: int) -> None:
-        head = model.head_weight()
-        shape = (num_pages, page_size, *model.config.attention.cache_shape)
-        self.model, self.page_size, self.device = model, page_size, head.device
+    """`buckets` are the sizes to which steps of decodes are padded, `contexts` the bounds of their contexts,
+    `num_drafts` how many tokens may be guessed ahead."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_pages: int,
+        page_size: int,
+        *,
+        max_sequences: int = 64,
+        buckets: tuple[int, ...] = (),
+        contexts: tuple[int, ...] = (),
+        num_drafts: int = 0,
+    ) -> None:
+        config, head = model.config, model.head_weight()
+        shape = (num_pages + 1, page_size, *config.attention.cache_shape)
+        self.model, self.device, self.page_size = model, head.device, page_size
         self.pages = tuple(
-            torch.empty(shape, dtype=head.dtype, device=head.device)
-            for _ in range(model.config.num_cached_layers)
+            torch.zeros(shape, dtype=head.dtype, device=head.device)
+            for _ in range(config.num_hidden_layers + (num_drafts > 0))
         )
+        self.records = Records(config, num_pages, page_size, head.device)
+        self._width = 1 + num_drafts
+        self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)
+        self.buckets = Buckets(buckets, contexts, page_size, scratch=num_pages, device=head.device)
+
+    def place(self, sequence: Sequence, guess: int = 0) -> int:
+        """Where `tokens` has the last token of a running sequence, or its `guess`-th draft, from 1."""
+        assert 0 <= guess < self._width
+        return sequence.row * self._width + guess
+
+    def span(self, pick: Pick) -> Span:
+        sequence, start = pick.sequence, pick.sequence.num_computed
+        codes = sequence.ids[start : start + pick.num_new]
+        if len(codes) < pick.num_new:
+            codes.append(-1 - self.place(sequence))
+        codes += [-1 - self.place(sequence, guess) for guess in range(1, pick.num_drafts + 1)]
+        return Span(sequence.pages, start, codes, 1 + pick.num_drafts if pick.samples else 0)
 
     @torch.inference_mode()
-    def run(self, picks: list[Pick]) -> Tensor:
-        """Logits (S, V) for the picks that sample, in their order."""
-        batch = self._batch(picks)
-        return self.model.logits(self._forward(batch), batch)
+    def run(self, spans: list[Span]) -> Step:
+        """The spans through the model. Launches only: the host goes on at once."""
+        if self.model.training:
+            raise ValueError(
+                "the model is in training mode, where experts may drop tokens; call model.eval() first"
+            )
+        bucket = None
+        if all(len(span.codes) == span.num_drawn == 1 for span in spans):
+            bucket = self.buckets.find(len(spans), max(span.start for span in spans) + 1)
+        if bucket is None:
+            inputs = self.inputs(spans)
+            return Step(*self._forward(inputs), inputs.table_SB)
+        logits_MV, hidden_TD = bucket.run(
+            [Row(span.codes[0], span.start, span.pages) for span in spans], self._forward
+        )
+        return Step(logits_MV[: len(spans)], hidden_TD[: len(spans)], bucket.inputs.table_SB[: len(spans)])
 
     @torch.inference_mode()
-    def score(self, pick: Pick, targets: list[int]) -> list[float]:
-        """Log-probability of the token that follows each of the picked ones."""
-        hidden_TD = self._forward(self._batch([pick]))
+    def keep(self, tokens_S: Tensor, sequences: list[Sequence]) -> None:
+        """Leave the tokens just drawn where the next step reads them."""
+        places = np.array([self.place(sequence) for sequence in sequences])
+        (places_S,) = staging.send([places], self.device)
+        self.tokens.index_copy_(0, places_S, tokens_S)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the graphs of all buckets."""
+        if self.device.type == "cuda":
+            self.buckets.capture(self._forward)
+
+    @torch.inference_mode()
+    def score(self, span: Span, targets: list[int]) -> list[float]:
+        """Log-probability of the token that follows each of the span's."""
+        hidden_TD = self.run([span]).hidden_TD
         targets_T = torch.tensor(targets, device=self.device)
         weights_T = torch.ones(len(targets), device=self.device)
         loss = ops.linear_cross_entropy(hidden_TD, self.model.head_weight(), targets_T, weights_T)
         return loss.nll_T.neg().tolist()
 
-    def _forward(self, batch: Batch) -> Tensor:
-        if self.model.training:
-            raise ValueError(
-                "the model is in training mode, where experts may drop tokens; call model.eval() first"
-            )
-        return self.model(batch).hidden_TD
+    @torch.inference_mode()
+    def score_rows(self, hidden_TD: Tensor, targets: list[int], num_top: int) -> Tensor:
+        """For each row the log-probability of its target, then the `num_top` best ids, then theirs: float64
+        on the device. Only some rows' logits are held at a time."""
+        (targets_T,) = staging.send([np.array(targets, np.int64)], self.device)
+        scored = []
+        for rows_TD, wanted_T in zip(
+            hidden_TD.split(_SCORED_AT_ONCE), targets_T.split(_SCORED_AT_ONCE), strict=True
+        ):
+            logprobs_TV = F.linear(rows_TD, self.model.head_weight()).float().log_softmax(-1)
+            best, ids = logprobs_TV.topk(num_top)
+            columns = logprobs_TV.gather(1, wanted_T.unsqueeze(1)), ids, best
+            scored.append(torch.cat([column.double() for column in columns], 1))
+        return torch.cat(scored)
 
-    def _batch(self, picks: list[Pick]) -> Batch:
-        # 1. Lay the picked tokens end to end.
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        boundaries = [0]
-        contexts: list[int] = []
-        size = self.page_size
-        for pick in picks:
-            sequence, start = pick.sequence, pick.sequence.num_computed
-            end = start + pick.num_new
-            ids += sequence.ids[start:end]
-            positions += range(start, end)
-            slots += [sequence.pages[at // size] * size + at % size for at in range(start, end)]
-            boundaries.append(len(ids))
-            contexts.append(end)
-            if pick.samples:
-                last.append(len(ids) - 1)
-        # 2. The pages that hold them and what came before.
-        longest = max(contexts)
-        width = -(-longest // size)
-        table: list[int] = []
-        for pick in picks:
-            pages = pick.sequence.pages[:width]
-            table += pages + [0] * (width - len(pages))
-        # 3. Over to the device.
-        ids_T, positions_T, slots_T, last_S = self._place([ids, positions, slots, last], torch.int64)
-        cu_seqlens_S1, context_lens_S, table_SB = self._place([boundaries, contexts, table], torch.int32)
-        kv = KVView(
-            pages=self.pages,
-            slots_T=slots_T,
-            block_table_SB=table_SB.view(len(picks), width),
-            context_lens_S=context_lens_S,
-            max_context_len=longest,
-            has_prefix=any(pick.sequence.num_computed for pick in picks),
-        )
+    def batch(self, inputs: Inputs) -> Batch:
+        # An id that has not reached the host is read where sampling left it.
+        codes_T = inputs.codes_T
+        ids_T = torch.where(codes_T < 0, self.tokens[(-1 - codes_T).clamp(min=0)], codes_T)
         return Batch(
             ids_T=ids_T,
-            positions_T=positions_T,
-            cu_seqlens_S1=cu_seqlens_S1,
-            max_seqlen=max(pick.num_new for pick in picks),
-            kv=kv,
-            last_S=None if len(last) == len(ids) else last_S,  # every row, when all are decodes
+            positions_T=inputs.positions_T,
+            cu_seqlens_S1=inputs.cu_seqlens_S1,
+            max_seqlen=inputs.max_seqlen,
+            kv=KVView(
+                pages=self.pages,
+                slots_T=inputs.slots_T,
+                block_table_SB=inputs.table_SB,
+                context_lens_S=inputs.contexts_S,
+                max_context_len=inputs.max_context_len,
+                has_prefix=inputs.has_prefix,
+            ),
+            last_S=inputs.last_M,
         )
 
-    def _place(self, rows: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-        """Rows of integers on the device, in one transfer."""
-        flat: list[int] = []
-        spans: list[slice] = []
-        for row in rows:
-            spans.append(slice(len(flat), len(flat) + len(row)))
-            flat += row
-            flat += [0] * (-len(row) % _ALIGNMENT)
-        placed = torch.tensor(flat, dtype=dtype, device=self.device)
-        return [placed[span] for span in spans]
+    def inputs(self, spans: list[Span]) -> Inputs:
+        """Spans laid end to end, on the device in one transfer."""
+        size = self.page_size
+        lengths = np.array([len(span.codes) for span in spans])
+        ends = np.array([span.start for span in spans]) + lengths
+        bounds = np.concatenate(([0], lengths.cumsum()))
+        total = int(bounds[-1])
+        codes, positions, slots = np.empty((3, total), np.int64)
+        longest = int(ends.max())
+        table = np.zeros((len(spans), -(-longest // size)), np.int32)
+        last: list[int] = []
+        for at, span in enumerate(spans):
+            rows = slice(bounds[at], bounds[at + 1])
+            pages = np.array(span.pages[: table.shape[1]])
+            table[at, : len(pages)] = pages
+            codes[rows] = span.codes
+            positions[rows] = places = np.arange(span.start, ends[at])
+            slots[rows] = pages[places // size] * size + places % size
+            last += range(int(bounds[at + 1]) - span.num_drawn, int(bounds[at + 1]))
+        placed = staging.send(
+            [
+                codes,
+                positions,
+                slots,
+                np.array(last, np.int64),
+                bounds.astype(np.int32),
+                ends.astype(np.int32),
+                table,
+            ],
+            self.device,
+        )
+        codes_T, positions_T, slots_T, last_M, cu_seqlens_S1, contexts_S, table_SB = placed
+        return Inputs(
+            codes_T=codes_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            last_M=None if len(last) == total else last_M,  # every row, when all are decodes
+            cu_seqlens_S1=cu_seqlens_S1,
+            contexts_S=contexts_S,
+            table_SB=table_SB,
+            max_seqlen=int(lengths.max()),
+            max_context_len=longest,
+            has_prefix=any(span.start for span in spans),
+        )
+
+    def _forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        batch = self.batch(inputs)
+        output = self.model(batch)
+        self.records.write(inputs.slots_T, batch.ids_T, output.routing)
+        return self.model.logits(output.hidden_TD, batch), output.hidden_TD

@@ -13,12 +13,16 @@ Shape letters: S rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.engine.sequence import SamplingParams
+from shoal.engine import staging
+from shoal.engine.sequence import SamplingParams, Top
 
 _MASK = 2**64 - 1
 
@@ -30,16 +34,43 @@ class Draw(NamedTuple):
     seed: int
     position: int  # of the token to draw, in its sequence
     banned_ids: frozenset[int] = frozenset()
-    prompt_ids: tuple[int, ...] = ()  # of the sequence, for the penalties
-    text_ids: tuple[int, ...] = ()
+
+
+class History(NamedTuple):
+    """Where the ids are that came before the tokens to draw. Only penalties read it."""
+
+    ids: Callable[[list[int], int], Tensor]  # the first N ids before each of these rows: (S, N)
+    num_prompt: list[int]  # by row: how many of them are the prompt's
+
+
+class Drawn(NamedTuple):
+    """Tokens, and log-probabilities as the model has them: before all that was asked for. On the device."""
+
+    tokens_S1: Tensor  # int64
+    logprobs_S1: Tensor
+    top_ids_SK: Tensor
+    top_logprobs_SK: Tensor
+
+    def pack(self) -> Tensor:
+        """All of it as float64, which holds every id exactly: (S, 2 + 2K)."""
+        return torch.cat([column.double() for column in self], dim=1)
 
 
 class Sample(NamedTuple):
-    """A token, and log-probabilities as the model has them: before bans, temperature and restrictions."""
-
     token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # the `params.logprobs` most probable tokens, best first
+    logprob: float  # not finite where NaN or +inf was among the logits
+    top: Top  # the `params.logprobs` most probable tokens
+
+
+def read(packed: Tensor, counts: list[int]) -> list[Sample]:
+    """What `Drawn.pack` gave, on the host."""
+    most = (packed.shape[1] - 2) // 2
+    samples = []
+    for count, (token, logprob, *tops) in zip(counts, packed.tolist(), strict=True):
+        ids = map(int, tops[:count])
+        top = tuple(zip(ids, tops[most : most + count], strict=True))
+        samples.append(Sample(int(token), logprob, top))
+    return samples
 
 
 def _mix(bits: int) -> int:
@@ -60,47 +91,95 @@ def uniform(seed: int, position: int) -> float:
     return (hash_pair(seed, position) >> 12) * 2.0**-52
 
 
-def sample(logits_SV: Tensor, draws: list[Draw]) -> list[Sample]:
-    """One token for each row. NaN or +inf in a row shows as a log-probability that is not finite."""
+def draw(
+    logits_SV: Tensor, draws: list[Draw], history: History | None = None, allowed_SV: Tensor | None = None
+) -> Drawn:
+    """One token for each row. Launches only, on CUDA. `allowed_SV` are the tokens that grammars leave."""
     logits_SV = logits_SV.float()
-    tokens_S1 = _choose(_bend(logits_SV, draws), draws)
+    bent_SV = _bend(logits_SV, draws, history)
+    if allowed_SV is not None:
+        bent_SV = bent_SV.masked_fill(~allowed_SV, float("-inf"))
+    tokens_S1 = choose(bent_SV, draws)
     total_S1 = logits_SV.logsumexp(-1, keepdim=True)
-    logprobs_S1 = logits_SV.gather(1, tokens_S1) - total_S1
-    tops = _list_top(logits_SV, total_S1, [draw.params.logprobs for draw in draws])
-    return list(map(Sample, tokens_S1.flatten().tolist(), logprobs_S1.flatten().tolist(), tops))
+    best, ids = logits_SV[:, :0], tokens_S1[:, :0]
+    if most := max((draw.params.logprobs for draw in draws), default=0):
+        best, ids = logits_SV.topk(most, dim=-1)
+    return Drawn(tokens_S1, logits_SV.gather(1, tokens_S1) - total_S1, ids, best - total_S1)
 
 
-def _bend(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
+def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None) -> list[Sample]:
+    """One token for each row, on the host."""
+    packed = draw(logits_SV, draws, history).pack()
+    return read(packed.cpu(), [draw.params.logprobs for draw in draws])
+
+
+def _bend(logits_SV: Tensor, draws: list[Draw], history: History | None) -> Tensor:
     """What is asked for before the logits are a distribution: penalties, biases, bans, in this order."""
     bent_SV = logits_SV
-    for row, draw in enumerate(draws):
-        params = draw.params
-        penalised = params.frequency_penalty, params.presence_penalty, params.repetition_penalty
-        if penalised == (0, 0, 1) and not params.logit_bias and not draw.banned_ids:
-            continue
-        bent_SV = logits_SV.clone() if bent_SV is logits_SV else bent_SV
-        bent_V = bent_SV[row]
-        counts_V = torch.bincount(
-            torch.tensor(draw.text_ids, dtype=torch.int64, device=bent_V.device), minlength=len(bent_V)
-        )
-        seen_V = counts_V > 0
-        seen_V[list(draw.prompt_ids)] = True
-        factor = params.repetition_penalty
-        bent_V.copy_(torch.where(seen_V, torch.where(bent_V > 0, bent_V / factor, bent_V * factor), bent_V))
-        bent_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
-        for token, bias in params.logit_bias:
-            bent_V[token] += bias
-        bent_V[list(draw.banned_ids)] = float("-inf")
+    if rows := [row for row, draw in enumerate(draws) if draw.params.penalises]:
+        assert history is not None
+        bent_SV = _penalise(bent_SV, draws, rows, history)
+    shifts = [
+        (row, token, shift)
+        for row, draw in enumerate(draws)
+        for token, shift in (*draw.params.logit_bias, *((banned, -math.inf) for banned in draw.banned_ids))
+    ]
+    if shifts:
+        rows_X, ids_X, shifts_X = map(np.array, zip(*shifts, strict=True))
+        index = staging.send([rows_X, ids_X, shifts_X.astype(np.float32)], logits_SV.device)
+        bent_SV = bent_SV.index_put((index[0], index[1]), index[2], accumulate=True)
     return bent_SV
 
 
-def _choose(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
+def _penalise(logits_SV: Tensor, draws: list[Draw], rows: list[int], history: History) -> Tensor:
+    params = [draws[row].params for row in rows]
+    positions = [draws[row].position for row in rows]
+    rows_S, *columns = staging.send(
+        [
+            np.array(rows),
+            np.array(positions),
+            np.array([history.num_prompt[row] for row in rows]),
+            np.array([p.repetition_penalty for p in params], np.float32),
+            np.array([p.frequency_penalty for p in params], np.float32),
+            np.array([p.presence_penalty for p in params], np.float32),
+        ],
+        logits_SV.device,
+    )
+    position_S1, num_prompt_S1, repetition_S1, frequency_S1, presence_S1 = (
+        column.unsqueeze(1) for column in columns
+    )
+    # 1. How often each token is in the text, and whether it is there or in the prompt.
+    ids_SN = history.ids(rows, max(positions))
+    place_1N = torch.arange(ids_SN.shape[1], device=ids_SN.device).unsqueeze(0)
+    before_SN = place_1N < position_S1
+    chosen_SV = logits_SV[rows_S]
+    counts_SV, seen_SV = torch.zeros_like(chosen_SV), torch.zeros_like(chosen_SV)
+    counts_SV.scatter_add_(1, ids_SN, (before_SN & (place_1N >= num_prompt_S1)).float())
+    seen_SV.scatter_add_(1, ids_SN, before_SN.float())
+    # 2. Repetition, 3. frequency and presence.
+    scaled_SV = torch.where(chosen_SV > 0, chosen_SV / repetition_S1, chosen_SV * repetition_S1)
+    chosen_SV = torch.where(seen_SV > 0, scaled_SV, chosen_SV)
+    chosen_SV = chosen_SV - frequency_S1 * counts_SV - presence_S1 * (counts_SV > 0)
+    return logits_SV.index_copy(0, rows_S, chosen_SV)
+
+
+def choose(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
+    """The token (S, 1) of each row: temperature, top-k, top-p, min-p, and the inverse of the cumulative
+    distribution at the row's number. Everything that precedes it is in the logits."""
     params = [draw.params for draw in draws]
     best_S1 = logits_SV.argmax(-1, keepdim=True)
     if all(p.temperature == 0 for p in params):
         return best_S1
+    size = logits_SV.shape[1]
+    columns = staging.send(
+        [
+            np.array([p.temperature for p in params], np.float32),
+            np.array([uniform(draw.seed, draw.position) for draw in draws]),
+        ],
+        logits_SV.device,
+    )
+    temperature_S1, uniform_S1 = (column.unsqueeze(1) for column in columns)
     # 1. The distribution. The largest logit is subtracted first, or a temperature near 0 would overflow.
-    temperature_S1 = _column([p.temperature for p in params], logits_SV)
     shifted_SV = logits_SV - logits_SV.gather(1, best_S1)
     probs_SV = (shifted_SV / temperature_S1.where(temperature_S1 > 0, 1.0)).softmax(-1)
     # 2. What may be drawn of it.
@@ -108,44 +187,42 @@ def _choose(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
         probs_SV = probs_SV * (probs_SV >= _least(probs_SV, params))
     # 3. The first token whose cumulative probability exceeds u; in float64, or a large vocabulary blurs it.
     cumulative_SV = probs_SV.cumsum(-1, dtype=torch.float64)
-    uniform_S1 = _column([uniform(draw.seed, draw.position) for draw in draws], cumulative_SV)
     drawn_S1 = torch.searchsorted(cumulative_SV, uniform_S1 * cumulative_SV[:, -1:], right=True)
-    drawn_S1 = drawn_S1.clamp_(max=logits_SV.shape[1] - 1)  # past the end only where logits are NaN
+    drawn_S1 = drawn_S1.clamp_(max=size - 1)  # past the end only where logits are NaN
     return drawn_S1.where(temperature_S1 > 0, best_S1)
 
 
 def _least(probs_SV: Tensor, params: list[SamplingParams]) -> Tensor:
     """The smallest probability that may be drawn from each row (S, 1)."""
-    size = probs_SV.shape[1]
-    # 1. Rank the best `top_k` of a row, or those that top-p could want: all the tokens below (1 - top_p) / V
-    #    together weigh less than 1 - top_p. A full sort would cost more than the rest of sampling.
-    negligible_S1 = _column([(1 - p.top_p) / size for p in params], probs_SV)
-    num_wanted = (probs_SV >= negligible_S1).sum(-1).tolist()
-    limits = [
-        min(p.top_k, size) if p.top_k is not None else max(count, 1) if p.top_p < 1 else 1
-        for p, count in zip(params, num_wanted, strict=True)
-    ]
+    size, nucleus = probs_SV.shape[1], any(p.top_p < 1 for p in params)
+    # 1. Rank the best `top_k` of a row, or those that top-p could want. On a CPU these are counted: all the
+    #    tokens below (1 - top_p) / V together weigh less than 1 - top_p, and a full sort would cost more than
+    #    the rest of sampling. On CUDA the host would have to wait for the count: all are ranked.
+    limits = [min(p.top_k or size, size) if p.top_k or p.top_p < 1 else 1 for p in params]
+    if nucleus and not probs_SV.is_cuda:
+        negligible_S1 = torch.tensor([[(1 - p.top_p) / size] for p in params])
+        wanted = (probs_SV >= negligible_S1).sum(-1).tolist()
+        limits = [
+            limit if p.top_k else min(limit, max(count, 1))
+            for limit, p, count in zip(limits, params, wanted, strict=True)
+        ]
+    columns = staging.send(
+        [
+            np.array(limits),
+            np.array([p.top_k is not None for p in params], np.int32),
+            np.array([p.top_p for p in params]),
+            np.array([p.top_k is not None or p.top_p < 1 for p in params], np.int32),
+            np.array([p.min_p for p in params], np.float32),
+        ],
+        probs_SV.device,
+    )
+    limit_S1, has_top_k_S1, top_p_S1, ranked_S1, min_p_S1 = (column.unsqueeze(1) for column in columns)
     best_SK = probs_SV.topk(max(limits), dim=-1).values
-    inside_SK = torch.arange(max(limits), device=probs_SV.device) < _column(limits, probs_SV)
+    inside_SK = torch.arange(max(limits), device=probs_SV.device) < limit_S1
     # 2. Of these keep the fewest that reach top_p, in parts of what top-k left (of 1, where it left all).
     reached_SK = (best_SK * inside_SK).cumsum(-1, dtype=torch.float64)
-    has_top_k_S1 = _column([p.top_k is not None for p in params], inside_SK)
-    goal_S1 = _column([p.top_p for p in params], reached_SK) * reached_SK[:, -1:].where(has_top_k_S1, 1.0)
+    goal_S1 = top_p_S1 * reached_SK[:, -1:].where(has_top_k_S1 > 0, 1.0)
     inside_SK &= reached_SK - best_SK < goal_S1
     least_S1 = best_SK.gather(1, (inside_SK.sum(-1, keepdim=True) - 1).clamp_(min=0))  # below 0 only for NaN
     # 3. A row that asked for neither has no such bound. Min-p bounds by the ratio to the best.
-    ranked_S1 = _column([p.top_k is not None or p.top_p < 1 for p in params], inside_SK)
-    min_p_S1 = _column([p.min_p for p in params], probs_SV)
-    return least_S1.where(ranked_S1, 0.0).maximum(min_p_S1 * best_SK[:, :1])
-
-
-def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _list_top(logits_SV: Tensor, total_S1: Tensor, counts: list[int]) -> list[tuple[tuple[int, float], ...]]:
-    if not any(counts):
-        return [()] * len(counts)
-    best, tokens = logits_SV.topk(max(counts), dim=-1)
-    rows = zip(counts, tokens.tolist(), (best - total_S1).tolist(), strict=True)
-    return [tuple(zip(ids[:count], logprobs[:count], strict=True)) for count, ids, logprobs in rows]
+    return least_S1.where(ranked_S1 > 0, 0.0).maximum(min_p_S1 * best_SK[:, :1])

@@ -1,44 +1,62 @@
 """Scheduler: which sequences go through the model in the next step, and with how many tokens. Integers only.
 
-One rule serves every kind of work: a step is a list of (sequence, tokens), filled up to a budget of tokens in
-order of arrival. A prompt is begun only with budget left by all before it, so at most one, the youngest, is
-half read: decodes come first and never wait for a prompt, and a chunk of a prompt fills what they leave.
+One rule serves every kind of work: a step is a list of (sequence, tokens), filled up to a budget of tokens.
+Whoever decodes comes first and never waits for a prompt; a chunk of a prompt fills what they leave. A prompt
+is begun only with budget left by all before it.
 
-- First come, first served: `running` then `waiting` is always the order of arrival, and nothing overtakes.
+- Turns go by priority, then by arrival: nobody of an equal or lower priority overtakes.
 - A sequence is admitted when there are pages for all its ids, and takes one more whenever it outgrows them.
-- When pages run out the youngest running sequence gives up all of its own and waits at the front, to be
-  computed again. The oldest is never the one, and none is accepted that could not run alone: so every
-  sequence comes to its end.
+- When pages run out, or a request of a higher priority finds no room, the last in turn of the running
+  sequences gives up its pages and waits, to be computed again. None is accepted that could not run alone, so
+  the first in turn always comes to its end; low priorities wait for as long as higher ones keep coming.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from bisect import insort
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from shoal.engine.blocks import BlockPool
+from shoal.engine.blocks import BlockPool, Prefix
 from shoal.engine.sequence import Sequence
 
 
 class Pick(NamedTuple):
-    """The next `num_new` pending tokens of a sequence go through the model."""
+    """The next `num_new` pending tokens of a sequence go through the model, and guesses at those after."""
 
     sequence: Sequence
     num_new: int
+    num_drafts: int = 0
+
+    @property
+    def start(self) -> int:
+        """The position of the first of them, until the step is launched."""
+        return self.sequence.num_computed
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_new + self.num_drafts
 
     @property
     def samples(self) -> bool:
         """Whether the step brings the sequence up to its last id, so that its next one can be drawn."""
-        return self.num_new == self.sequence.num_pending
+        sequence = self.sequence
+        return sequence.num_computed + self.num_new == sequence.length and sequence.room > 0
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it is the end of a prompt that wants no more than to be read."""
+        sequence = self.sequence
+        return sequence.max_len == sequence.num_prompt == sequence.num_computed + self.num_new
 
 
 class Scheduler:
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_sequences: int) -> None:
         assert 0 < max_sequences <= max_batch_tokens
         self.pool, self.max_batch_tokens, self.max_sequences = pool, max_batch_tokens, max_sequences
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in turn
+        self.running: list[Sequence] = []  # as they were admitted
+        self._rows = list(range(max_sequences))[::-1]
         self.num_preemptions = 0
         self.num_positions_admitted = 0
         self.num_positions_remembered = 0  # of those, by the pool: they were not computed again
@@ -52,90 +70,166 @@ class Scheduler:
                 f"({pool.num_pages} pages of {pool.page_size}); lower max_tokens, shorten the prompt, "
                 f"or raise num_pages to {pool.count_pages(sequence.max_len)}"
             )
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_turn)
 
-    def schedule(self) -> list[Pick]:
-        """The next step. Empty only when no sequence lives."""
-        # 1. Every running sequence gets pages for its ids, the oldest first.
-        for sequence in self.running.copy():
+    def schedule(self, *, num_drafts: int = 0) -> list[Pick]:
+        """The next step, with at most `num_drafts` guesses a sequence. Empty only when nothing is left to do
+        before what is on its way has arrived."""
+        # 1. Every running sequence gets pages for its ids, the first in turn before the others.
+        for sequence in sorted(self.running, key=_turn):
             self._make_room(sequence)
-        # 2. The budget is spent on them, then on those that wait.
-        picks: list[Pick] = []
-        budget = self.max_batch_tokens
-        for sequence in self._in_line():
+        while self._must_make_way():
+            self._preempt(max(self.running, key=_turn))
+        # 2. Those that decode.
+        picks = [Pick(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
+        if num_drafts and len(picks) * (1 + num_drafts) <= self.max_batch_tokens:
+            picks = [Pick(pick.sequence, 1, self._count_drafts(pick.sequence, num_drafts)) for pick in picks]
+        # 3. Prompts, for as long as the budget lasts.
+        budget = self.max_batch_tokens - sum(pick.num_tokens for pick in picks)
+        prompts = self._prompts()
+        while budget and (sequence := next(prompts, None)):
             num_new = min(sequence.num_pending, budget)
             picks.append(Pick(sequence, num_new))
             budget -= num_new
-            if not budget:
-                break
-        assert picks or not self.waiting, "sequences wait although none runs"
+        assert picks or self.running or not self.waiting, "sequences wait although none runs"
         return picks
 
-    def commit(self, picks: list[Pick], tokens: Iterable[int]) -> None:
-        """The step was computed: `tokens` are those drawn for the picks that sample, in order."""
-        drawn = iter(tokens)
+    def is_short(self) -> bool:
+        """Whether the next step has to take the place of a running sequence from it."""
+        missing = sum(self._missing(sequence) for sequence in self.running)
+        return missing > self.pool.num_free or self._must_make_way(promised=missing)
+
+    def launch(self, picks: list[Pick]) -> None:
+        """The step is on its way to the device: whatever is launched after it finds it done."""
         for pick in picks:
             sequence, samples = pick.sequence, pick.samples
             sequence.num_computed += pick.num_new
+            sequence.num_flying += samples
             self._keep_full_pages(sequence)
-            if samples:
-                sequence.append(next(drawn))
-                if sequence.finish:
-                    self.running.remove(sequence)
-                    self._release(sequence)
+
+    def commit(self, sequence: Sequence, tokens: list[int]) -> list[int]:
+        """These tokens were drawn for a sequence, one after the other: those it takes before it finishes."""
+        taken: list[int] = []
+        sequence.num_flying = 0
+        for token in tokens:
+            sequence.append(token)
+            taken.append(token)
+            if sequence.finish:
+                break
+        if sequence.pages:
+            sequence.num_computed += len(taken) - 1
+            self._keep_full_pages(sequence)
+        if sequence.finish:
+            self.remove(sequence)
+        return taken
 
     def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence that has not finished."""
+        """Drop a sequence, wherever it is."""
         (self.running if sequence.pages else self.waiting).remove(sequence)
         self._release(sequence)
 
-    def _in_line(self) -> Iterator[Sequence]:
-        """Those that run, then those that wait, each admitted when it is asked for."""
-        yield from self.running
-        while self.waiting and len(self.running) < self.max_sequences and self._admit():
-            yield self.running[-1]
+    def forget(self, sequence: Sequence) -> None:
+        """What its pages hold is worth nothing to anybody."""
+        for page in sequence.pages:
+            self.pool.forget(page)
+
+    def _prompts(self) -> Iterator[Sequence]:
+        """In turn: those begun, and those that wait, each admitted when it is asked for."""
+        begun = sorted((s for s in self.running if s.num_pending > 1), key=_turn, reverse=True)
+        while begun or self.waiting:
+            if begun and not (self.waiting and _turn(self.waiting[0]) < _turn(begun[-1])):
+                yield begun.pop()
+            elif self._admit():
+                yield self.running[-1]
+            elif begun:
+                yield begun.pop()
+            else:
+                return
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Pages that a running sequence has yet to be given for its ids."""
+        pages = self.pool.count_pages(sequence.length) - len(sequence.pages)
+        return max(pages, 0) if sequence.num_pending else 0
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Pages for all ids of a running sequence, taken from the youngest, which may be itself."""
+        """Pages for all ids of a running sequence, taken from the last in turn, which may be itself."""
+        while sequence.pages and (missing := self._missing(sequence)):
+            if missing <= self.pool.num_free:
+                sequence.pages += self.pool.take(missing)
+            else:
+                self._preempt(max(self.running, key=_turn))
+
+    def _must_make_way(self, promised: int = 0) -> bool:
+        """Whether the first that waits outranks one that runs, and finds no room beside the pages promised."""
+        if not self.waiting or not self.running:
+            return False
+        lowest = max(sequence.params.priority for sequence in self.running)
+        return self.waiting[0].params.priority < lowest and not self._fits(self.waiting[0], promised)
+
+    def _count_drafts(self, sequence: Sequence, most: int) -> int:
+        """How many guesses a sequence can have verified: none for which others would have to give way."""
         pool = self.pool
-        while sequence.pages and (missing := pool.count_pages(len(sequence.ids)) - len(sequence.pages)) > 0:
+        count = max(min(most, sequence.num_drafts, sequence.room - 1), 0)
+        while count and (missing := pool.count_pages(sequence.length + count) - len(sequence.pages)) > 0:
             if missing <= pool.num_free:
                 sequence.pages += pool.take(missing)
             else:
-                self._preempt(self.running[-1])
+                count -= 1
+        return count
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_flying, f"request {sequence.request} gives way with a token on its way"
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
         self._release(sequence)
+        insort(self.waiting, sequence, key=_turn)
         self.num_preemptions += 1
+
+    def _find(self, sequence: Sequence) -> Prefix:
+        """What the pool remembers of a sequence. The last id is always computed: the next is drawn from its
+        logits; so is the prompt where its own are wanted."""
+        wants_all = sequence.params.prompt_logprobs is not None and len(sequence.ids) == sequence.num_prompt
+        return self.pool.find(sequence.ids, most=0 if wants_all else len(sequence.ids) - 1)
+
+    def _fits(self, sequence: Sequence, promised: int = 0) -> bool:
+        pages, pool = self._find(sequence).pages, self.pool
+        needed = pool.count_pages(len(sequence.ids)) - len(pages) + pool.count_idle(pages) + promised
+        return needed <= pool.num_free and len(self.running) < self.max_sequences
 
     def _admit(self) -> bool:
         """Move the first in the queue to the running ones, if there are pages for all of its ids."""
         sequence, pool = self.waiting[0], self.pool
-        # The last id is always computed: the next is drawn from its logits.
-        prefix = pool.find(sequence.ids, most=len(sequence.ids) - 1)
-        missing = pool.count_pages(len(sequence.ids)) - len(prefix.pages)
-        if missing + pool.count_idle(prefix.pages) > pool.num_free:
+        if not self._fits(sequence):
             return False
+        prefix = self._find(sequence)
         pool.share(prefix.pages)
-        sequence.pages = prefix.pages + pool.take(missing)
+        sequence.pages = prefix.pages + pool.take(pool.count_pages(len(sequence.ids)) - len(prefix.pages))
+        sequence.row = self._rows.pop()
         sequence.num_kept, sequence.node = len(prefix.pages), prefix.node
         sequence.num_computed = len(prefix.pages) * pool.page_size
-        if not sequence.admitted:
-            sequence.admitted, sequence.cached = True, sequence.num_computed
+        if sequence.cached is None:
+            sequence.cached = sequence.num_computed
             self.num_positions_admitted += sequence.num_prompt
             self.num_positions_remembered += sequence.cached
-        self.running.append(self.waiting.popleft())
+        self.running.append(self.waiting.pop(0))
         return True
 
     def _keep_full_pages(self, sequence: Sequence) -> None:
-        size = self.pool.page_size
-        while (end := (sequence.num_kept + 1) * size) <= sequence.num_computed:
+        size, known = self.pool.page_size, min(sequence.num_computed, len(sequence.ids))
+        while (end := (sequence.num_kept + 1) * size) <= known:
             page, ids = sequence.pages[sequence.num_kept], tuple(sequence.ids[end - size : end])
             sequence.node = self.pool.keep(page, sequence.node, ids)
             sequence.num_kept += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.num_computed, sequence.num_kept = [], 0, 0
+        if sequence.pages:
+            self._rows.append(sequence.row)
+        sequence.pages, sequence.row = [], -1
+        sequence.num_computed = sequence.num_kept = sequence.num_drafts = 0
+        if len(sequence.ids) == sequence.num_prompt:
+            sequence.scores.clear()  # its prompt is read again
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    """Who comes first: the smaller."""
+    return sequence.params.priority, sequence.request

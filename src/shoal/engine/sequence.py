@@ -2,20 +2,22 @@
 
 A sequence is its token ids, the pages that hold their keys and values, and how many positions those pages
 hold so far. There is no phase: a prompt being read in chunks, a token being decoded, a sequence computed
-again after it lost its pages, and later a draft being verified are all ids whose positions are not computed
-yet.
+again after it lost its pages are all ids whose positions are not computed yet. The last id may still be on
+its way from the device (`num_flying`): it counts, though the host does not know it.
 
-The law: `num_computed <= len(ids)`, and a token is sampled exactly when the two would meet.
+The law: `num_computed <= length`, and a token is sampled exactly when the two would meet.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from shoal.engine.grammar import Grammar
+from shoal.engine.grammar import Grammar, Matcher
 
+Top = tuple[tuple[int, float], ...]  # (token, logprob), best first
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -108,36 +110,67 @@ class SamplingParams:
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether the ids before a token change its distribution."""
+        return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+class Scored(NamedTuple):
+    """A given token's log-probability, and the most probable ones in its place."""
+
+    logprob: float
+    top: Top
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    ids: list[int]  # the prompt, then what was sampled
+    ids: list[int]  # the prompt, then what was sampled and has reached the host
     params: SamplingParams
     request: int = 0
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()
-    max_len: int = 0  # the sequence is finished when it has this many ids
+    max_len: int = sys.maxsize  # the sequence is finished when it has this many ids
     num_prompt: int = field(init=False)
     pages: list[int] = field(default_factory=list)  # while it runs; written by the scheduler
-    num_computed: int = 0  # positions whose keys and values lie in the pages
+    row: int = -1  # its place among those that run
+    num_computed: int = 0  # positions whose keys and values lie in the pages, or will when the step is done
+    num_flying: int = 0  # tokens drawn on the device that have not reached the host: 0 or 1
+    num_drafts: int = 0  # tokens guessed ahead, on the device
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
     node: int = 0  # the pool's name for those contents
-    cached: int = 0  # positions of the prompt that the pool had when it was first admitted
-    admitted: bool = False
+    cached: int | None = None  # positions that the pool had when it was first admitted
+    scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens after the first, if asked for
+    matcher: Matcher | None = None  # where its text stands in its grammar
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.ids)
 
     @property
+    def length(self) -> int:
+        """Ids, those on their way included."""
+        return len(self.ids) + self.num_flying
+
+    @property
     def num_pending(self) -> int:
-        """Ids that have not been through the model."""
-        return len(self.ids) - self.num_computed
+        """Ids that have yet to go through the model. The last one of all need not."""
+        needed = self.max_len - 1 if self.max_len > self.num_prompt else self.num_prompt
+        return min(self.length, needed) - self.num_computed
+
+    @property
+    def room(self) -> int:
+        """How many ids more it may have."""
+        return self.max_len - self.length
 
     @property
     def banned_ids(self) -> frozenset[int]:
         """Ids that may not be drawn next."""
-        too_early = len(self.ids) - self.num_prompt < self.params.min_tokens
+        return self.bans(self.length)
+
+    def bans(self, position: int) -> frozenset[int]:
+        """Ids that may not be drawn at a position."""
+        too_early = position - self.num_prompt < self.params.min_tokens
         return self.stop_ids if too_early else frozenset()
 
     def append(self, token: int) -> None:

@@ -247,7 +247,8 @@ def paged_attention(
     """Attention of new tokens over a paged cache of keys and values, `pages` (P, page_size, 2, G, Q): o_THQ.
 
     The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the
-    cache; each sees the positions up to its own. What lies past a context may be anything, NaN included, and
+    cache; each sees the positions up to its own. `max_context_len` is a bound of the lengths, not always the
+    largest. What lies past a context may be anything, NaN included, and
     touches no result. Softmax in float32. No gradient.
     """
     return call(

@@ -64,6 +64,8 @@ def _attend_cache(
     latent_rank: int | None,
 ) -> Tensor:
     if max_seqlen == 1:
+        if not q_THd.is_cuda:  # no wait, and a bound may be far above: the padded step of the engine
+            max_context_len = int(context_lens_S.max())
         visible_S1 = context_lens_S.unsqueeze(1)
         q_SH1d = q_THd.unsqueeze(2)
         return _attend(
@@ -98,11 +100,10 @@ def _attend(
         pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:])[:, :longest].to(wide)
     )
     hidden_SnN = None  # one query of one sequence sees all there is
-    if sequences > 1 or new > 1:
+    if sequences > 1 or new > 1 or q_SHnd.is_cuda:
         hidden_SnN = torch.arange(longest, device=q_SHnd.device) >= visible_Sn.unsqueeze(-1)
-    if sequences > 1:
+    if hidden_SnN is not None and (sequences > 1 or q_SHnd.is_cuda):
         # Past its end a sequence has what others left there, and even a NaN of theirs must not reach it.
-        assert hidden_SnN is not None
         rows_SN.masked_fill_(hidden_SnN[:, -1].view(sequences, -1, *(1 for _ in pages.shape[2:])), 0)
     if latent_rank is not None:
         k_SGNd, v_SGNv = rows_SN.unsqueeze(1), rows_SN[..., :latent_rank].unsqueeze(1)

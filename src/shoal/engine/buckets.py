@@ -1,0 +1,160 @@
+"""Buckets: steps of nothing but decodes, padded to a few fixed shapes, so that a CUDA graph can replay them.
+
+A graph repeats the very launches it has seen, with no work on the host: at batch 1 that work costs several
+times the arithmetic. It asks for fixed sizes and fixed places in memory. A bucket is such a size: its inputs
+lie in one slab, the rows that no sequence fills are padding, which writes to the scratch page, attends to
+itself and is dropped. On a CPU the same padded step runs without a graph.
+
+The law: a row's results do not depend on whether it was padded, nor on the bucket it was padded to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.engine import staging
+
+
+class Inputs(NamedTuple):
+    """All that a step reads but the cache: on the device, but for the four last."""
+
+    codes_T: Tensor  # int64: an id, or -1 - its place in the table of tokens
+    positions_T: Tensor  # int64
+    slots_T: Tensor  # int64
+    last_M: Tensor | None  # int64: rows to draw from; None for all
+    cu_seqlens_S1: Tensor  # int32
+    contexts_S: Tensor  # int32
+    table_SB: Tensor  # int32
+    max_seqlen: int
+    max_context_len: int
+    has_prefix: bool
+
+
+class Row(NamedTuple):
+    """A decoding sequence's next token."""
+
+    code: int
+    position: int
+    pages: list[int]
+
+
+Outputs = tuple[Tensor, ...]
+Forward = Callable[[Inputs], Outputs]
+
+
+class Bucket:
+    def __init__(self, size: int, contexts: int, page_size: int, scratch: int, device: torch.device) -> None:
+        self.size, self.page_size, self._scratch = size, page_size, scratch
+        self._width = -(-contexts // page_size)
+        self._slab = staging.Slab(self._arrays([]), device)
+        codes_T, positions_T, slots_T, contexts_S, table_SB = self._slab.arrays
+        self.inputs = Inputs(
+            codes_T=codes_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            last_M=None,
+            cu_seqlens_S1=torch.arange(size + 1, dtype=torch.int32, device=device),
+            contexts_S=contexts_S,
+            table_SB=table_SB,
+            max_seqlen=1,
+            max_context_len=contexts,
+            has_prefix=True,
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: Outputs = ()
+
+    def run(self, rows: list[Row], forward: Forward) -> Outputs:
+        """The forward pass of these rows and padding. On CUDA the outputs are overwritten by the next run."""
+        if not self.inputs.codes_T.is_cuda:
+            self._slab.fill(self._arrays(rows))
+            return forward(self.inputs)
+        if self._graph is None:
+            self.capture(forward, None)
+        assert self._graph is not None
+        self._slab.fill(self._arrays(rows))
+        self._graph.replay()
+        return self._outputs
+
+    def capture(self, forward: Forward, pool: Any) -> Any:
+        """Record the graph, with padding alone, and name the pool its memory came from."""
+        self._slab.fill(self._arrays([]))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # whatever is done the first time only
+            forward(self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._outputs = forward(self.inputs)
+        self._graph = graph
+        return graph.pool()
+
+    def _arrays(self, rows: list[Row]) -> list[np.ndarray]:
+        size, page = self.size, self.page_size
+        codes, positions, slots = np.zeros((3, size), np.int64)
+        contexts = np.ones(size, np.int32)
+        table = np.full((size, self._width), self._scratch, np.int32)
+        slots[:] = self._scratch * page
+        for place, (code, position, pages) in enumerate(rows):
+            codes[place], positions[place], contexts[place] = code, position, position + 1
+            slots[place] = pages[position // page] * page + position % page
+            table[place, : len(pages)] = pages[: self._width]
+        return [codes, positions, slots, contexts, table]
+
+
+class Buckets:
+    """All the shapes: every size with every bound of the context."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        contexts: tuple[int, ...],
+        page_size: int,
+        scratch: int,
+        device: torch.device,
+    ) -> None:
+        self.sizes, self.contexts = tuple(sorted(sizes)), tuple(sorted(contexts))
+        self._page_size, self._scratch, self._device = page_size, scratch, device
+        self._made: dict[tuple[int, int], Bucket] = {}
+
+    def find(self, size: int, context: int) -> Bucket | None:
+        """The smallest that holds so many sequences, with so long a context."""
+        for bound_size in self.sizes:
+            for bound in self.contexts:
+                if bound_size >= size and bound >= context:
+                    return self._get(bound_size, bound)
+        return None
+
+    def capture(self, forward: Forward) -> None:
+        """Every graph there is, the largest first: the others then fit into its memory."""
+        pool = None
+        for size in reversed(self.sizes):
+            for context in reversed(self.contexts):
+                pool = self._get(size, context).capture(forward, pool)
+
+    def _get(self, size: int, context: int) -> Bucket:
+        if (size, context) not in self._made:
+            self._made[size, context] = Bucket(size, context, self._page_size, self._scratch, self._device)
+        return self._made[size, context]
+
+
+def default_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then steps of an eighth or less up to a multiple of 8 at `most`."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 16 if last < 128 else 32))
+    return (*(size for size in sizes if size < most), most)
+
+
+def default_contexts(longest: int) -> tuple[int, ...]:
+    """Bounds of the context, each eight times the one before."""
+    contexts = [2048]
+    while contexts[-1] < longest:
+        contexts.append(contexts[-1] * 8)
+    return (*(context for context in contexts if context < longest), longest)

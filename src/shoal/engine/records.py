@@ -1,0 +1,80 @@
+"""Records: what lies beside the keys and values of a position: its id, and the experts it was sent to.
+
+They are written by every step to the page and offset where the position's keys and values go. So they are
+there after a prefix hit, a preemption or a chunk, whoever computed the position, and a request's records are
+the rows of its own pages. The ids serve the penalties, which then need nothing from the host.
+
+Beside them stand the counts of what each expert was given, over all steps.
+
+Shape letters: T tokens, P pages, B pages of a sequence, N positions, L layers that route, E experts, K
+experts per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.config.model import ModelConfig
+from shoal.engine import staging
+from shoal.ops.api import Routing
+
+
+class Records:
+    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, device: torch.device) -> None:
+        slots = (num_pages + 1) * page_size  # the last page takes what padding writes
+        self.page_size, self._num_slots = page_size, num_pages * page_size
+        self._ids = torch.zeros(slots, dtype=torch.int32, device=device)
+        self._experts = self._tokens_LE = self._touched_L = None
+        if config.moe is not None:
+            layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+            experts = config.moe.n_routed_experts
+            self._experts = torch.full(
+                (slots, layers, config.moe.num_experts_per_tok), -1, dtype=torch.int16, device=device
+            )
+            self._tokens_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+            self._touched_L = torch.zeros(layers, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._ids.nbytes + (0 if self._experts is None else self._experts.nbytes)
+
+    def write(self, slots_T: Tensor, ids_T: Tensor, routings: tuple[Routing, ...]) -> None:
+        """Keep what a step computed. Launches only: nothing comes back to the host."""
+        self._ids.index_copy_(0, slots_T, ids_T.int())
+        if self._experts is None or self._tokens_LE is None or self._touched_L is None:
+            return
+        experts_TLK = torch.stack([routing.experts_TK for routing in routings], dim=1)
+        self._experts.index_copy_(0, slots_T, experts_TLK.to(torch.int16))
+        # A dropped choice or a padded row counts for nobody.
+        counts_TLK = (experts_TLK >= 0) & (slots_T < self._num_slots).view(-1, 1, 1)
+        places_LM = experts_TLK.clamp(min=0).transpose(0, 1).flatten(1)
+        tokens_LE = torch.zeros_like(self._tokens_LE)
+        tokens_LE.scatter_add_(1, places_LM, counts_TLK.transpose(0, 1).flatten(1).long())
+        self._tokens_LE += tokens_LE
+        self._touched_L += tokens_LE.count_nonzero(1)
+
+    def ids(self, table_SB: Tensor, rows: list[int], length: int) -> Tensor:
+        """The ids (N, `length`) at the first positions of these rows of a block table."""
+        (rows_N,) = staging.send([np.array(rows)], table_SB.device)
+        pages_NB = table_SB[rows_N, : -(-length // self.page_size)]
+        return self._gather(self._ids, pages_NB)[:, :length].long()
+
+    def experts(self, pages: list[int], length: int) -> Tensor:
+        """The experts (N, L, K) of the first `length` positions of a sequence, int16 on the host."""
+        assert self._experts is not None
+        table_1B = torch.tensor([pages], device=self._experts.device)
+        return self._gather(self._experts, table_1B)[0, :length].cpu()
+
+    def expert_tokens(self) -> Tensor | None:
+        """Tokens that each expert was given (L, E)."""
+        return None if self._tokens_LE is None else self._tokens_LE.cpu()
+
+    def experts_touched(self) -> Tensor | None:
+        """Distinct experts that a step gave a token, in each layer (L,), summed over steps."""
+        return None if self._touched_L is None else self._touched_L.cpu()
+
+    def _gather(self, rows: Tensor, table_SB: Tensor) -> Tensor:
+        paged = rows.view(-1, self.page_size, *rows.shape[1:])
+        return paged[table_SB.long()].flatten(1, 2)
