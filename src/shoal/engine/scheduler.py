@@ -160,7 +160,7 @@ class Scheduler:
                 self._preempt(max(self.running, key=_turn))
 
     def _must_make_way(self, promised: int = 0) -> bool:
-        """Whether the first that waits outranks one that runs, and finds no room beside the pages promised."""
+        """Whether the first that waits outranks one that runs, and finds no room beside what is promised."""
         if not self.waiting or not self.running:
             return False
         lowest = max(sequence.params.priority for sequence in self.running)
