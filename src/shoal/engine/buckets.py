@@ -36,10 +36,10 @@ class Inputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A decoding sequence's next token."""
+    """A decoding sequence's next tokens: its last one, and drafts to verify."""
 
-    code: int
-    position: int
+    codes: list[int]
+    start: int
     pages: list[int]
 
 
@@ -48,8 +48,12 @@ Forward = Callable[[Inputs], Outputs]
 
 
 class Bucket:
-    def __init__(self, size: int, contexts: int, page_size: int, scratch: int, device: torch.device) -> None:
-        self.size, self.page_size, self._scratch = size, page_size, scratch
+    """`size` sequences of `tokens` new tokens each, their contexts no longer than `contexts`."""
+
+    def __init__(
+        self, size: int, tokens: int, contexts: int, page_size: int, scratch: int, device: torch.device
+    ) -> None:
+        self.size, self.tokens, self.page_size, self._scratch = size, tokens, page_size, scratch
         self._width = -(-contexts // page_size)
         self._slab = staging.Slab(self._arrays([]), device)
         codes_T, positions_T, slots_T, contexts_S, table_SB = self._slab.arrays
@@ -58,10 +62,10 @@ class Bucket:
             positions_T=positions_T,
             slots_T=slots_T,
             last_M=None,
-            cu_seqlens_S1=torch.arange(size + 1, dtype=torch.int32, device=device),
+            cu_seqlens_S1=torch.arange(size + 1, dtype=torch.int32, device=device) * tokens,
             contexts_S=contexts_S,
             table_SB=table_SB,
-            max_seqlen=1,
+            max_seqlen=tokens,
             max_context_len=contexts,
             has_prefix=True,
         )
@@ -95,16 +99,19 @@ class Bucket:
         return graph.pool()
 
     def _arrays(self, rows: list[Row]) -> list[np.ndarray]:
-        size, page = self.size, self.page_size
-        codes, positions, slots = np.zeros((3, size), np.int64)
-        contexts = np.ones(size, np.int32)
+        size, tokens, page = self.size, self.tokens, self.page_size
+        codes = np.zeros((size, tokens), np.int64)
+        starts = np.zeros(size, np.int64)
         table = np.full((size, self._width), self._scratch, np.int32)
-        slots[:] = self._scratch * page
-        for place, (code, position, pages) in enumerate(rows):
-            codes[place], positions[place], contexts[place] = code, position, position + 1
-            slots[place] = pages[position // page] * page + position % page
+        for place, (new, start, pages) in enumerate(rows):
+            codes[place], starts[place] = new, start
             table[place, : len(pages)] = pages[: self._width]
-        return [codes, positions, slots, contexts, table]
+        positions = starts[:, None] + np.arange(tokens)
+        slots = (
+            np.take_along_axis(table, positions // page, axis=1).astype(np.int64) * page + positions % page
+        )
+        contexts = (starts + tokens).astype(np.int32)
+        return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table]
 
 
 class Buckets:
@@ -120,27 +127,26 @@ class Buckets:
     ) -> None:
         self.sizes, self.contexts = tuple(sorted(sizes)), tuple(sorted(contexts))
         self._page_size, self._scratch, self._device = page_size, scratch, device
-        self._made: dict[tuple[int, int], Bucket] = {}
+        self._made: dict[tuple[int, int, int], Bucket] = {}
 
-    def find(self, size: int, context: int) -> Bucket | None:
-        """The smallest that holds so many sequences, with so long a context."""
-        for bound_size in self.sizes:
-            for bound in self.contexts:
-                if bound_size >= size and bound >= context:
-                    return self._get(bound_size, bound)
-        return None
+    def find(self, size: int, tokens: int, context: int) -> Bucket | None:
+        """The smallest that holds so many sequences of so many new tokens, with so long a context."""
+        sizes = [bound for bound in self.sizes if bound >= size]
+        contexts = [bound for bound in self.contexts if bound >= context]
+        return self._get(sizes[0], tokens, contexts[0]) if sizes and contexts else None
 
-    def capture(self, forward: Forward) -> None:
+    def capture(self, forward: Forward, tokens: int) -> None:
         """Every graph there is, the largest first: the others then fit into its memory."""
         pool = None
         for size in reversed(self.sizes):
             for context in reversed(self.contexts):
-                pool = self._get(size, context).capture(forward, pool)
+                pool = self._get(size, tokens, context).capture(forward, pool)
 
-    def _get(self, size: int, context: int) -> Bucket:
-        if (size, context) not in self._made:
-            self._made[size, context] = Bucket(size, context, self._page_size, self._scratch, self._device)
-        return self._made[size, context]
+    def _get(self, size: int, tokens: int, context: int) -> Bucket:
+        key = size, tokens, context
+        if key not in self._made:
+            self._made[key] = Bucket(*key, self._page_size, self._scratch, self._device)
+        return self._made[key]
 
 
 def default_sizes(most: int) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice, takewhile
 from time import perf_counter
 
 from torch import Tensor
@@ -24,94 +25,25 @@ from torch import Tensor
 from shoal.engine import grammar, sampling, staging
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes
+from shoal.engine.events import Completion, Event, complete
 from shoal.engine.grammar import GrammarCompiler, Matcher, Vocabulary
 from shoal.engine.runner import Runner, Span, Step, count_page_bytes
 from shoal.engine.sampling import Draw, History, Sample, hash_pair
 from shoal.engine.scheduler import Pick, Scheduler
-from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence, Top
+from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence
+from shoal.engine.settings import EngineSettings
+from shoal.engine.speculation import Drafter, Governor, Seen
 from shoal.engine.stats import Stats
 from shoal.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How much is served at once.
-
-    The cache has `num_pages` pages; None makes as many as `cache_bytes` hold, but no more than
-    `max_sequences` of the model's longest context could fill. A step has at most `max_batch_tokens` tokens of
-    `max_sequences` sequences. Requests without a seed are given one from `seed`.
-
-    `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
-    graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
-    does so on CUDA.
-    """
-
-    page_size: int = 64
-    num_pages: int | None = None
-    cache_bytes: int = 1 << 30
-    max_batch_tokens: int = 2048
-    max_sequences: int = 64
-    prefix_cache: bool = True
-    seed: int = 0
-    buckets: tuple[int, ...] | None = None
-    overlap: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.max_sequences > self.max_batch_tokens:
-            raise ValueError(
-                f"max_sequences {self.max_sequences} exceeds max_batch_tokens {self.max_batch_tokens}; "
-                f"every running sequence decodes one token a step, so raise the latter or lower the former"
-            )
-        if self.buckets is not None and not all(0 < size <= self.max_sequences for size in self.buckets):
-            raise ValueError(
-                f"buckets are {self.buckets}; each must be between 1 and max_sequences {self.max_sequences}"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
-
-
-@dataclass(frozen=True)
-class Event:
-    """A request got a token, or ended, or both.
-
-    `token` and `logprob` are None where it ended without one: it was cancelled, its logits are not numbers
-    (`error` says which), or it asked for none.
-    """
-
-    request: int
-    token: int | None
-    logprob: float | None
-    top: Top  # as many as the request asked for
-    finish: FinishReason | None
-    cached: int = 0  # positions of the prompt that the prefix cache had
-    prompt_logprobs: tuple[float, ...] | None = None  # on the first: of each prompt token but the first
-    prompt_tops: tuple[Top, ...] | None = None
-    routing: Tensor | None = field(default=None, compare=False)  # on the last: (positions - 1, L, K) int16
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All that a request got. The token that stopped it is the last of the ids."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    tops: tuple[Top, ...]
-    finish: FinishReason
-    cached: int = 0
-    prompt_logprobs: tuple[float, ...] | None = None
-    prompt_tops: tuple[Top, ...] | None = None
-    routing: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Flight:
     """A step on its way: who gets what when it comes."""
 
+    picks: list[Pick]
+    starts: list[int]  # the position of each pick's first token
+    step: Step
     drawn: list[Pick]  # those that get tokens, in the order of the rows
     samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
     scores: list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
@@ -119,10 +51,15 @@ class Flight:
 
 
 class Engine:
-    """`vocabulary`, what the ids mean, is needed by requests with a grammar alone."""
+    """`vocabulary`, what the ids mean, is needed by requests with a grammar alone; `governor` says when to
+    guess ahead, where `settings.speculate` does."""
 
     def __init__(
-        self, model: Transformer, settings: EngineSettings, vocabulary: Vocabulary | None = None
+        self,
+        model: Transformer,
+        settings: EngineSettings,
+        vocabulary: Vocabulary | None = None,
+        governor: Governor | None = None,
     ) -> None:
         self.config, self.settings, self.vocabulary = model.config, settings, vocabulary
         self.pool = BlockPool(
@@ -131,6 +68,11 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
         )
+        if settings.speculate and not self.config.num_nextn_predict_layers:
+            raise ValueError(
+                f"speculate is {settings.speculate}, but this model has no prediction module "
+                f"(num_nextn_predict_layers is 0); set it to 0, or load the model with mtp"
+            )
         on_cuda = model.head_weight().is_cuda
         buckets = default_sizes(settings.max_sequences) if on_cuda else ()
         self.runner = Runner(
@@ -140,8 +82,13 @@ class Engine:
             max_sequences=settings.max_sequences,
             buckets=buckets if settings.buckets is None else settings.buckets,
             contexts=default_contexts(min(self.config.max_position_embeddings, self.pool.capacity)),
+            num_drafts=settings.speculate,
         )
-        self._overlaps = on_cuda if settings.overlap is None else settings.overlap
+        self._drafter = None
+        if settings.speculate:
+            self._drafter = Drafter(self.runner, settings.speculate, self.scheduler.reserve)
+        self._governor = governor or Governor()
+        self._overlaps = settings.overlap or (settings.overlap is None and on_cuda and not settings.speculate)
         eos = self.config.eos_token_id
         self._eos_ids = frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
         self._grammars: GrammarCompiler | None = None  # made when the first is asked for
@@ -204,7 +151,16 @@ class Engine:
         self._flight = flight
         if flight is not None and (not self._overlaps or self._must_wait()):
             events += self._land()
-        self._step_seconds += perf_counter() - start
+        seconds = perf_counter() - start
+        self._step_seconds += seconds
+        if (
+            self._drafter is not None
+            and flight is not None
+            and all(pick.num_new == 1 for pick in flight.picks)
+        ):
+            self._governor.observe(
+                len(flight.picks), seconds, sum(event.token is not None for event in events)
+            )
         return events
 
     def warm_up(self) -> None:
@@ -224,7 +180,7 @@ class Engine:
         self.pool.release(pages)
 
     def stats(self) -> Stats:
-        scheduler = self.scheduler
+        scheduler, drafter = self.scheduler, self._drafter
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -236,6 +192,8 @@ class Engine:
             generated=self._generated,
             steps=self._steps,
             step_seconds=self._step_seconds,
+            drafted=() if drafter is None else drafter.count(drafter.drafted),
+            accepted=() if drafter is None else drafter.count(drafter.accepted),
             expert_tokens=self.runner.records.expert_tokens(),
             experts_touched=self.runner.records.experts_touched(),
         )
@@ -266,7 +224,7 @@ class Engine:
         finally:
             for request in events:
                 self._drop(request)
-        return [_complete(of_request) for of_request in events.values()]
+        return [complete(of_request) for of_request in events.values()]
 
     def score(self, ids: list[int]) -> list[float]:
         """Log-probability of each token after the first, given those before it, in float32.
@@ -357,7 +315,10 @@ class Engine:
         return self.scheduler.is_short() or any(sequence.matcher for sequence in self.scheduler.running)
 
     def _launch(self) -> Flight | None:
-        picks = self.scheduler.schedule()
+        num_drafts = 0
+        if self._drafter is not None and self._guesses():
+            num_drafts = self._drafter.num_drafts
+        picks = self.scheduler.schedule(num_drafts=num_drafts)
         if not picks:
             return None
         step = self.runner.run([self.runner.span(pick) for pick in picks])
@@ -365,15 +326,25 @@ class Engine:
         samples = self._draw(drawn, picks, step) if drawn else None
         scores = self._score(picks, step)
         read = [pick.sequence for pick in picks if pick.reads_all]
+        starts = [pick.sequence.num_computed for pick in picks]
         self.scheduler.launch(picks)
         self._steps += 1
-        return Flight(drawn, samples, scores, read)
+        return Flight(picks, starts, step, drawn, samples, scores, read)
+
+    def _guesses(self) -> bool:
+        """Whether guessing ahead pays, for as many as decode now."""
+        return self._governor.decide(sum(sequence.num_pending == 1 for sequence in self.scheduler.running))
 
     def _draw(self, drawn: list[Pick], picks: list[Pick], step: Step) -> staging.Parcel:
-        """Draw the next token of each pick that wants one; leave it for the next step; send it home."""
-        sequences = [pick.sequence for pick in drawn]
-        draws = [Draw(each.params, each.seed, each.length, each.banned_ids) for each in sequences]
-        rows = [at for at, pick in enumerate(picks) if pick.samples]
+        """Draw the next token of each pick that wants one, and one after each draft; leave the tokens for the
+        next step; send them home."""
+        sequences = [pick.sequence for pick in drawn for _ in range(1 + pick.num_drafts)]
+        rows = [at for at, pick in enumerate(picks) if pick.samples for _ in range(1 + pick.num_drafts)]
+        places = [place for pick in drawn for place in range(1 + pick.num_drafts)]
+        draws = [
+            Draw(each.params, each.seed, each.length + place, each.bans(each.length + place))
+            for each, place in zip(sequences, places, strict=True)
+        ]
 
         def history(wanted: list[int], length: int) -> Tensor:
             return self.runner.records.ids(step.table_SB, [rows[row] for row in wanted], length)
@@ -381,7 +352,8 @@ class Engine:
         prompts = [each.num_prompt for each in sequences]
         allowed_SV = self._allow([each.matcher for each in sequences])
         result = sampling.draw(step.logits_MV, draws, History(history, prompts), allowed_SV)
-        self.runner.keep(result.tokens_S1.squeeze(1), sequences)
+        if self._overlaps:
+            self.runner.keep(result.tokens_S1.squeeze(1), sequences)
         return staging.Parcel(result.pack())
 
     def _allow(self, matchers: list[Matcher | None]) -> Tensor | None:
@@ -403,7 +375,7 @@ class Engine:
                 hidden_TD = step.hidden_TD[row : row + len(targets)]
                 packed = self.runner.score_rows(hidden_TD, targets, num_top)
                 scores.append((sequence, start, staging.Parcel(packed)))
-            row += pick.num_new
+            row += pick.num_tokens
         return scores
 
     # ------------------------------------------------------------------------------------------------
@@ -420,18 +392,37 @@ class Engine:
                 sequence.finish = "length"
                 events.append(self._tell(sequence, None, "length", pages=sequence.pages, first=True))
                 self._drop(sequence.request)
-        if flight.samples is None:
-            return events
-        counts = [pick.sequence.params.logprobs for pick in flight.drawn]
-        samples = sampling.read(flight.samples.open(), counts)
-        for pick, drawn in zip(flight.drawn, samples, strict=True):
-            if pick.sequence.request in self._live:
-                events += self._take(pick.sequence, [drawn])
+        if flight.samples is not None:
+            counts = [
+                pick.sequence.params.logprobs for pick in flight.drawn for _ in range(1 + pick.num_drafts)
+            ]
+            samples = iter(sampling.read(flight.samples.open(), counts))
+            for pick in flight.drawn:
+                drawn = list(islice(samples, 1 + pick.num_drafts))
+                if pick.sequence.request in self._live:
+                    events += self._take(pick.sequence, drawn)
+        if self._drafter is not None:
+            self._draft(self._drafter, flight)
         return events
+
+    def _draft(self, drafter: Drafter, flight: Flight) -> None:
+        """Guess on from what a step has computed for those that still run."""
+        seen, row = [], 0
+        for pick, start in zip(flight.picks, flight.starts, strict=True):
+            sequence = pick.sequence
+            if sequence.pages and sequence.num_computed > start:
+                up_to_date = sequence.num_computed == len(sequence.ids) - 1 and sequence.matcher is None
+                seen.append(Seen(sequence, start, sequence.num_computed - start, row, up_to_date))
+            row += pick.num_tokens
+        if seen:
+            drafter.draft(seen, flight.step.hidden_TD, drafter.num_drafts if self._guesses() else 0)
 
     def _take(self, sequence: Sequence, samples: list[Sample]) -> list[Event]:
         """A sequence gets the tokens that were drawn for it."""
-        if not math.isfinite(samples[0].logprob):
+        if self._drafter is not None:
+            samples = samples[: self._drafter.verify(sequence, [sample.token for sample in samples])]
+        samples = list(takewhile(lambda sample: math.isfinite(sample.logprob), samples))
+        if not samples:
             return [self._break(sequence)]
         first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
         taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
@@ -504,7 +495,9 @@ class Engine:
 def _count_pages(model: Transformer, settings: EngineSettings) -> int:
     if settings.num_pages is not None:
         return settings.num_pages
-    page_bytes = count_page_bytes(model.config, settings.page_size, model.head_weight().dtype)
+    page_bytes = count_page_bytes(
+        model.config, settings.page_size, model.head_weight().dtype, mtp=settings.speculate > 0
+    )
     affordable = settings.cache_bytes // page_bytes
     if not affordable:
         raise ValueError(
@@ -513,18 +506,3 @@ def _count_pages(model: Transformer, settings: EngineSettings) -> int:
         )
     usable = settings.max_sequences * -(-model.config.max_position_embeddings // settings.page_size)
     return min(affordable, usable)
-
-
-def _complete(events: list[Event]) -> Completion:
-    first, last = events[0], events[-1]
-    assert last.finish is not None
-    return Completion(
-        ids=tuple(event.token for event in events if event.token is not None),
-        logprobs=tuple(event.logprob for event in events if event.logprob is not None),
-        tops=tuple(event.top for event in events if event.token is not None),
-        finish=last.finish,
-        cached=first.cached,
-        prompt_logprobs=first.prompt_logprobs,
-        prompt_tops=first.prompt_tops,
-        routing=last.routing,
-    )

@@ -109,21 +109,21 @@ class Runner:
             raise ValueError(
                 "the model is in training mode, where experts may drop tokens; call model.eval() first"
             )
-        bucket = None
-        if all(len(span.codes) == span.num_drawn == 1 for span in spans):
-            bucket = self.buckets.find(len(spans), max(span.start for span in spans) + 1)
+        bucket, tokens = None, spans[0].num_drawn
+        if all(len(span.codes) == span.num_drawn == tokens for span in spans):
+            bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
         if bucket is None:
             inputs = self.inputs(spans)
             return Step(*self._forward(inputs), inputs.table_SB)
-        logits_MV, hidden_TD = bucket.run(
-            [Row(span.codes[0], span.start, span.pages) for span in spans], self._forward
-        )
-        return Step(logits_MV[: len(spans)], hidden_TD[: len(spans)], bucket.inputs.table_SB[: len(spans)])
+        rows = [Row(span.codes, span.start, span.pages) for span in spans]
+        logits_MV, hidden_TD = bucket.run(rows, self._forward)
+        used = len(rows) * tokens
+        return Step(logits_MV[:used], hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
 
     @torch.inference_mode()
-    def keep(self, tokens_S: Tensor, sequences: list[Sequence]) -> None:
-        """Leave the tokens just drawn where the next step reads them."""
-        places = np.array([self.place(sequence) for sequence in sequences])
+    def keep(self, tokens_S: Tensor, sequences: list[Sequence], guess: int = 0) -> None:
+        """Leave the tokens just drawn, or guessed, where the next step reads them."""
+        places = np.array([self.place(sequence, guess) for sequence in sequences])
         (places_S,) = staging.send([places], self.device)
         self.tokens.index_copy_(0, places_S, tokens_S)
 
@@ -131,7 +131,8 @@ class Runner:
     def capture(self) -> None:
         """Record the graphs of all buckets."""
         if self.device.type == "cuda":
-            self.buckets.capture(self._forward)
+            for tokens in {1, self._width}:
+                self.buckets.capture(self._forward, tokens)
 
     @torch.inference_mode()
     def score(self, span: Span, targets: list[int]) -> list[float]:

@@ -128,6 +128,13 @@ class Scheduler:
         (self.running if sequence.pages else self.waiting).remove(sequence)
         self._release(sequence)
 
+    def reserve(self, sequence: Sequence, positions: int) -> int:
+        """Pages for so many positions of a running sequence, if nobody has to give way: those there are."""
+        missing = self.pool.count_pages(positions) - len(sequence.pages)
+        if 0 < missing <= self.pool.num_free:
+            sequence.pages += self.pool.take(missing)
+        return len(sequence.pages) * self.pool.page_size
+
     def forget(self, sequence: Sequence) -> None:
         """What its pages hold is worth nothing to anybody."""
         for page in sequence.pages:
@@ -167,15 +174,9 @@ class Scheduler:
         return self.waiting[0].params.priority < lowest and not self._fits(self.waiting[0], promised)
 
     def _count_drafts(self, sequence: Sequence, most: int) -> int:
-        """How many guesses a sequence can have verified: none for which others would have to give way."""
-        pool = self.pool
+        """How many guesses a sequence can have verified."""
         count = max(min(most, sequence.num_drafts, sequence.room - 1), 0)
-        while count and (missing := pool.count_pages(sequence.length + count) - len(sequence.pages)) > 0:
-            if missing <= pool.num_free:
-                sequence.pages += pool.take(missing)
-            else:
-                count -= 1
-        return count
+        return min(count, self.reserve(sequence, sequence.length + count) - sequence.length) if count else 0
 
     def _preempt(self, sequence: Sequence) -> None:
         assert not sequence.num_flying, f"request {sequence.request} gives way with a token on its way"

@@ -1,0 +1,58 @@
+"""EngineSettings: how much is served at once, and in what ways.
+
+The law: nothing here changes what a request gets, only when it gets it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How much is served at once.
+
+    The cache has `num_pages` pages; None makes as many as `cache_bytes` hold, but no more than
+    `max_sequences` of the model's longest context could fill. A step has at most `max_batch_tokens` tokens of
+    `max_sequences` sequences. Requests without a seed are given one from `seed`.
+
+    `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
+    graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
+    does so on CUDA. `speculate` guesses so many tokens ahead with the model's prediction module, which needs
+    each step's tokens on the host: it rules out `overlap`.
+    """
+
+    page_size: int = 64
+    num_pages: int | None = None
+    cache_bytes: int = 1 << 30
+    max_batch_tokens: int = 2048
+    max_sequences: int = 64
+    prefix_cache: bool = True
+    seed: int = 0
+    buckets: tuple[int, ...] | None = None
+    overlap: bool | None = None
+    speculate: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.max_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"max_sequences {self.max_sequences} exceeds max_batch_tokens {self.max_batch_tokens}; "
+                f"every running sequence decodes one token a step, so raise the latter or lower the former"
+            )
+        if self.buckets is not None and not all(0 < size <= self.max_sequences for size in self.buckets):
+            raise ValueError(
+                f"buckets are {self.buckets}; each must be between 1 and max_sequences {self.max_sequences}"
+            )
+        if self.speculate < 0:
+            raise ValueError(f"speculate is {self.speculate}; it must be at least 0, where 0 guesses nothing")
+        if self.speculate and self.overlap:
+            raise ValueError(
+                f"overlap is True and speculate is {self.speculate}, but guesses need the last step's tokens "
+                f"on the host; leave one of them out"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")
