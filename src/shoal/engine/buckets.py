@@ -159,8 +159,8 @@ def default_sizes(most: int) -> tuple[int, ...]:
 
 
 def default_contexts(longest: int) -> tuple[int, ...]:
-    """Bounds of the context, each eight times the one before."""
-    contexts = [2048]
-    while contexts[-1] < longest:
-        contexts.append(contexts[-1] * 8)
-    return (*(context for context in contexts if context < longest), longest)
+    """Bounds of the context, each an eighth of the next: a short one has a small block table to send."""
+    contexts = [longest]
+    while contexts[0] > 8192:
+        contexts.insert(0, contexts[0] // 8)
+    return tuple(contexts)

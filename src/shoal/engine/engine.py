@@ -15,11 +15,13 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from shoal.engine import grammar, sampling, staging
@@ -27,6 +29,8 @@ from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes
 from shoal.engine.events import Completion, Event, complete
 from shoal.engine.grammar import GrammarCompiler, Matcher, Vocabulary
+from shoal.engine.ledger import Ledger, draw_up
+from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import Runner, Span, Step, count_page_bytes
 from shoal.engine.sampling import Draw, History, Sample, hash_pair
 from shoal.engine.scheduler import Pick, Scheduler
@@ -62,9 +66,11 @@ class Engine:
         governor: Governor | None = None,
     ) -> None:
         self.config, self.settings, self.vocabulary = model.config, settings, vocabulary
-        self.pool = BlockPool(
-            _count_pages(model, settings), settings.page_size, remember=settings.prefix_cache
-        )
+        on_cuda = model.head_weight().is_cuda
+        buckets = default_sizes(settings.max_sequences) if on_cuda else ()
+        buckets = buckets if settings.buckets is None else settings.buckets
+        self.ledger = _draw_up(model, settings, buckets if on_cuda else ())
+        self.pool = BlockPool(self.ledger.num_pages, settings.page_size, remember=settings.prefix_cache)
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
         )
@@ -73,15 +79,13 @@ class Engine:
                 f"speculate is {settings.speculate}, but this model has no prediction module "
                 f"(num_nextn_predict_layers is 0); set it to 0, or load the model with mtp"
             )
-        on_cuda = model.head_weight().is_cuda
-        buckets = default_sizes(settings.max_sequences) if on_cuda else ()
         self.runner = Runner(
             model,
             self.pool.num_pages,
             settings.page_size,
             max_sequences=settings.max_sequences,
-            buckets=buckets if settings.buckets is None else settings.buckets,
-            contexts=default_contexts(min(self.config.max_position_embeddings, self.pool.capacity)),
+            buckets=buckets,
+            contexts=default_contexts(self.ledger.longest),
             num_drafts=settings.speculate,
         )
         self._drafter = None
@@ -169,7 +173,7 @@ class Engine:
         if self.busy:
             raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
         self.runner.capture()
-        most = min(self.settings.max_batch_tokens, self.config.max_position_embeddings, self.pool.capacity)
+        most = min(self.settings.max_batch_tokens, self.ledger.longest)
         pages = self.pool.take(self.pool.count_pages(most))
         wishes = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)]
         for length in sorted({min(length, most) for length in (1, 2, 15, 16, 17, 100, 128, 1000, most)}):
@@ -279,7 +283,7 @@ class Engine:
 
     def _count_wanted(self, num_prompt: int, params: SamplingParams) -> int:
         """Tokens a request may generate: what it says, or else all that the context has room for."""
-        room = min(self.config.max_position_embeddings, self.pool.capacity) - num_prompt
+        room = self.ledger.longest - num_prompt
         wanted = max(room, params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
         self._check_positions(
             num_prompt + wanted,
@@ -321,7 +325,15 @@ class Engine:
         picks = self.scheduler.schedule(num_drafts=num_drafts)
         if not picks:
             return None
-        step = self.runner.run([self.runner.span(pick) for pick in picks])
+        try:
+            step = self.runner.run([self.runner.span(pick) for pick in picks])
+        except torch.OutOfMemoryError as error:
+            tokens = sum(pick.num_tokens for pick in picks)
+            raise ValueError(
+                f"the device ran out of memory in a step of {tokens} tokens; lower max_batch_tokens from "
+                f"{self.settings.max_batch_tokens} to {max(tokens // 2, 1)}, or memory from "
+                f"{self.settings.memory} to {0.9 * self.settings.memory:.2f}"
+            ) from error
         drawn = [pick for pick in picks if pick.samples]
         samples = self._draw(drawn, picks, step) if drawn else None
         scores = self._score(picks, step)
@@ -492,17 +504,37 @@ class Engine:
         )
 
 
-def _count_pages(model: Transformer, settings: EngineSettings) -> int:
-    if settings.num_pages is not None:
-        return settings.num_pages
-    page_bytes = count_page_bytes(
-        model.config, settings.page_size, model.head_weight().dtype, mtp=settings.speculate > 0
+def _draw_up(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
+    config, head = model.config, model.head_weight()
+    size = settings.page_size
+    page = count_page_bytes(config, size, head.dtype, mtp=settings.speculate > 0)
+    cache_bytes, num_pages = settings.cache_bytes, settings.num_pages
+    if cache_bytes is None and not head.is_cuda:
+        cache_bytes = 1 << 30
+    if num_pages is None and cache_bytes is not None:
+        if cache_bytes < page:
+            raise ValueError(
+                f"cache_bytes is {cache_bytes}, but a page of {size} positions takes {page}; raise it, or "
+                f"lower page_size"
+            )
+        usable = settings.max_sequences * -(-config.max_position_embeddings // size)
+        num_pages = min(cache_bytes // page, usable)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if head.is_cuda:
+        free, total = torch.cuda.mem_get_info(head.device)
+        limit = min(int(settings.memory * total), free + torch.cuda.memory_reserved(head.device))
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return draw_up(
+        config,
+        limit=limit,
+        weights=weights,
+        dtype_bytes=head.dtype.itemsize,
+        page=page + size * count_record_bytes(config),
+        page_size=size,
+        num_pages=num_pages,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        graph_sizes=graph_sizes,
+        graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
     )
-    affordable = settings.cache_bytes // page_bytes
-    if not affordable:
-        raise ValueError(
-            f"cache_bytes is {settings.cache_bytes}, but a page of {settings.page_size} positions takes "
-            f"{page_bytes}; raise it, or lower page_size"
-        )
-    usable = settings.max_sequences * -(-model.config.max_position_embeddings // settings.page_size)
-    return min(affordable, usable)

@@ -21,6 +21,15 @@ from shoal.engine import staging
 from shoal.ops.api import Routing
 
 
+def count_record_bytes(config: ModelConfig) -> int:
+    """Bytes kept for a position: its id, and its experts in each layer that routes."""
+    return 4 + (0 if config.moe is None else 2 * _count_layers(config) * config.moe.num_experts_per_tok)
+
+
+def _count_layers(config: ModelConfig) -> int:
+    return sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+
+
 class Records:
     def __init__(self, config: ModelConfig, num_pages: int, page_size: int, device: torch.device) -> None:
         slots = (num_pages + 1) * page_size  # the last page takes what padding writes
@@ -28,17 +37,12 @@ class Records:
         self._ids = torch.zeros(slots, dtype=torch.int32, device=device)
         self._experts = self._tokens_LE = self._touched_L = None
         if config.moe is not None:
-            layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
-            experts = config.moe.n_routed_experts
+            layers, experts = _count_layers(config), config.moe.n_routed_experts
             self._experts = torch.full(
                 (slots, layers, config.moe.num_experts_per_tok), -1, dtype=torch.int16, device=device
             )
             self._tokens_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
             self._touched_L = torch.zeros(layers, dtype=torch.int64, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self._ids.nbytes + (0 if self._experts is None else self._experts.nbytes)
 
     def write(self, slots_T: Tensor, ids_T: Tensor, routings: tuple[Routing, ...]) -> None:
         """Keep what a step computed. Launches only: nothing comes back to the host."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 class EngineSettings:
     """How much is served at once.
 
-    The cache has `num_pages` pages; None makes as many as `cache_bytes` hold, but no more than
+    The cache has `num_pages` pages; None makes as many as `cache_bytes` hold, and None of those as many as
+    the share `memory` of a GPU has room for beside everything else (on a CPU 1 GiB), but no more than
     `max_sequences` of the model's longest context could fill. A step has at most `max_batch_tokens` tokens of
     `max_sequences` sequences. Requests without a seed are given one from `seed`.
 
@@ -24,7 +25,8 @@ class EngineSettings:
 
     page_size: int = 64
     num_pages: int | None = None
-    cache_bytes: int = 1 << 30
+    cache_bytes: int | None = None
+    memory: float = 0.9
     max_batch_tokens: int = 2048
     max_sequences: int = 64
     prefix_cache: bool = True
@@ -47,6 +49,8 @@ class EngineSettings:
             raise ValueError(
                 f"buckets are {self.buckets}; each must be between 1 and max_sequences {self.max_sequences}"
             )
+        if not 0 < self.memory <= 1:
+            raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
         if self.speculate < 0:
             raise ValueError(f"speculate is {self.speculate}; it must be at least 0, where 0 guesses nothing")
         if self.speculate and self.overlap:

@@ -1,0 +1,266 @@
+"""The engine on one GPU: decoding and prefill of a whole model of random weights, against the memory bus.
+
+    python -m benchmarks.decode [--model deepseek-v2-lite] [--batches 1 8 32 128 256] [--peer] [--profile]
+
+Floors: the larger of FLOPs over the burst matrix rate and least bytes over the read rate (`kernels/harness`);
+bytes are those of the weights that a step touches, its experts as counted by the engine itself, and of the
+cache it reads. The peer is transformers as shipped, eager with grouped_mm, in the same run.
+
+What is timed is `Engine.step` from outside: scheduling, launching, sampling and reading the tokens included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.harness import PEAK_BYTES, PEAK_FLOPS
+from shoal.config import cost
+from shoal.config.families import family
+from shoal.config.model import ModelConfig
+from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.transformer import Transformer
+
+CONTEXT, STEPS = 1024, 64
+TARGETS = {1: 550, 8: 1450, 32: 3800, 128: 13_000, 256: 23_000}  # tokens/s wanted, V2-Lite on an H200
+PREFILL_TARGETS = {1: 98_000, 4: 110_000}
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    batch: int
+    ms: float  # of a step, or of all the prompts
+    tokens_per_second: float
+    floor_ms: float
+    target: float | None
+    experts: float | None  # distinct ones that a step touched, in a layer
+    peer: float | None = None  # tokens/s
+
+
+def build(config: ModelConfig) -> Transformer:
+    model = Transformer(config, device="meta", dtype=torch.bfloat16)
+    model.allocate("cuda")
+    model.init_weights(torch.Generator("cuda").manual_seed(0))
+    return model.eval()
+
+
+def decode_floor_ms(config: ModelConfig, batch: int, experts: float) -> float:
+    """Least bytes of a step over the read rate."""
+    total = batch * CONTEXT * cost.kv_bytes_per_token(config)
+    for weight in cost.weights(config, mtp=False):
+        if weight.part == "routed":
+            assert config.moe is not None
+            total += weight.count / config.moe.n_routed_experts * experts * weight.numel * 2
+        elif weight.part != "embedding":
+            total += weight.count * weight.numel * 2
+    return 1e3 * total / PEAK_BYTES
+
+
+def prefill_floor_ms(config: ModelConfig, prompts: int, length: int) -> float:
+    flops = cost.flops_per_token(config, length, "prefill") * prompts * length
+    return 1e3 * flops / PEAK_FLOPS[torch.bfloat16]
+
+
+def prompts(config: ModelConfig, count: int, length: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (count, length), generator=generator).tolist()
+
+
+def decoding(engine: Engine, batch: int) -> Row:
+    """Steps at a context that passes through `CONTEXT`."""
+    config = engine.config
+    params = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True)
+    for ids in prompts(config, batch, CONTEXT - STEPS // 2, seed=batch):
+        engine.add(ids, params)
+    got = 0
+    while got < batch:  # all prompts are read
+        got = sum(1 for sequence in engine.scheduler.running if sequence.length > sequence.num_prompt)
+        engine.step()
+    for _ in range(8):
+        engine.step()
+    before = engine.stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        engine.step()
+    torch.cuda.synchronize()
+    ms = 1e3 * (time.perf_counter() - start) / STEPS
+    after = engine.stats()
+    experts = None
+    if before.experts_touched is not None and after.experts_touched is not None:
+        touched = (after.experts_touched - before.experts_touched).double().mean().item()
+        experts = touched / (after.steps - before.steps)
+    while engine.busy:
+        engine.step()
+    floor = decode_floor_ms(config, batch, experts or 0.0)
+    return Row("decode", batch, ms, 1e3 * batch / ms, floor, TARGETS.get(batch), experts)
+
+
+def prefill(engine: Engine, count: int, length: int = 4096) -> Row:
+    """Prompts read from nothing to their first token; the best of five, the engine's other work included."""
+    times = []
+    for seed in range(6):
+        for ids in prompts(engine.config, count, length, seed=1000 + seed):
+            engine.add(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        while engine.busy:
+            engine.step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    ms = 1e3 * sorted(times[1:])[2]
+    floor = prefill_floor_ms(engine.config, count, length)
+    return Row("prefill", count, ms, 1e3 * count * length / ms, floor, PREFILL_TARGETS.get(count), None)
+
+
+def peer(batches: list[int]) -> Iterator[tuple[int, float]]:
+    """Tokens/s of transformers as shipped: eager, grouped_mm, its own dynamic cache, a forward a token."""
+    from transformers import AutoModelForCausalLM, DeepseekV2Config
+
+    config = DeepseekV2Config(
+        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+        num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, n_routed_experts=64,
+        n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, kv_lora_rank=512,
+        q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, head_dim=64,
+        max_position_embeddings=4096, norm_topk_prob=False, topk_method="greedy", routed_scaling_factor=1.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, experts_implementation="grouped_mm"
+        )
+    model = model.to_empty(device="cuda").eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.normal_(std=0.02)
+    for batch in batches:
+        ids = torch.randint(config.vocab_size, (batch, CONTEXT), device="cuda")
+        with torch.inference_mode():
+            output = model(ids, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            times = []
+            for _ in range(12):
+                ids = output.logits[:, -1:].argmax(-1)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+        yield batch, batch / sorted(times)[len(times) // 2]
+
+
+def profile(engine: Engine, batch: int, steps: int = 10) -> str:
+    """Where the device's time of a decoding step goes."""
+    for ids in prompts(engine.config, batch, CONTEXT):
+        engine.add(ids, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    for _ in range(12):
+        engine.step()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as traced:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    while engine.busy:
+        engine.step()
+    rows: dict[str, list[float]] = {}
+    for event in traced.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            cell = rows.setdefault(event.name, [0, 0])
+            cell[0] += 1
+            cell[1] += event.device_time_total
+    lines = [f"batch {batch}, device us and launches a step:"]
+    for name, (count, us) in sorted(rows.items(), key=lambda row: -row[1][1])[:28]:
+        lines.append(f"{us / steps:9.1f} {count / steps:6.1f}  {name[:100]}")
+    total = sum(us for _, us in rows.values()) / steps
+    lines.append(f"{total:9.1f} {sum(count for count, _ in rows.values()) / steps:6.1f}  all")
+    return "\n".join(lines)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| | batch | ms | tokens/s | floor ms | of it | wanted tokens/s | experts a layer | peer tokens/s |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        cells = (
+            row.what,
+            row.batch,
+            f"{row.ms:.2f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.floor_ms:.2f}",
+            f"{row.floor_ms / row.ms:.0%}",
+            f"{row.target:,.0f}" if row.target else "",
+            f"{row.experts:.1f}" if row.experts else "",
+            f"{row.peer:,.0f}" if row.peer else "",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
+    parser.add_argument("--model", default="deepseek-v2-lite")
+    parser.add_argument("--batches", type=int, nargs="*", default=list(TARGETS))
+    parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILL_TARGETS))
+    parser.add_argument("--peer", action="store_true", help="transformers in the same run, batches 1 and 32")
+    parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose kernels are listed")
+    parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
+    arguments = parser.parse_args()
+
+    def say(text: str, since: float) -> None:
+        print(f"[{time.perf_counter() - since:6.1f} s] {text}", flush=True)
+
+    begun = time.perf_counter()
+    config = family(arguments.model).config
+    model = build(config)
+    torch.cuda.synchronize()
+    say(f"{arguments.model}: {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", begun)
+    most = max([*arguments.batches, *arguments.prefills, 1])
+    settings = EngineSettings(
+        num_pages=most * 18 + 4 * 70,
+        max_batch_tokens=16384,
+        max_sequences=most,
+        prefix_cache=False,
+        buckets=tuple(arguments.batches),
+    )
+    engine = Engine(model, settings)
+    engine.warm_up()
+    torch.cuda.synchronize()
+    say("warm", begun)
+    rows: list[Row] = []
+    for batch in arguments.batches:
+        rows.append(decoding(engine, batch))
+        say(table(rows[-1:]).splitlines()[-1], begun)
+    for count in arguments.prefills:
+        rows.append(prefill(engine, count))
+        say(table(rows[-1:]).splitlines()[-1], begun)
+    for batch in arguments.profile:
+        say(profile(engine, batch), begun)
+    if arguments.peer:
+        peers = {}
+        for batch, rate in peer([1, 32]):
+            peers[batch] = rate
+            say(f"transformers, batch {batch}: {rate:,.0f} tokens/s", begun)
+        rows = [replace(row, peer=peers.get(row.batch)) if row.what == "decode" else row for row in rows]
+    print(table(rows))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        device = torch.cuda.get_device_name()
+        command = f"python -m benchmarks.decode --model {arguments.model}" + (
+            " --peer" if arguments.peer else ""
+        )
+        with arguments.out.open("a") as file:
+            file.write(f"\n## {device}, torch {torch.__version__}\n\n`{command}`\n\n{table(rows)}\n")
+        with arguments.out.with_suffix(".jsonl").open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"device": device, "command": command, **asdict(row)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Ledger: what serving takes of a device's memory, before any of it is taken.
+
+Weights, what the largest step holds at once, graphs, and the rest for the cache: so many pages, which are so
+many tokens, or so many requests of the longest context. What does not fit is reduced, and `notes` says what
+and how to have it otherwise; a device too small for anything is told the setting and a value that fits.
+
+What a step holds is summed tensor by tensor from the shapes of the model, in the widest of its layers. It is
+an upper bound by a little: PyTorch frees as it goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.config.model import MLAConfig, ModelConfig
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """In bytes. The last page of `cache` is the one that takes what padding writes."""
+
+    limit: int  # what may be used of the device
+    weights: int
+    activations: int  # at the largest step
+    graphs: int
+    page: int  # one page in all layers, records included
+    page_size: int
+    num_pages: int
+    longest: int  # positions of the longest request that is served
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cache(self) -> int:
+        return (self.num_pages + 1) * self.page
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.graphs + self.cache
+
+    def __str__(self) -> str:
+        tokens = self.num_pages * self.page_size
+        rows = [
+            f"weights      {self.weights / _GIB:9.2f} GiB",
+            f"activations  {self.activations / _GIB:9.2f} GiB at the largest step",
+            f"graphs       {self.graphs / _GIB:9.2f} GiB",
+            f"cache        {self.cache / _GIB:9.2f} GiB = {tokens:,} tokens = "
+            f"{tokens // self.longest:,} requests of {self.longest:,}",
+            f"together     {self.total / _GIB:9.2f} GiB of {self.limit / _GIB:.2f}",
+            *self.notes,
+        ]
+        return "\n".join(rows)
+
+
+def draw_up(
+    config: ModelConfig,
+    *,
+    limit: int,
+    weights: int,
+    dtype_bytes: int,
+    page: int,
+    page_size: int,
+    num_pages: int | None,
+    max_batch_tokens: int,
+    max_sequences: int,
+    graph_sizes: tuple[int, ...] = (),
+    graphs_a_size: int = 1,
+) -> Ledger:
+    """The ledger of an engine with these settings: as many pages as fit, if `num_pages` does not say.
+
+    ValueError if the limit holds no cache at all, or less than the pages asked for.
+    """
+    notes: list[str] = []
+    activations = step_bytes(config, max_batch_tokens, min(max_batch_tokens, max_sequences), dtype_bytes)
+    graphs = 0
+    if graph_sizes:
+        kept = (config.vocab_size + config.hidden_size) * dtype_bytes  # each graph's results, a row
+        widest = max(graph_sizes)
+        graphs = graphs_a_size * sum(graph_sizes) * kept + step_bytes(config, widest, widest, dtype_bytes)
+    fixed = weights + activations + graphs
+    affordable = (limit - fixed) // page - 1
+    usable = max_sequences * -(-config.max_position_embeddings // page_size)
+    if affordable < (num_pages or 1):
+        wanted = fixed + ((num_pages or 1) + 1) * page
+        raise ValueError(
+            f"serving takes {wanted / _GIB:.2f} GiB (weights {weights / _GIB:.2f}, activations "
+            f"{activations / _GIB:.2f}, graphs {graphs / _GIB:.2f}), but {limit / _GIB:.2f} GiB may be used; "
+            + _remedy(config, limit - fixed + activations - 2 * page, affordable, max_sequences, dtype_bytes)
+        )
+    pages = min(affordable, usable) if num_pages is None else num_pages
+    longest = min(config.max_position_embeddings, pages * page_size)
+    if longest < config.max_position_embeddings:
+        missing = -(-config.max_position_embeddings // page_size) - pages
+        notes.append(
+            f"the context is cut from {config.max_position_embeddings:,} to {longest:,} tokens: the cache "
+            f"holds no more; {missing * page / _GIB:.2f} GiB more would hold it whole"
+        )
+    return Ledger(limit, weights, activations, graphs, page, page_size, pages, longest, tuple(notes))
+
+
+def _remedy(config: ModelConfig, room: int, affordable: int, max_sequences: int, dtype_bytes: int) -> str:
+    """The one setting to change, and a value that fits. `room` is what a step may hold beside one page."""
+    if affordable >= 1:
+        return f"lower num_pages to {affordable}, or leave it out"
+    tokens = 1 << 20
+    while tokens and step_bytes(config, tokens, min(tokens, max_sequences), dtype_bytes) > room:
+        tokens //= 2
+    if not tokens:
+        return "take a smaller model, or a device with more memory"
+    if tokens < max_sequences:
+        return f"lower max_batch_tokens and max_sequences to {tokens}"
+    return f"lower max_batch_tokens to {tokens}"
+
+
+def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+    """What a step of so many tokens holds at its fullest, `drawn` of them drawn from."""
+    attention, moe = config.attention, config.moe
+    # 1. Elements a token in the widest of: attention, routed experts with the shared ones, a dense layer.
+    if isinstance(attention, MLAConfig):
+        heads = attention.num_attention_heads
+        query, value = attention.qk_head_dim, attention.v_head_dim
+        row = attention.kv_lora_rank + attention.qk_rope_head_dim
+        expanded = heads * (3 * query + attention.qk_nope_head_dim + 2 * value) + 2 * row
+        absorbed = heads * (query + row + 2 * attention.kv_lora_rank + value) + 2 * row
+        attending = max(expanded, absorbed)
+    else:
+        width = attention.num_attention_heads + 2 * attention.num_key_value_heads
+        attending = attention.head_dim * (2 * width + attention.num_attention_heads)
+    feeding = 3 * config.intermediate_size
+    if moe is not None:
+        routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
+        feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
+    layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
+    # 2. The rows that are drawn from: logits, in float32 thrice, and their cumulative sum in float64.
+    drawing = (
+        drawn * config.vocab_size * (dtype_bytes + 3 * 4 + 8) + tokens * config.hidden_size * dtype_bytes
+    )
+    return max(layer, drawing)

@@ -1,0 +1,127 @@
+"""The engine on a GPU: graphs, overlap and speculation against the CPU, nothing compiled once it is warm, and
+the ledger against what PyTorch measures.
+
+Float32 and small models, so that the two sides differ by the order of sums alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.config.families import tiny
+from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
+from shoal.model.transformer import Transformer
+from tests.engine.conftest import build
+from tests.engine.test_speculation import ALWAYS_RIGHT, SOMETIMES, clairvoyant
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+SETTINGS = EngineSettings(page_size=16, num_pages=128, max_batch_tokens=64, max_sequences=8)
+
+
+def on_gpu(host: Transformer) -> Transformer:
+    device = Transformer(host.config, device="cuda")
+    device.load_state_dict(host.state_dict())
+    return device.eval()
+
+
+def wishes(*, routing: bool) -> list[SamplingParams]:
+    greedy = SamplingParams(temperature=0, max_tokens=24, routing=routing)
+    return [
+        greedy,
+        replace(greedy, max_tokens=7, logprobs=3),
+        replace(greedy, temperature=1.0, seed=3),
+        replace(greedy, temperature=0.8, seed=4, top_p=0.9),
+        replace(greedy, temperature=1.0, seed=5, top_k=9, min_p=0.05),
+        replace(greedy, frequency_penalty=3.0, repetition_penalty=2.0, logit_bias=((7, 3.0),)),
+        replace(greedy, prompt_logprobs=2),
+        replace(greedy, min_tokens=4, stop_token_ids=tuple(range(40))),
+    ]
+
+
+def assert_same(found: list[Completion], expected: list[Completion]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.ids, ours.finish) == (theirs.ids, theirs.finish)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+        if theirs.prompt_logprobs is not None:
+            assert ours.prompt_logprobs == pytest.approx(theirs.prompt_logprobs, abs=1e-3)
+        if theirs.routing is not None:
+            assert ours.routing is not None
+            assert torch.equal(ours.routing, theirs.routing)
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek-v3", "deepseek-v2-lite", "qwen3-30b-a3b", "r1-distill-qwen-1.5b"]
+)
+def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[list[int]]) -> None:
+    host = build(family)
+    params = wishes(routing=host.config.moe is not None)
+    expected = Engine(host, SETTINGS).generate(prompts, params)
+    device = on_gpu(host)
+    for settings in (
+        SETTINGS,  # graphs and overlap are the default here
+        replace(SETTINGS, buckets=(), overlap=False),
+        replace(SETTINGS, page_size=4, num_pages=24, max_batch_tokens=40),  # with preemption
+    ):
+        engine = Engine(device, settings)
+        for _ in range(2):  # the second time from the prefix cache
+            assert_same(engine.generate(prompts, params), expected)
+        assert engine.pool.num_free == settings.num_pages
+
+
+@pytest.mark.parametrize("share", [ALWAYS_RIGHT, SOMETIMES])
+def test_speculation_says_what_the_cpu_says_without(share: float, prompts: list[list[int]]) -> None:
+    host = clairvoyant(share)
+    params = [replace(wish, logprobs=0) for wish in wishes(routing=True)]
+    expected = Engine(host, SETTINGS).generate(prompts, params)
+    engine = Engine(on_gpu(host), replace(SETTINGS, speculate=2))
+    engine.warm_up()
+    assert_same(engine.generate(prompts, params), expected)
+    assert sum(engine.stats().accepted) > 0
+
+
+def test_nothing_is_compiled_once_it_is_warm() -> None:
+    import triton
+
+    model = Transformer(tiny("deepseek-v3"), device="cuda", dtype=torch.bfloat16)
+    model.init_weights(torch.Generator("cuda").manual_seed(0))
+    engine = Engine(model.eval(), replace(SETTINGS, num_pages=512, max_batch_tokens=256))
+    engine.warm_up()
+    compiled: list[str] = []
+
+    def watch(*, repr: str, **_: Any) -> None:
+        compiled.append(repr)
+
+    triton.knobs.runtime.jit_cache_hook = watch
+    try:
+        draw = random.Random(0)
+        for _ in range(60):
+            ids = [draw.randrange(512) for _ in range(draw.randint(1, 120))]
+            engine.add(ids, replace(draw.choice(wishes(routing=True)), max_tokens=draw.randint(8, 20)))
+            engine.step()
+        while engine.busy:
+            engine.step()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+    assert not compiled
+
+
+def test_the_ledger_is_what_is_measured() -> None:
+    """A model of some GiB: weights, cache, graphs and the largest step, within 3% of PyTorch's peak."""
+    config = replace(tiny("deepseek-v2-lite"), vocab_size=102_400, hidden_size=2048, intermediate_size=10_944)
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    model = Transformer(config, device="cuda", dtype=torch.bfloat16)
+    model.init_weights(torch.Generator("cuda").manual_seed(0))
+    settings = EngineSettings(cache_bytes=1 << 31, max_batch_tokens=2048, max_sequences=32)
+    torch.cuda.reset_peak_memory_stats()
+    engine = Engine(model.eval(), settings)
+    engine.warm_up()
+    prompts = [[1 + at] * 120 for at in range(32)]
+    engine.generate(prompts, SamplingParams(max_tokens=16, top_p=0.9, ignore_eos=True))
+    measured = torch.cuda.max_memory_allocated() - start
+    assert engine.ledger.total == pytest.approx(measured, rel=0.03), f"{engine.ledger}\nmeasured {measured}"
