@@ -23,6 +23,7 @@ import torch
 from benchmarks.kernels.harness import PEAK_BYTES, PEAK_FLOPS
 from shoal.config import cost
 from shoal.config.families import family
+from shoal.config.hf import to_hf
 from shoal.config.model import ModelConfig
 from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.model.transformer import Transformer
@@ -120,27 +121,22 @@ def prefill(engine: Engine, count: int, length: int = 4096) -> Row:
     return Row("prefill", count, ms, 1e3 * count * length / ms, floor, PREFILL_TARGETS.get(count), None)
 
 
-def peer(batches: list[int]) -> Iterator[tuple[int, float]]:
+def peer(ours: ModelConfig, batches: list[int], device: str = "cuda") -> Iterator[tuple[int, float]]:
     """Tokens/s of transformers as shipped: eager, grouped_mm, its own dynamic cache, a forward a token."""
-    from transformers import AutoModelForCausalLM, DeepseekV2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = DeepseekV2Config(
-        vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-        num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, n_routed_experts=64,
-        n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, kv_lora_rank=512,
-        q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, head_dim=64,
-        max_position_embeddings=4096, norm_topk_prob=False, topk_method="greedy", routed_scaling_factor=1.0,
-    )  # fmt: skip
+    fields = to_hf(ours)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, experts_implementation="grouped_mm"
         )
-    model = model.to_empty(device="cuda").eval()
+    model = model.to_empty(device=device).eval()
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02)
     for batch in batches:
-        ids = torch.randint(config.vocab_size, (batch, CONTEXT), device="cuda")
+        ids = torch.randint(config.vocab_size, (batch, CONTEXT), device=device)
         with torch.inference_mode():
             output = model(ids, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
@@ -240,11 +236,12 @@ def main() -> None:
     for count in arguments.prefills:
         rows.append(prefill(engine, count))
         say(table(rows[-1:]).splitlines()[-1], begun)
+    print(table(rows), flush=True)
     for batch in arguments.profile:
         say(profile(engine, batch), begun)
     if arguments.peer:
         peers = {}
-        for batch, rate in peer([1, 32]):
+        for batch, rate in peer(config, [1, 32]):
             peers[batch] = rate
             say(f"transformers, batch {batch}: {rate:,.0f} tokens/s", begun)
         rows = [replace(row, peer=peers.get(row.batch)) if row.what == "decode" else row for row in rows]

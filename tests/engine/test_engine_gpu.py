@@ -85,7 +85,7 @@ def test_speculation_says_what_the_cpu_says_without(share: float, prompts: list[
 
 
 def test_nothing_is_compiled_once_it_is_warm() -> None:
-    import triton
+    from triton import knobs
 
     model = Transformer(tiny("deepseek-v3"), device="cuda", dtype=torch.bfloat16)
     model.init_weights(torch.Generator("cuda").manual_seed(0))
@@ -96,7 +96,7 @@ def test_nothing_is_compiled_once_it_is_warm() -> None:
     def watch(*, repr: str, **_: Any) -> None:
         compiled.append(repr)
 
-    triton.knobs.runtime.jit_cache_hook = watch
+    knobs.runtime.jit_cache_hook = watch
     try:
         draw = random.Random(0)
         for _ in range(60):
@@ -106,7 +106,7 @@ def test_nothing_is_compiled_once_it_is_warm() -> None:
         while engine.busy:
             engine.step()
     finally:
-        triton.knobs.runtime.jit_cache_hook = None
+        knobs.runtime.jit_cache_hook = None
     assert not compiled
 
 
