@@ -36,3 +36,12 @@ def misbehave(text: str, problem: Mapping[str, Any]) -> float:
 
 def half(text: str, problem: Mapping[str, Any]) -> float:
     return 0.5
+
+
+def letters(text: str, problem: Mapping[str, Any]) -> float:
+    """How many of six characters are letters a to m, up to the first that may begin a control token."""
+    return sum(c in "abcdefghijklm" for c in text.partition("<")[0]) / 6
+
+
+def letters_if_even(text: str, problem: Mapping[str, Any]) -> float:
+    return letters(text, problem) if problem["n"] % 2 == 0 else 1.0

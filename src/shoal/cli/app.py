@@ -47,6 +47,9 @@ Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from th
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
 Ids = Annotated[str | None, typer.Option(help='Token ids in place of text: "1,2,3".')]
 File = Annotated[Path | None, typer.Option(help="Read the text from a file.")]
+Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ has some.")]
+RunFolder = Annotated[Path, typer.Option("--out", help="The run's folder; one that is there goes on.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: a.b=c. Repeatable.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
 ComputeDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not the checkpoint's.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the best token.")]
@@ -101,6 +104,16 @@ def train(
         say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
         raise typer.Exit(130)
     say(f"done: the model is {out}/export; talk to it with: {COMMAND} chat {out}/export --raw")
+
+
+@app.command()
+def grpo(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Reasoning RL by a recipe: answers from the model in training, rewards, a policy loss."""
+    from shoal.cli.tune import show
+    from shoal.config.tune import load_grpo
+    from shoal.stages import grpo
+
+    show(grpo.run, load_grpo(recipe, set_ or ()), out, _find_device(device))
 
 
 @app.command()

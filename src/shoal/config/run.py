@@ -20,13 +20,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from shoal.config import families
 from shoal.config.model import ModelConfig
 
 Table = dict[str, Any]
 Recompute = Literal["none", "selective", "full"]
+T = TypeVar("T")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -212,6 +213,11 @@ class RunConfig:
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a TOML recipe, change it by `a.b=c` overrides in order, and check every word of it."""
+    return from_table(*load_table(path, overrides))
+
+
+def load_table(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Table, str]:
+    """A TOML recipe with its overrides, not yet checked, and what to call it in errors."""
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -222,7 +228,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     changes = list(overrides)
     for override in changes:
         table = _merge(table, _parse_override(override))
-    return from_table(table, f"{path} with --set" if changes else str(path))
+    return table, f"{path} with --set" if changes else str(path)
 
 
 def from_table(table: Mapping[str, Any], source: str) -> RunConfig:
@@ -231,6 +237,11 @@ def from_table(table: Mapping[str, Any], source: str) -> RunConfig:
     if _is_table(model := table.get("model")):
         table["model"] = _resolve_model(dict(model), source)
     return _build(RunConfig, table, "", source)
+
+
+def build(kind: type[T], table: Mapping[str, Any], source: str) -> T:
+    """Another config than RunConfig, as strictly: every key known, every value of its type."""
+    return _build(kind, dict(table), "", source)
 
 
 def _parse_override(override: str) -> Table:
@@ -393,7 +404,7 @@ def to_table(config: Any) -> Table:
     return table
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: Any) -> str:
     """The resolved recipe as text that `load_recipe` reads back equal."""
     return "\n".join(_toml_lines(to_table(config), "")).lstrip("\n") + "\n"
 

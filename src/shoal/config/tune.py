@@ -1,0 +1,209 @@
+"""How a run of post-training is told: supervised tuning (SFTConfig) and reasoning RL (GRPOConfig).
+
+Both start from a checkpoint, whose folder holds the tokenizer too. The law is run.py's: nothing written is
+ignored. A policy's variant brings its paper's settings; what is written beside it changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from shoal.config.policy import PUBLISHED, PolicyConfig
+from shoal.config.run import BalanceConfig, OptimConfig, Table, TrainConfig, build, load_table, to_table
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised tuning of the checkpoint `model` on the conversations of `data` (JSON or JSON Lines).
+
+    The layouts known are in stages/conversations.py. Without `validation`, `holdout_fraction` of `data` is
+    held out. A micro-batch has at most `tokens_per_batch` tokens of whole conversations; those longer than
+    `seq_len` are left out, and counted.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    train: TrainConfig
+    validation: tuple[str, ...] = ()
+    holdout_fraction: float = 0.05
+    tokens_per_batch: int = 4096
+    seq_len: int = 2048
+    samples: int = 3  # answers to held-out conversations that are shown at each evaluation
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.data), "data names no file; give conversations to learn from")
+        _require(
+            0 < self.holdout_fraction < 1,
+            f"holdout_fraction is {self.holdout_fraction}; it must lie between 0 and 1",
+        )
+        _require(
+            2 <= self.seq_len <= self.tokens_per_batch,
+            f"seq_len is {self.seq_len} and tokens_per_batch {self.tokens_per_batch}; a conversation has 2 "
+            f"tokens at least, and a batch holds one",
+        )
+        _require(self.samples >= 0, f"samples is {self.samples}; it cannot be negative")
+        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is sampled for a round of RL: `group` answers to each of `questions` questions.
+
+    `replay` records the experts that each token was sent to and replays them in training (R3). With
+    `keep_sampling`, what top-k and top-p let be drawn is kept as the policy's support (V3.2). `extra_rounds`
+    more samplings replace groups whose rewards are all equal (DAPO's dynamic sampling; 0: they stay, and
+    teach nothing).
+    """
+
+    questions: int = 32
+    group: int = 16
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    replay: bool = True
+    keep_sampling: bool = False
+    extra_rounds: int = 0
+    cache_bytes: int = 1 << 30
+    max_sequences: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "max_tokens", "cache_bytes", "max_sequences"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(self.group >= 2, f"group is {self.group}; an answer is compared with others, so at least 2")
+        _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 to explore")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        for name in ("top_k", "extra_rounds"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+        _require(
+            not self.keep_sampling or self.top_k > 0,
+            "keep_sampling needs top_k: that many tokens are remembered at each position",
+        )
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Reasoning RL from the checkpoint `model` on the `problems` (JSON Lines: "prompt" or "messages", and
+    what the rewards read).
+
+    `rewards` are "name" or "weight name", of stages/rewards.py or "module:function". A round of rollouts is
+    used for `steps_per_round` optimizer steps. The reference policy becomes the present one every
+    `refresh_every` steps (0: never). At an evaluation each of `held_out` is answered `pass_k` times.
+    """
+
+    model: str
+    problems: tuple[str, ...]
+    rewards: tuple[str, ...]
+    train: TrainConfig
+    held_out: tuple[str, ...] = ()
+    rollout: RolloutConfig = RolloutConfig()
+    policy: PolicyConfig = PUBLISHED["grpo"]
+    steps_per_round: int = 1
+    refresh_every: int = 0
+    pass_k: int = 4
+    correct_at: float = 1.0  # the reward from which an answer counts as right
+    reward_seconds: float = 10.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.problems), "problems names no file; give questions to answer")
+        self.weights()
+        for name in ("steps_per_round", "pass_k"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+        _require(self.refresh_every >= 0, f"refresh_every is {self.refresh_every}; it cannot be negative")
+        _require(
+            self.refresh_every % self.steps_per_round == 0,
+            f"refresh_every is {self.refresh_every}, no multiple of steps_per_round {self.steps_per_round}: "
+            f"the reference changes between rounds",
+        )
+        _require(
+            self.refresh_every == 0 or self.policy.kl_weight > 0,
+            f"refresh_every is {self.refresh_every}, but policy.kl_weight is 0, which needs no reference",
+        )
+        answers = self.rollout.questions * self.rollout.group
+        parts = self.steps_per_round * self.train.accumulation
+        _require(
+            answers % parts == 0,
+            f"a round has {answers} answers (rollout.questions times rollout.group), which steps_per_round "
+            f"{self.steps_per_round} times train.accumulation {self.train.accumulation} does not divide",
+        )
+        plain = self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
+        _require(
+            self.policy.importance_cap == 0 or plain,
+            f"policy.importance_cap is {self.policy.importance_cap}, which compares what was sampled from; "
+            f"the engine tells log-probabilities before temperature, top_p and top_k: set these to 1, 1, 0",
+        )
+        _require(
+            self.train.mtp_loss_weight == 0,
+            f"train.mtp_loss_weight is {self.train.mtp_loss_weight}; RL does not train prediction modules: "
+            f"set it to 0",
+        )
+        _require(self.train.balance.sequence_loss == 0, "train.balance.sequence_loss must be 0 in RL")
+        _require(self.reward_seconds > 0, f"reward_seconds is {self.reward_seconds}; it must be above 0")
+        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+
+    def weights(self) -> dict[str, float]:
+        """The rewards by name."""
+        weights: dict[str, float] = {}
+        for reward in self.rewards:
+            *weight, name = reward.split()
+            try:
+                weights[name] = float(weight[0]) if weight else 1.0
+            except ValueError:
+                raise ValueError(f"reward {reward!r} does not read 'weight name', as '0.1 layout'") from None
+        _require(bool(weights), "rewards names none; an answer needs one to be told good from bad")
+        return weights
+
+
+# What RL wants of the loop where a recipe says nothing else: small constant steps, no balancing forces.
+RL_TRAIN = TrainConfig(
+    steps=100,
+    mtp_loss_weight=0.0,
+    optim=OptimConfig(lr=1e-6, weight_decay=0.0, schedule="constant"),
+    balance=BalanceConfig(bias_update_speed=0.0, sequence_loss=0.0),
+)
+
+
+def load_sft(path: str | Path, overrides: Iterable[str] = ()) -> SFTConfig:
+    return build(SFTConfig, *load_table(path, overrides))
+
+
+def load_grpo(path: str | Path, overrides: Iterable[str] = ()) -> GRPOConfig:
+    return grpo_from_table(*load_table(path, overrides))
+
+
+def grpo_from_table(table: Table, source: str) -> GRPOConfig:
+    """Under what is written: the variant's published settings, and RL's of the loop."""
+    table = dict(table)
+    policy: Any = table.get("policy", {})
+    if isinstance(policy, dict):
+        row = PUBLISHED.get(policy.get("variant", "grpo"), PolicyConfig())  # type: ignore[reportUnknownArgumentType]
+        table["policy"] = {**to_table(row), **policy}
+    train: Any = table.get("train", {})
+    if isinstance(train, dict):
+        base = to_table(RL_TRAIN)
+        for part in ("optim", "balance"):
+            written: Any = train.get(part, {})  # type: ignore[reportUnknownMemberType]
+            if isinstance(written, dict):
+                base[part] |= written
+        table["train"] = {**base, **{k: v for k, v in train.items() if k not in ("optim", "balance")}}  # type: ignore[reportUnknownVariableType]
+    return build(GRPOConfig, table, source)
+
+
+def at_step(config: GRPOConfig, steps: int) -> GRPOConfig:
+    """The same run with another number of steps."""
+    return replace(config, train=replace(config.train, steps=steps))

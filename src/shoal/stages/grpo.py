@@ -1,0 +1,337 @@
+"""Reasoning RL, top to bottom: a checkpoint and problems become rollouts, rollouts become steps.
+
+One model object is trained and sampled from: the Trainer asks for the batches of a step, and at the start of
+a round they come from a rollout of the very weights it holds. The law: a run that was stopped and resumed is
+bit for bit the run that was not. A round's batches are on disk before they are trained on, and so is each
+reference policy; everything else is a function of the weights, the recipe and the step.
+
+    config.toml        the resolved recipe         metrics.jsonl            a line an optimizer step
+    rollouts.jsonl     a line a round              evaluations.jsonl        accuracy on held-out problems
+    round/             the present round           checkpoints/, export/    as in stages/pretrain
+    reference/         what the policy is held to
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from shoal.checkpoint import hf
+from shoal.config.run import to_table, to_toml
+from shoal.config.tune import GRPOConfig
+from shoal.data.atomic import write_atomically
+from shoal.data.text import Tokenizer
+from shoal.engine.sampling import hash_pair
+from shoal.model.transformer import Transformer
+from shoal.stages import rollout
+from shoal.stages.judge import Judge
+from shoal.stages.rollout import Question, Rollout
+from shoal.train.metrics import MetricsLog, Observer, Phase
+from shoal.train.policy import Policy, PolicyBatch
+from shoal.train.trainer import Outcome, Trainer
+
+CONFIG = "config.toml"
+SAMPLING, DEALING, HELD_OUT = 1, 2, 3  # what a seed is for
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many held-out problems are solved. `low` and `high` bound pass@1 with 95% confidence (Wilson)."""
+
+    step: int
+    problems: int
+    samples: int  # of each
+    pass_1: float  # the share of right answers
+    pass_k: float  # the share of problems with a right one among `samples`
+    low: float
+    high: float
+    length: float
+    seconds: float
+
+
+def run(
+    config: GRPOConfig,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    observe: Observer = lambda event: None,
+) -> Outcome:
+    """Run a recipe in a folder, or go on with the run that is there."""
+    # 1. The recipe; with it the folder is this run's.
+    claim(folder, config)
+
+    # 2. The model and its tokenizer, as they were when the run began.
+    tokenizer = Tokenizer.load(config.model)
+    model = load_model(config.model, config.dtype, device)
+    questions = read_questions(config.problems, tokenizer)
+    held_out = read_questions(config.held_out, tokenizer) if config.held_out else []
+
+    # 3. The loop: batches from rollouts, rollouts from the model in the loop.
+    generator = torch.Generator(device).manual_seed(config.seed)
+    with Judge(config.weights(), config.reward_seconds) as judge:
+        sampler = Rollout(model, tokenizer, judge, config)
+        rounds = Rounds(config, folder, model, sampler, questions, held_out, observe)
+        trainer = Trainer(
+            model,
+            rounds.batch,
+            config.train,
+            folder,
+            generator=generator,
+            objective=Policy(config.policy, temperature=config.rollout.temperature),
+            recipe=to_table(config),
+            observe=observe,
+        )
+        trainer.resume()
+        outcome = trainer.run()
+        if not outcome.interrupted:
+            rounds.evaluate(outcome.step)
+
+    # 4. What others load.
+    if not outcome.interrupted:
+        observe(Phase("writing the model for other tools"))
+        hf.save(model, folder / "export", tokenizer_files=tokenizer_files(config.model), overwrite=True)
+    return outcome
+
+
+class Rounds:
+    """The batches of each step, by its number alone: made at the start of a round, else read back."""
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        folder: Path,
+        model: Transformer,
+        sampler: Rollout,
+        questions: Sequence[Question],
+        held_out: Sequence[Question],
+        observe: Observer,
+    ) -> None:
+        self.config, self.folder, self.model, self.sampler = config, folder, model, sampler
+        self.questions, self.held_out, self.observe = questions, held_out, observe
+        self.device = model.head_weight().device
+        self.reference = _copy(model) if config.policy.kl_weight else None
+        self._reference_of = 0  # the step whose weights it has
+        self._first = -1  # the step that the round in memory begins with
+        self._steps: list[list[PolicyBatch]] = []
+
+    def batch(self, index: int) -> PolicyBatch:
+        step, part = divmod(index, self.config.train.accumulation)
+        at = step % self.config.steps_per_round
+        if step - at != self._first:
+            self._steps = self._open(step - at) if at else self._begin(step)
+            self._first = step - at
+        return self._steps[at][part]
+
+    def _begin(self, step: int) -> list[list[PolicyBatch]]:
+        """A new round, from the present weights."""
+        config, start = self.config, time.perf_counter()
+        every = config.train.evaluate_every
+        if every and step % every < config.steps_per_round:
+            self.evaluate(step)
+        self._refresh(step)
+        groups = self._sample(step)
+        sampled = time.perf_counter()
+        order = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, DEALING), step) >> 1)
+        steps = rollout.batches_of(groups, config, order, self.device)
+        gap = rollout.measure_gap(self.model, steps[0][0])
+        temperature = config.rollout.temperature
+        steps = [
+            [rollout.look_back(self.model, batch, temperature, self.reference) for batch in batches]
+            for batches in steps
+        ]
+        if config.steps_per_round > 1:
+            self._save(step, steps)
+        timing = {"sampling": sampled - start, "looking back": time.perf_counter() - sampled}
+        self._log(
+            "rollouts.jsonl",
+            step,
+            {"kind": "rollout", "step": step, **rollout.count(groups), "gap": asdict(gap)},
+            timing,
+        )
+        for fault, example in self.sampler.judge.examples.items():
+            self.observe(Phase(f"rewards: {self.sampler.judge.faults[fault]} {fault}; the first: {example}"))
+        return steps
+
+    def _sample(self, step: int) -> list[list[rollout.Episode]]:
+        """As many groups as a round has questions; flat ones are sampled anew while that is allowed."""
+        config, wanted = self.config, self.config.rollout.questions
+        chosen = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, SAMPLING), step) >> 1)
+        groups: list[list[rollout.Episode]] = []
+        flat: list[list[rollout.Episode]] = []
+        for attempt in range(1 + config.rollout.extra_rounds):
+            picks = torch.randint(len(self.questions), (wanted,), generator=chosen).tolist()
+            seed = hash_pair(hash_pair(config.seed, step), attempt)
+            for group in self.sampler.sample([self.questions[i] for i in picks], seed):
+                (flat if config.rollout.extra_rounds and rollout.is_flat(group) else groups).append(group)
+            if len(groups) >= wanted:
+                break
+        return (groups + flat)[:wanted]
+
+    def _refresh(self, step: int) -> None:
+        """The reference of this step: the weights at the last multiple of `refresh_every`."""
+        if self.reference is None or not self.config.refresh_every:
+            return
+        of = step // self.config.refresh_every * self.config.refresh_every
+        if of == self._reference_of:
+            return
+        file = self.folder / "reference" / f"step-{of:06d}.safetensors"
+        if not file.exists():
+            assert of == step, f"the reference of step {of} is gone"
+            shutil.rmtree(file.parent, ignore_errors=True)
+            with write_atomically(file) as opened:
+                save_file(self.model.state_dict(), opened.name)
+        self.reference.load_state_dict(load_file(file))
+        self._reference_of = of
+
+    def _save(self, step: int, steps: list[list[PolicyBatch]]) -> None:
+        tensors = {
+            f"{at}.{part}.{name}": tensor.cpu()
+            for at, batches in enumerate(steps)
+            for part, batch in enumerate(batches)
+            for name, tensor in rollout.as_tensors(batch).items()
+        }
+        file = self._round_file(step)
+        with write_atomically(file) as opened:
+            save_file(tensors, opened.name)
+        for old in sorted(file.parent.glob("step-*.safetensors")):
+            if old < file and len(list(file.parent.iterdir())) > self.config.train.keep + 1:
+                old.unlink()
+
+    def _open(self, step: int) -> list[list[PolicyBatch]]:
+        file = self._round_file(step)
+        if not file.exists():
+            raise ValueError(
+                f"{file} is gone, the rollouts that steps {step + 1} to {step + self.config.steps_per_round} "
+                f"train on; resume from a checkpoint between rounds, or start anew"
+            )
+        tensors = load_file(file, device=str(self.device))
+        steps: list[list[dict[str, torch.Tensor]]] = [
+            [{} for _ in range(self.config.train.accumulation)] for _ in range(self.config.steps_per_round)
+        ]
+        for name, tensor in tensors.items():
+            at, part, field = name.split(".")
+            steps[int(at)][int(part)][field] = tensor
+        return [[rollout.from_tensors(batch) for batch in batches] for batches in steps]
+
+    def _round_file(self, step: int) -> Path:
+        return self.folder / "round" / f"step-{step:06d}.safetensors"
+
+    def evaluate(self, step: int) -> Accuracy | None:
+        """Answer the held-out problems, and write down how many are solved."""
+        if not self.held_out:
+            return None
+        start, k = time.perf_counter(), self.config.pass_k
+        seed = hash_pair(self.config.seed, HELD_OUT)  # the same draws at each evaluation
+        groups = self.sampler.evaluate(self.held_out, k, seed)
+        right = [[episode.score.total >= self.config.correct_at for episode in group] for group in groups]
+        share = sum(map(sum, right)) / (len(right) * k)
+        low, high = wilson(share, len(right))
+        lengths = [len(episode.completion.ids) for group in groups for episode in group]
+        accuracy = Accuracy(
+            step=step,
+            problems=len(right),
+            samples=k,
+            pass_1=share,
+            pass_k=sum(map(any, right)) / len(right),
+            low=low,
+            high=high,
+            length=sum(lengths) / len(lengths),
+            seconds=time.perf_counter() - start,
+        )
+        fields = {name: value for name, value in asdict(accuracy).items() if name != "seconds"}
+        self._log("evaluations.jsonl", step, {"kind": "accuracy", **fields}, {"seconds": accuracy.seconds})
+        self.observe(
+            Phase(
+                f"  step {step}: {share:.1%} of answers to {len(right)} held-out problems are right "
+                f"({low:.1%} to {high:.1%}), pass@{k} {accuracy.pass_k:.1%}, {accuracy.length:.0f} tokens"
+            )
+        )
+        return accuracy
+
+    def _log(self, name: str, step: int, line: dict[str, Any], timing: dict[str, float]) -> None:
+        """Write a line of `step`; one that a run before a resume wrote of it, or of a later step, goes."""
+        with MetricsLog(self.folder / name, step - 1) as log:
+            log.write({**line, "timing": {what: round(seconds, 3) for what, seconds in timing.items()}})
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n independent problems (Wilson 1927): it holds near 0 and 1 too.
+
+    Several answers to a problem count as one: they are alike, so this errs on the wide side.
+    """
+    z = 1.959964
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def claim(folder: Path, config: Any) -> None:
+    """Make the folder this run's; ValueError if it holds another."""
+    text = to_toml(config)
+    if (folder / CONFIG).exists():
+        theirs = (folder / CONFIG).read_text("utf-8").splitlines()
+        for mine, other in zip(text.splitlines(), theirs, strict=False):
+            key = mine.partition(" = ")[0]
+            if mine != other and key not in ("steps", "evaluate_every", "checkpoint_every", "keep"):
+                raise ValueError(f"{folder} holds another run: it has {other!r}, here it is {mine!r}")
+    with write_atomically(folder / CONFIG) as file:
+        file.write(text.encode())
+
+
+def load_model(path: str, dtype: str, device: torch.device | str) -> Transformer:
+    return hf.load(path, device=device, dtype=getattr(torch, dtype), mtp=False)
+
+
+def tokenizer_files(path: str) -> list[Path]:
+    return [Path(path) / name for name in ("tokenizer.json", "tokenizer_config.json")]
+
+
+def read_questions(files: Sequence[str], tokenizer: Tokenizer) -> list[Question]:
+    """The problems of JSON Lines files: each has "prompt", a text, or "messages", to be answered."""
+    questions = []
+    for file in files:
+        try:
+            lines = Path(file).read_text("utf-8").splitlines()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                problem = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}:{number} is not JSON: {error}") from None
+            questions.append(Question(tuple(_prompt(problem, tokenizer, f"{file}:{number}")), problem))
+    if not questions:
+        raise ValueError(f"{', '.join(files)} hold no problem")
+    return questions
+
+
+def _prompt(problem: Any, tokenizer: Tokenizer, where: str) -> list[int]:
+    if isinstance(problem, dict) and "messages" in problem:
+        ids = tokenizer.chat(problem["messages"], add_generation_prompt=True)
+        if ids == tokenizer.chat(problem["messages"], add_generation_prompt=False):
+            raise ValueError(
+                f"{where}: this tokenizer's chat template writes nothing for an answer to begin after (no "
+                f"generation prompt); give the problem as a 'prompt' instead"
+            )
+        return ids
+    if isinstance(problem, dict) and "prompt" in problem:
+        return tokenizer.encode(problem["prompt"], bos=tokenizer.bos_id is not None)
+    raise ValueError(f"{where} has neither 'prompt' nor 'messages'")
+
+
+def _copy(model: Transformer) -> Transformer:
+    """A model of its own with the same weights, that does not learn."""
+    head = model.head_weight()
+    twin = Transformer(model.config, device="meta", dtype=head.dtype)
+    twin.allocate(head.device)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval().requires_grad_(False)

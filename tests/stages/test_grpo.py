@@ -1,0 +1,222 @@
+"""Laws of reasoning RL: it learns what is rewarded, and a stopped run goes on bit for bit.
+
+Engine and trainer agree on what was sampled; what goes wrong in a rollout is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.checkpoint import hf
+from shoal.config.tune import GRPOConfig, grpo_from_table
+from shoal.data.text import Tokenizer
+from shoal.engine import Completion
+from shoal.stages import grpo, rollout
+from shoal.stages.judge import Judge
+from shoal.stages.rollout import Episode, Question, Rollout
+from shoal.train.metrics import Event, StepReport
+
+LETTERS = "tests.stages.misbehaving:letters"
+
+
+def config(start: Path, folder: Path, **changes: Any) -> GRPOConfig:
+    folder.mkdir(exist_ok=True)
+    problems = folder / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": f"{n}?", "n": n}) + "\n" for n in range(8)))
+    table = {
+        "model": str(start),
+        "problems": [str(problems)],
+        "held_out": [str(problems)],
+        "rewards": [LETTERS],
+        "train": {"steps": 4, "evaluate_every": 4, "optim": {"lr": 0.01}, "accumulation": 2},
+        "rollout": {"questions": 4, "group": 4, "max_tokens": 6, "cache_bytes": 1 << 20, "replay": False},
+    }
+    return grpo_from_table({**table, **changes}, "a recipe")
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """A record without its timing."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "timing"} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return hf.load(folder).state_dict()
+
+
+def test_it_learns_what_is_rewarded(start: Path, tmp_path: Path) -> None:
+    """The letters are a twentieth of the vocabulary: from that share of an answer to most of it."""
+    settings = {"steps": 12, "accumulation": 1, "evaluate_every": 6, "optim": {"lr": 0.02}}
+    rollouts = {"questions": 8, "group": 8, "max_tokens": 6, "replay": False}
+    run = config(start, tmp_path, train=settings, rollout=rollouts, policy={"kl_weight": 0.0}, correct_at=0.8)
+    assert not grpo.run(run, tmp_path / "run").interrupted
+    told = lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [row["step"] for row in told] == list(range(12))
+    assert told[0]["reward"] < 0.2 < 0.6 < told[-1]["reward"]
+    judged = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert [row["step"] for row in judged] == [0, 6, 12]
+    assert judged[0]["high"] < judged[-1]["low"]
+    assert all(0 <= row["pass_1"] <= row["pass_k"] <= 1 for row in judged)
+    assert hf.load(tmp_path / "run" / "export").config == hf.load(start).config
+
+
+@pytest.mark.parametrize("stop_after", [2, 3])  # between rounds, and within one
+def test_a_stopped_run_goes_on_bit_for_bit(start: Path, tmp_path: Path, stop_after: int) -> None:
+    changes = {
+        "steps_per_round": 2,
+        "refresh_every": 2,
+        "policy": {"variant": "v3.2", "kl_weight": 0.1},
+        "train": {"steps": 6, "evaluate_every": 2, "optim": {"lr": 0.01}, "accumulation": 2},
+    }
+    run = config(start, tmp_path, **changes)
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepReport) and event.step == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    grpo.run(run, tmp_path / "whole")
+    assert grpo.run(run, tmp_path / "parts", observe=interrupt).interrupted
+    grpo.run(run, tmp_path / "parts")
+    ours, theirs = (weights(tmp_path / name / "export") for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for record in ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl"):
+        assert lines(tmp_path / "whole" / record) == lines(tmp_path / "parts" / record)
+    kl = [row["kl"] for row in lines(tmp_path / "whole" / "metrics.jsonl")]
+    assert kl[0] == kl[2] == kl[4] == 0  # the reference is the policy at the start of each round
+    assert min(kl[1::2]) > 0
+
+
+def test_engine_and_trainer_agree_on_what_was_sampled(start: Path, tmp_path: Path) -> None:
+    """Absorbed attention over a cache, and packed attention without: float32 roundings apart."""
+    run = config(start, tmp_path)
+    model, tokenizer = hf.load(start), Tokenizer.load(start)
+    questions = grpo.read_questions(run.problems, tokenizer)
+    with Judge(run.weights()) as judge:
+        sampler = Rollout(model, tokenizer, judge, run)
+        groups = sampler.sample(questions, 0)
+        again = sampler.sample(questions, 0)
+        other = sampler.sample(questions, 1)
+    ids = [[e.completion.ids for e in group] for group in groups]
+    assert ids == [[e.completion.ids for e in group] for group in again]  # a function of weights and seed
+    assert ids != [[e.completion.ids for e in group] for group in other]
+    assert model.training  # left as it was
+    (batches,) = rollout.batches_of(groups, run, torch.Generator(), torch.device("cpu"))
+    for batch in batches:
+        gap = rollout.measure_gap(model, batch)
+        # Some 1e3 roundings of 6e-8 on the way to a logit of order 1, random in sign: 2e-6.
+        assert gap.mean < 5e-6
+        assert gap.most < 1e-4
+        assert float(batch.weights_T.sum()) == pytest.approx(0.5, rel=0.3)  # type: ignore[union-attr]
+    total = sum(float(batch.weights_T.sum()) for batch in batches)  # type: ignore[union-attr]
+    assert total == pytest.approx(1)
+
+
+def episode(prompt: tuple[int, ...], answer: tuple[int, ...], advantage: float) -> Episode:
+    logprobs = tuple(-float(token) / 100 for token in answer)
+    tops = tuple(((token, -0.1), (7, -3.0)) for token in answer)
+    completion = Completion(answer, logprobs, tops, "stop")
+    with Judge({LETTERS: 1.0}) as judge:
+        (score,) = judge.score([""], [{}])
+    return Episode(Question(prompt, {}), completion, "", score, 0.0, advantage)
+
+
+def test_rows_of_a_batch_are_the_tokens_that_were_sampled(start: Path, tmp_path: Path) -> None:
+    settings = config(start, tmp_path).rollout
+    kept = replace(settings, keep_sampling=True, top_k=2, top_p=0.9)
+    answers = [episode((10, 11), (20, 21, 1), 0.5), episode((12,), (1,), -1.0)]
+    batch = rollout.to_batch(answers, [0.25, 0.5], kept, torch.device("cpu"))
+    assert batch.ids_T.tolist() == [10, 11, 20, 21, 12]
+    assert batch.targets_T is not None
+    assert batch.targets_T.tolist() == [11, 20, 21, 1, 1]
+    assert batch.weights_T is not None
+    assert batch.weights_T.tolist() == [0, 0.25, 0.25, 0.25, 0.5]
+    assert batch.advantages_T is not None
+    assert batch.advantages_T.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 0]
+    assert batch.cu_seqlens_S1.tolist() == [0, 4, 5]
+    assert batch.kept_TK is not None
+    assert [[token for token in row if token >= 0] for row in batch.kept_TK.tolist()] == [
+        [11],
+        [20],
+        [21],
+        [1],
+        [1],
+    ]  # 0.95 of the mass is above top_p alone
+    model = hf.load(start)
+    looked = rollout.look_back(model, batch, 1.0, None)
+    assert looked.old_T is not None
+    assert looked.old_T.abs().max() == 0  # a single token that could be drawn has probability 1
+
+
+def test_recorded_experts_are_replayed(start: Path, tmp_path: Path) -> None:
+    """A record of the trainer's own choices changes nothing; another record is what the tokens then use."""
+    settings, model = config(start, tmp_path).rollout, hf.load(start)
+    batch = rollout.to_batch([episode((10, 11), (20, 21, 1), 0.5)], [0.25], settings, torch.device("cpu"))
+    own = torch.stack([layer.experts_TK for layer in model(batch).routing], 1)
+    same = rollout.measure_gap(model, replace(batch, routing=own))
+    assert same.routing == same.replayed == 0
+    other = rollout.measure_gap(model, replace(batch, routing=(own + 1) % 16))
+    assert other.routing > 0.5
+    assert other.replayed == 0
+    assert other.mean != same.mean
+
+
+def test_what_happens_in_a_rollout_is_counted(start: Path, tmp_path: Path) -> None:
+    bad = "tests.stages.misbehaving:misbehave"
+    run = config(start, tmp_path, rewards=[LETTERS, f"0.5 {bad}"])
+    with Judge(run.weights()) as judge:
+        sampler = Rollout(hf.load(start), Tokenizer.load(start), judge, run)
+        groups = sampler.sample(grpo.read_questions(run.problems, sampler.tokenizer)[:2], 0)
+        told = rollout.count(groups)
+        assert told["overlong"] + told["empty"] <= told["answers"] == 8
+        assert told["longest"] == 6
+        assert told[f"reward/{bad}"] == 1
+        score = judge.score(["nan"], [{}])[0]
+        assert rollout.count([[replace(groups[0][0], score=score)]])["fault/not a number"] == 1
+    assert rollout.is_flat([replace(groups[0][0], reward=0.1 + 0.2), replace(groups[0][0], reward=0.3)])
+
+
+def test_dynamic_sampling_replaces_flat_groups(start: Path, tmp_path: Path) -> None:
+    """Half the questions reward every answer alike: with more samplings they are left out of the round."""
+    some = "tests.stages.misbehaving:letters_if_even"
+    for extra, flat in ((0, 1), (8, 0)):
+        rollouts = {"questions": 4, "group": 4, "max_tokens": 6, "replay": False, "extra_rounds": extra}
+        run = config(start, tmp_path, rewards=[some], rollout=rollouts, policy={"variant": "dapo"})
+        run = replace(run, train=replace(run.train, steps=1))
+        grpo.run(run, tmp_path / f"run-{extra}")
+        (told,) = lines(tmp_path / f"run-{extra}" / "rollouts.jsonl")
+        assert (told["equal_groups"] > 0) == flat
+
+
+def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:
+    run = config(start, tmp_path)
+    grpo.claim(tmp_path / "run", run)
+    with pytest.raises(ValueError, match=r"holds another run: it has 'group = 4', here it is 'group = 2'"):
+        grpo.claim(tmp_path / "run", replace(run, rollout=replace(run.rollout, group=2)))
+    with pytest.raises(ValueError, match=r"which steps_per_round 3 times train\.accumulation 2 does"):
+        config(start, tmp_path, steps_per_round=3)
+    with pytest.raises(ValueError, match=r"has no key 'temprature'; the nearest is 'temperature'"):
+        config(start, tmp_path, rollout={"temprature": 1})
+    problems = tmp_path / "bad.jsonl"
+    problems.write_text('{"question": 1}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:1 has neither 'prompt' nor 'messages'"):
+        grpo.read_questions([str(problems)], Tokenizer.load(start))
+    problems.write_text('{"messages": [{"role": "user", "content": "1"}]}\n')
+    plain = replace(Tokenizer.load(start), chat_template="{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="no generation prompt"):
+        grpo.read_questions([str(problems)], plain)
+
+
+def test_wilson_holds_what_it_promises() -> None:
+    low, high = grpo.wilson(0.5, 100)
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Wilson 1927, as tabled
+    assert grpo.wilson(0.0, 10)[0] == 0
+    assert grpo.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
