@@ -203,8 +203,8 @@ def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:
         grpo.claim(tmp_path / "run", replace(run, rollout=replace(run.rollout, group=2)))
     with pytest.raises(ValueError, match=r"which steps_per_round 3 times train\.accumulation 2 does"):
         config(start, tmp_path, steps_per_round=3)
-    with pytest.raises(ValueError, match=r"has no key 'temprature'; the nearest is 'temperature'"):
-        config(start, tmp_path, rollout={"temprature": 1})
+    with pytest.raises(ValueError, match=r"rollout has no key 'heat'; the nearest is"):
+        config(start, tmp_path, rollout={"heat": 1})
     problems = tmp_path / "bad.jsonl"
     problems.write_text('{"question": 1}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1 has neither 'prompt' nor 'messages'"):

@@ -107,6 +107,16 @@ def train(
 
 
 @app.command()
+def sft(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Tune a checkpoint on conversations by a recipe."""
+    from shoal.cli.tune import show
+    from shoal.config.tune import load_sft
+    from shoal.stages import sft
+
+    show(sft.run, load_sft(recipe, set_ or ()), out, _find_device(device))
+
+
+@app.command()
 def grpo(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
     """Reasoning RL by a recipe: answers from the model in training, rewards, a policy loss."""
     from shoal.cli.tune import show

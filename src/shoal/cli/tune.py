@@ -1,4 +1,7 @@
-"""`shoal sft` and `shoal grpo`: read a recipe, run the stage, say what came of it."""
+"""`shoal sft` and `shoal grpo`: run the stage of a recipe, and say what came of it.
+
+The stages are in stages/sft and stages/grpo; here they are only started, resumed and shown.
+"""
 
 from __future__ import annotations
 
