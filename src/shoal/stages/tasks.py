@@ -1,7 +1,7 @@
 """Generated problems for reasoning at laptop scale: adding numbers of many digits, and countdown.
 
 Each has a prompt, an answer that can be checked, and a worked solution in <think> tags for supervised tuning.
-The law: a problem is a function of a seed and an index, and the held-out side shares no problem with the other:
+The law: a problem is a function of a seed and an index, and the held-out side shares none with the other;
 which side one is on is decided by a hash of what it asks.
 """
 
