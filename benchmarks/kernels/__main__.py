@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import experts, harness, layers, loss, routing, sampling
+from benchmarks.kernels import adamw, experts, harness, layers, loss, routing, sampling
 
 OPS = {
+    "adamw": adamw.cases,
     "experts": experts.cases,
     "routing": routing.cases,
     "layers": layers.cases,

@@ -72,7 +72,8 @@ def test_linear_codes_are_within_a_step_and_right_on_average(n: int) -> None:
         assert (off.abs() <= step * (1 + 1e-5)).all()
         total += off
     # A rounding's spread is at most half a step; the mean of 400 lies within 6 spreads of 0 (1e-9 a value).
-    assert (total.abs() / draws <= 6 * 0.5 * step / draws**0.5 + 1e-6 * step).all()
+    # 8 random bits resolve odds to 1/512.
+    assert (total.abs() / draws <= 6 * 0.5 * step / draws**0.5 + step / 512).all()
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -91,8 +92,9 @@ def test_log_codes_are_within_a_twelfth_of_an_octave_and_right_on_average(n: int
         octaves = (torch.where(x > 0, kept, 1.0) / told).log2()
         assert (octaves.abs() <= 1 / 12 + 1e-5).all()
         total += torch.where(x > smallest, kept / told - 1, 0.0)
-    # Neighbours are 2^(1/12) - 1 = 5.9% apart: a spread of at most 3%, and 6 of them for the mean of 400.
-    assert (total.abs() / draws <= 6 * 0.03 / draws**0.5).all()
+    # Neighbours are 2^(1/12) - 1 = 5.9% apart: a spread of at most 3%, and 6 of them for the mean of 400;
+    # 0.05% for odds that are linear in the logarithm, and 5.9% / 512 for their 8 bits.
+    assert (total.abs() / draws <= 6 * 0.03 / draws**0.5 + 7e-4).all()
 
 
 def test_bfloat16_is_rounded_to_a_neighbour_and_right_on_average() -> None:
@@ -204,12 +206,12 @@ class TestKernel:
             side.adamw(weight, grad, moments, master, factor, STEP, *RULE.values())
             results.append((weight, master, moments))
         (weight, master, moments), (weight_k, master_k, moments_k) = results
-        # Float32 in another order: some ten roundings of 6e-8, of values up to 100.
+        # Float32 in another order: some ten roundings of 6e-8, of terms up to 100, which may cancel.
         if master is not None:
-            torch.testing.assert_close(master_k, master, rtol=2e-6, atol=1e-6)
+            torch.testing.assert_close(master_k, master, rtol=2e-6, atol=1e-5)
         # The same bits round the same way, but where a float32 rounding crosses the odds: one neighbour off.
         torch.testing.assert_close(
-            weight_k.float(), weight.float(), rtol=2**-7 if home != "float32" else 2e-6, atol=1e-6
+            weight_k.float(), weight.float(), rtol=2**-7 if home != "float32" else 2e-6, atol=1e-5
         )
         assert (weight_k != weight).float().mean() < 0.01 or home == "float32"
         for ours, theirs, scale in (
@@ -222,7 +224,7 @@ class TestKernel:
                 assert (off > 0).float().mean() <= 0.01 + 1 / n * (n < 100)
             else:
                 rtol = 2**-7 if kind == "bfloat16" else 2e-6
-                torch.testing.assert_close(ours.float(), theirs.float(), rtol=rtol, atol=1e-7)
+                torch.testing.assert_close(ours.float(), theirs.float(), rtol=rtol, atol=1e-5)
 
     def test_a_factor_that_is_not_finite_calls_the_update_off(self) -> None:
         weight, moments = random(300).bfloat16(), filled_moments(300, "int8")

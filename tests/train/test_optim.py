@@ -5,7 +5,9 @@ And of the learning rate, a pure function of the step.
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -335,3 +337,14 @@ def test_narrow_weights_follow_float32_masters(rule: str) -> None:
         assert p.ndim == 1 or not torch.equal(p, before[name])
     master = "lm_head.weight.master"
     assert torch.equal(pairs[0][1].state()[master], wide.head_weight())
+
+
+def test_a_model_whose_steps_were_inside_backward_is_freed() -> None:
+    model = parts.model()
+    optimizer = Optimizer(model, OptimConfig(in_backward=True))
+    optimizer.attach()
+    run_inside(model, optimizer, 0, 0.01)
+    kept = weakref.ref(model), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]

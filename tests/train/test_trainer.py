@@ -14,7 +14,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from shoal.batch import Batch
 from shoal.checkpoint import native
+from shoal.config.cost import flops_per_token, peak_flops
 from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
 from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, StepReport
 from shoal.train.optim import learning_rate
@@ -48,7 +49,7 @@ def trainer(
     settings: TrainConfig = SETTINGS,
     *,
     batches: Callable[[int], Batch] = parts.batch,
-    evaluation: Evaluation | None = HELD_OUT,
+    evaluation: Evaluation | Mapping[str, Evaluation] | None = HELD_OUT,
     observe: Callable[[Event], None] = lambda event: None,
     dtype: torch.dtype = torch.float32,
 ) -> Trainer:
@@ -170,6 +171,47 @@ def test_bits_per_byte_are_all_nats_over_all_bytes(tmp_path: Path) -> None:
     # Two float32 sums of some 30 terms.
     assert report.bits_per_byte == pytest.approx(nats / 123 / math.log(2), rel=1e-5)
     assert report.loss == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_several_texts_are_told_by_name_and_together(tmp_path: Path) -> None:
+    texts = {
+        name: Evaluation(lambda i=i: [parts.batch(i)], num_bytes=50 + i) for i, name in ((7, "en"), (8, "zh"))
+    }
+    reports: dict[str, EvaluationReport] = {}
+
+    def watch(name: str) -> Callable[[Event], None]:
+        def keep(event: Event) -> None:
+            if isinstance(event, EvaluationReport):
+                reports[name] = event
+
+        return keep
+
+    settings = replace(SETTINGS, steps=3)
+    for name, text in texts.items():
+        run = trainer(tmp_path / name, settings, evaluation=text, observe=watch(name))
+        run.run()
+    run = trainer(tmp_path / "both", settings, evaluation=texts, observe=watch("both"))
+    run.run()
+    both = reports["both"]
+    assert both.domains == {name: reports[name].bits_per_byte for name in texts}
+    num_bytes = {name: text.num_bytes for name, text in texts.items()}
+    nats = sum(both.domains[name] * num_bytes[name] for name in texts)
+    assert both.bits_per_byte == pytest.approx(nats / sum(num_bytes.values()))
+
+
+def test_a_step_tells_its_flops_by_the_cost_table(tmp_path: Path) -> None:
+    reports: list[Event] = []
+    settings = replace(SETTINGS, steps=3)
+    run = trainer(tmp_path, settings, observe=reports.append)
+    run.run()
+    report = next(event for event in reports if isinstance(event, StepReport))
+    lengths = [n for n in parts.LENGTHS for _ in range(2)]
+    context = round(sum(n * n for n in lengths) / sum(lengths))
+    flops = sum(lengths) * flops_per_token(run.model.config, context, mtp=True)
+    assert report.flops_per_second == pytest.approx(flops / report.seconds)
+    assert report.mfu is None  # of a CPU no peak is known
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert torch.tensor(report.expert_load).sum() == 3 * 3 * sum(lengths)
 
 
 def test_evaluation_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:

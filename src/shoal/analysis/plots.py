@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,6 +44,39 @@ def loss_curve(
     below.set_ylim(bottom=0)
     below.legend(frameon=False, fontsize=9)
     for axes in (above, below):
+        axes.grid(color=GRID, linewidth=0.6)
+    return figure
+
+
+def runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Runs by name, each the lines of its metrics.jsonl: loss, held-out text, imbalance and speed."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    loss, bits, balance, speed = figure.subplots(2, 2).flatten()
+    for number, (name, told) in enumerate(lines.items()):
+        colour = SERIES[number % len(SERIES)]
+        steps = [line for line in told if line["kind"] == "step"]
+        tokens = [line["tokens"] for line in steps]
+        seen = {line["step"]: line["tokens"] for line in steps}
+        loss.plot(tokens, [line["loss"] for line in steps], color=colour, linewidth=1, label=name)
+        held_out = [line for line in told if line["kind"] == "evaluation"]
+        at = [seen[line["step"]] for line in held_out]
+        bits.plot(at, [line["bits_per_byte"] for line in held_out], color=colour, marker="o", markersize=4)
+        for domain in sorted({domain for line in held_out for domain in line.get("domains", {})}):
+            curve = [line["domains"][domain] for line in held_out]
+            bits.plot(at, curve, color=colour, linewidth=0.8, linestyle=":")
+            bits.annotate(domain, (at[-1], curve[-1]), color=colour, fontsize=8)
+        if steps[-1]["max_violation"]:
+            worst = [sum(line["max_violation"]) / len(line["max_violation"]) for line in steps]
+            balance.plot(tokens, worst, color=colour, linewidth=1)
+        rates = [line["timing"]["tokens_per_second"] for line in steps]
+        speed.plot(tokens, rates, color=colour, linewidth=1)
+    _tidy(loss, "Training loss", "tokens", "nats per token")
+    _tidy(bits, "Held-out text", "tokens", "bits per byte")
+    _tidy(balance, "MaxVio, mean of layers", "tokens", "largest load over the mean, less 1")
+    _tidy(speed, "Speed", "tokens", "tokens a second")
+    speed.set_ylim(bottom=0)
+    loss.legend(frameon=False, fontsize=9)
+    for axes in (loss, bits, balance, speed):
         axes.grid(color=GRID, linewidth=0.6)
     return figure
 

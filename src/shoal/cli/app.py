@@ -42,6 +42,11 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Track(StrEnum):
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+
+
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")]
 Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
@@ -91,15 +96,23 @@ def train(
         list[str] | None, typer.Option("--set", help="Change the recipe: a.b=c. Repeatable.")
     ] = None,
     device: Device = "auto",
+    track: Annotated[
+        list[Track] | None, typer.Option(help="Hand the run to a tracker too (shoal[track]). Repeatable.")
+    ] = None,
 ) -> None:
     """Train a model by a recipe, or go on with a run that was interrupted."""
+    from contextlib import ExitStack
+
     from shoal.cli.view import COMMAND, TrainingView, say
     from shoal.config.run import load_recipe
     from shoal.stages import pretrain
+    from shoal.train.track import together, tracking
 
     config = load_recipe(recipe, set_ or ())
-    with TrainingView() as view:
-        outcome = pretrain.run(config, out, device=_find_device(device), observe=view)
+    with ExitStack() as watchers:
+        observers = [watchers.enter_context(tracking(tracker.value, out)) for tracker in track or ()]
+        observers.append(watchers.enter_context(TrainingView()))
+        outcome = pretrain.run(config, out, device=_find_device(device), observe=together(observers))
     if outcome.interrupted:
         say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
         raise typer.Exit(130)
@@ -241,6 +254,17 @@ def plan(
     from shoal.cli.plan import show
 
     show(model, context, as_json)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their metrics.jsonl.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("runs.png"),
+) -> None:
+    """Compare runs: loss, held-out text, balance of experts, speed."""
+    from shoal.cli.plot import show
+
+    show(runs, out)
 
 
 # What several commands share

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from shoal.train.metrics import CheckpointReport, EvaluationReport, Event, Phase, SpikeReport, StepReport
 
@@ -67,8 +69,8 @@ def loading(what: str) -> Iterator[LoadProgress]:
 
 
 class TrainingView:
-    """An observer of a Trainer: a bar with loss, speed, time left and expert balance; evaluations as
-    lines.
+    """An observer of a Trainer. On a terminal: a bar, the numbers of the step, and where the experts' tokens
+    go; evaluations, checkpoints and spikes as lines above. Elsewhere a line now and then.
     """
 
     def __init__(self) -> None:
@@ -76,31 +78,32 @@ class TrainingView:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            transient=True,
         )
+        self._live = Live(console=console, transient=True, refresh_per_second=4)
         self._task: TaskID | None = None
         self._printed = time.monotonic()
 
     def __enter__(self) -> TrainingView:
         if console.is_terminal:
-            self._progress.start()
+            self._live.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if console.is_terminal:
-            self._progress.stop()
+            self._live.stop()
 
     def __call__(self, event: Event) -> None:
         match event:
             case StepReport():
                 self._step(event)
             case EvaluationReport():
-                say(f"  step {event.step}: {event.bits_per_byte:.3f} bits per byte of held-out text")
+                by_domain = "".join(f"  {name} {value:.3f}" for name, value in event.domains.items())
+                told = f"{event.bits_per_byte:.3f} bits per byte of held-out text"
+                say(f"  step {event.step}: {told}{by_domain}")
             case SpikeReport():
                 did = "left out" if event.action == "skip" else f"rolled back to step {event.step - 1}"
                 say(f"  step {event.step}: loss leapt to {event.loss:.3f}, above {event.limit:.3f}: {did}")
@@ -110,16 +113,47 @@ class TrainingView:
                 say(f"  step {event.step}: saved {event.path.name} in {event.seconds:.1f} s")
 
     def _step(self, event: StepReport) -> None:
-        state = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  lr {event.lr:.1e}"
-        if event.max_violation:
-            mean = sum(event.max_violation) / len(event.max_violation)
-            state += f"  MaxVio {mean:.2f}"
         if console.is_terminal:
             if self._task is None:
-                self._task = self._progress.add_task(
-                    "", total=event.steps, completed=event.step - 1, state=""
-                )
-            self._progress.update(self._task, completed=event.step, state=state)
+                self._task = self._progress.add_task("", total=event.steps, completed=event.step - 1)
+            self._progress.update(self._task, completed=event.step)
+            parts = [self._progress, Text(numbers(event)), *heat_map(event.expert_load, console.width)]
+            self._live.update(Group(*parts))
         elif event.step in (1, event.steps) or time.monotonic() - self._printed > LOG_EVERY_SECONDS:
             self._printed = time.monotonic()
-            say(f"  step {event.step}/{event.steps}  {state}")
+            say(f"  step {event.step}/{event.steps}  {numbers(event)}")
+
+
+def numbers(event: StepReport) -> str:
+    """The step in one line.
+
+    MFU is of the device's dense bfloat16 peak, by the FLOPs of config/cost.py: active parameters and causal
+    attention, nothing recomputed.
+    """
+    told = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  lr {event.lr:.1e}"
+    told += f"  gradient {event.grad_norm:.2f}"
+    if event.mfu is not None:
+        told += f"  {event.flops_per_second / 1e12:.0f} TFLOP/s  MFU {event.mfu:.1%}"
+    if event.peak_bytes:
+        told += f"  {event.peak_bytes / (1 << 30):.1f} GiB"
+    if event.max_violation:
+        told += f"  MaxVio {sum(event.max_violation) / len(event.max_violation):.2f}"
+    return told
+
+
+def heat_map(load_LE: Sequence[Sequence[int]], width: int) -> list[Text]:
+    """A row a layer, a cell an expert: green at the mean load, blue below, red from twice on. What the width
+    cannot hold is added up, neighbours together."""
+    rows = []
+    for layer, load_E in enumerate(load_LE):
+        per_cell = -(-len(load_E) // max(1, min(len(load_E), width - 8)))
+        mean = sum(load_E) / len(load_E) or 1.0
+        row = Text(f"{layer:>5}  ", style="dim")
+        for start in range(0, len(load_E), per_cell):
+            cell = load_E[start : start + per_cell]
+            ratio = min(2.0, sum(cell) / len(cell) / mean)
+            red, blue = max(0.0, ratio - 1), max(0.0, 1 - ratio)
+            green = 1 - max(red, blue)
+            row.append("█", style=f"rgb({round(255 * red)},{round(200 * green)},{round(255 * blue)})")
+        rows.append(row)
+    return rows

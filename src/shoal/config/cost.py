@@ -26,6 +26,16 @@ Phase = Literal["training", "prefill", "decode"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 
+# Dense bfloat16 FLOPs a second, by what a device's name contains: NVIDIA's datasheets, of SXM parts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT4_GROUP = 128  # weights of a row that share one bfloat16 scale
 
@@ -176,6 +186,11 @@ def flops_per_token(
     if phase == "prefill":
         head /= context
     return 2 * (linear + head + pairs) * (3 if phase == "training" else 1)
+
+
+def peak_flops(device: str) -> float | None:
+    """A device's dense bfloat16 rate by its name; None where it is not in the table."""
+    return next((rate for name, rate in PEAK_FLOPS.items() if name in device), None)
 
 
 def _multiplies(weight: Weight) -> bool:

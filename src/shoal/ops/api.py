@@ -340,8 +340,8 @@ def narrow_load(values: Tensor, scale: Tensor | None) -> Tensor:
 def narrow_store(values: Tensor, scale: Tensor | None, x: Tensor, key: int, step: Tensor) -> None:
     """Keep float32 x in `values` (float32, bfloat16, int8 or uint8, as in Moments), rounded at random.
 
-    The mean is kept: E[narrow_load] = x, but for uint8 values below 2^-21 of their block's largest, which are
-    kept as that. Bits as in `adamw`.
+    The mean is kept: E[narrow_load] = x, of int8 to 1/512 of a step, of uint8 to 0.1%; uint8 values below
+    2^-21 of their block's largest are kept as that. Bits as in `adamw`.
     """
     call("narrow_store", values, scale, x, key, step)
 

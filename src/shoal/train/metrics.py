@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
@@ -31,6 +31,12 @@ class StepReport:
     max_violation: tuple[float, ...]  # MaxVio of each layer that routes, prediction modules last
     seconds: float  # this step alone
     tokens_per_second: float
+    # What config/cost.py counts for a forward and backward pass: active parameters, causal attention within
+    # each sequence. Recomputed work and the optimizer's are not in it.
+    flops_per_second: float = 0.0
+    mfu: float | None = None  # that, of the device's dense bfloat16 peak, where it is known
+    peak_bytes: int = 0  # of the device's memory since the run began; 0 on a CPU
+    expert_load: tuple[tuple[int, ...], ...] = ()  # (L, E), for whoever watches; too long for a line a step
 
     @property
     def loss(self) -> float:
@@ -43,9 +49,10 @@ class EvaluationReport:
 
     step: int
     loss: float  # nats per token
-    bits_per_byte: float
+    bits_per_byte: float  # of all held-out text
     expert_load: tuple[tuple[int, ...], ...]
     seconds: float
+    domains: Mapping[str, float] = field(default_factory=dict)  # bits per byte of each text that has a name
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Phase:
 Event = StepReport | EvaluationReport | SpikeReport | CheckpointReport | Phase
 Observer = Callable[[Event], None]
 
-_TIMING = ("seconds", "tokens_per_second")
+_TIMING = ("seconds", "tokens_per_second", "flops_per_second", "mfu", "peak_bytes")
 _KINDS: dict[type, str] = {StepReport: "step", EvaluationReport: "evaluation", SpikeReport: "spike"}
 
 
@@ -84,11 +91,14 @@ def to_line(event: StepReport | EvaluationReport | SpikeReport) -> dict[str, Any
     """An event as a line of metrics.jsonl: `kind`, its fields, each term by its name, and its `timing`."""
     fields: dict[str, Any] = {}
     for name, value in vars(event).items():
-        if name not in _TIMING:
-            fields |= value if name == "terms" else {name: value}
+        if name == "terms":
+            fields |= value
+        elif name not in _TIMING and not (isinstance(event, StepReport) and name == "expert_load"):
+            fields[name] = value
     if isinstance(event, StepReport) and (taken := event.terms.keys() & vars(event).keys()):
         raise ValueError(f"the objective names a term {min(taken)!r}, which a step has already; rename it")
-    timing = {name: round(value, 6) for name, value in vars(event).items() if name in _TIMING}
+    known = {name: vars(event).get(name) for name in _TIMING}
+    timing = {name: round(value, 6) for name, value in known.items() if value}
     return {"kind": _KINDS[type(event)], **fields, **({"timing": timing} if timing else {})}
 
 

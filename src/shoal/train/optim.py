@@ -14,6 +14,7 @@ Clipping each parameter alone would turn the direction of every step; the late n
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -105,9 +106,15 @@ class Optimizer:
 
     def attach(self) -> None:
         """Make every backward pass within `inside_backward` a step."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        for p in self.parameters.values():
-            p.register_post_accumulate_grad_hook(lambda grown: self._take(names[id(grown)]))
+        # A hook is held by its tensor, out of the collector's sight: held strongly, none would ever be freed.
+        held = weakref.ref(self)
+
+        def take(name: str) -> None:
+            if (optimizer := held()) is not None:
+                optimizer._take(name)
+
+        for name, p in self.parameters.items():
+            p.register_post_accumulate_grad_hook(lambda _, name=name: take(name))
 
     @contextmanager
     def inside_backward(self, lr: float) -> Iterator[None]:
@@ -126,7 +133,8 @@ class Optimizer:
             return
         slot = self.slots[name]
         assert name not in self._norms, f"{name} has a second gradient in one step inside backward"
-        norm = torch.linalg.vector_norm(slot.gradient(), dtype=torch.float32)
+        # Widened as it is read: vector_norm would make a float32 copy first.
+        (norm,) = torch._foreach_norm([slot.gradient()], dtype=torch.float32)
         self._norms[name] = norm
         factor = (self.settings.clip / torch.maximum(norm, self.last_norm)).clamp(max=1.0)
         if name in self.muon.slots:

@@ -62,11 +62,13 @@ class Remaking:
             return block(x_TD, y_TD, angles, batch, replay_TK)
 
         def whole(stream: Any, replay_TK: Tensor | None) -> tuple[tuple[Tensor, ...], Routing | None]:
-            x_TD, y_TD, routing = block(*stream, angles, batch, replay_TK)
+            x_TD, y_TD = stream
+            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
             return (x_TD, y_TD), routing
 
         def attention(stream: Any, _: Tensor | None) -> tuple[tuple[Tensor, ...], None]:
-            return block.attend(*stream, angles, batch), None
+            x_TD, y_TD = stream
+            return block.attend(x_TD, y_TD, angles, batch), None
 
         if self.mode == "full":
             (x_TD, y_TD), routing = self._remade((block,), whole, (x_TD, y_TD), replay_TK)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from shoal.batch import Batch
 from shoal.checkpoint import native
+from shoal.config.cost import flops_per_token, peak_flops
 from shoal.config.run import TrainConfig
 from shoal.model.transformer import Transformer
 from shoal.train import loss
@@ -86,7 +87,7 @@ class Trainer:
         | None = None,  # next token, prediction modules and balance, as settings weigh them
         trainable: Trainable | None = None,  # all that the model has
         reduce: Reduce = alone,
-        evaluation: Evaluation | None = None,
+        evaluation: Evaluation | Mapping[str, Evaluation] | None = None,  # one text, or several by name
         recipe: Mapping[str, Any] | None = None,
         observe: Observer = lambda event: None,
     ) -> None:
@@ -94,7 +95,7 @@ class Trainer:
         self.batches = batches
         self.settings = settings
         self.folder = folder
-        self.evaluation = evaluation
+        self.evaluation = {"": evaluation} if isinstance(evaluation, Evaluation) else evaluation or {}
         self.recipe = recipe  # JSON that checkpoints carry, for people
         self.observe = observe
         self.device = model.head_weight().device
@@ -113,6 +114,8 @@ class Trainer:
         self.generators = {"run": generator, "torch": torch.default_generator}
         if self.device.type == "cuda":
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.peak_flops = peak_flops(name)
         self.step = 0  # steps done
         self.tokens = 0  # tokens they had
         self.passed_over = 0  # micro-batches that rolling back has left out, all before the next
@@ -133,7 +136,7 @@ class Trainer:
                 if self._spike is not None:
                     self._report(log, self._spike)
                 self._report(log, report)
-                if self.evaluation is not None and self._due(self.settings.evaluate_every):
+                if self.evaluation and self._due(self.settings.evaluate_every):
                     self._report(log, self._evaluate(self.evaluation, load_LE))
                 if self._due(self.settings.checkpoint_every):
                     self.save(log)
@@ -190,6 +193,7 @@ class Trainer:
         load_LE = self.balancer.update(self.reduce, moving=moving)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
+        flops = sum(self._flops(batch) for batch in batches)
         self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
         violation = tuple(max_violation(load_LE).tolist())
         seconds = time.perf_counter() - start
@@ -203,6 +207,10 @@ class Trainer:
             max_violation=violation,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
+            flops_per_second=flops / seconds,
+            mfu=flops / seconds / self.peak_flops if self.peak_flops else None,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
+            expert_load=tuple(map(tuple, load_LE.tolist())),
         )
         return report, load_LE
 
@@ -236,6 +244,12 @@ class Trainer:
         """Terms and norm on the host, in one wait."""
         *values, grad_norm = torch.stack([*terms.values(), norm]).tolist()
         return dict(zip(terms, values, strict=True)), grad_norm
+
+    def _flops(self, batch: Batch) -> float:
+        lengths_S = batch.cu_seqlens_S1.diff().double()
+        context = max(1, round(float(lengths_S.square().sum() / batch.num_tokens)))
+        mtp = self.settings.mtp_loss_weight > 0
+        return batch.num_tokens * flops_per_token(self.model.config, context, mtp=mtp)
 
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation + self.passed_over
@@ -309,10 +323,27 @@ class Trainer:
                 return told.format(name)
         return "every weight and gradient is finite"
 
-    @torch.no_grad()
-    def _evaluate(self, evaluation: Evaluation, load_LE: Tensor) -> EvaluationReport:
+    def _evaluate(self, evaluation: Mapping[str, Evaluation], load_LE: Tensor) -> EvaluationReport:
         start = time.perf_counter()
         self.model.eval()
+        told = {name: self._nats(text) for name, text in evaluation.items()}
+        self.model.train()
+        nats, count = (sum(values) for values in zip(*told.values(), strict=True))
+        named = {
+            name: bits_per_byte(told[name][0], text.num_bytes) for name, text in evaluation.items() if name
+        }
+        return EvaluationReport(
+            step=self.step,
+            loss=nats / count,
+            bits_per_byte=bits_per_byte(nats, sum(text.num_bytes for text in evaluation.values())),
+            expert_load=tuple(map(tuple, load_LE.tolist())),
+            seconds=time.perf_counter() - start,
+            domains=named,
+        )
+
+    @torch.no_grad()
+    def _nats(self, evaluation: Evaluation) -> tuple[float, int]:
+        """Of a whole text, and how many tokens they are of."""
         nats, count = 0.0, 0
         for batch in evaluation.batches():
             batch = _move(batch, self.device)
@@ -321,14 +352,7 @@ class Trainer:
             head_VD = self.model.head_weight().detach()
             nats += loss.cross_entropy(self.model(batch).hidden_TD, head_VD, batch).item()
             count += int(batch.weights_T.count_nonzero())
-        self.model.train()
-        return EvaluationReport(
-            step=self.step,
-            loss=nats / count,
-            bits_per_byte=bits_per_byte(nats, evaluation.num_bytes),
-            expert_load=tuple(map(tuple, load_LE.tolist())),
-            seconds=time.perf_counter() - start,
-        )
+        return nats, count
 
     def _due(self, every: int) -> bool:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)

@@ -39,7 +39,8 @@ def adamw(
     # 4. The weight: decay, then the step.
     old = weight.float() if master is None else master
     new = old * (1 - lr * weight_decay) - lr * (m / correct_m) / ((v / correct_v).sqrt() + eps)
-    # 5. Put back. Each quantity has bits of its own: 16 of the first word, the other 16, 16 of the second.
+    # 5. Put back. Each has bits of its own: the weight 16 of the first word, codes 8 of its others, wider
+    # moments those others and 16 of the second word.
     bits, more = narrow.random_bits(weight.numel(), key, step)
     if master is not None:
         master.copy_(torch.where(goes, new, old))
@@ -47,8 +48,9 @@ def adamw(
     else:
         wide = new if weight.dtype == torch.float32 else narrow.to_bfloat16(new, (bits & 0xFFFF).view_as(new))
         weight.copy_(torch.where(goes, wide, weight))
-    _put(first, first_scale, m, bits >> 16, goes)
-    _put(second, second_scale, v, more & 0xFFFF, goes)
+    coded = first.dtype == torch.int8
+    _put(first, first_scale, m, (bits >> 16) & 0xFF if coded else bits >> 16, goes)
+    _put(second, second_scale, v, bits >> 24 if coded else more & 0xFFFF, goes)
 
 
 def _put(values: Tensor, scale: Tensor | None, x: Tensor, bits: Tensor, goes: Tensor) -> None:
@@ -57,6 +59,6 @@ def _put(values: Tensor, scale: Tensor | None, x: Tensor, bits: Tensor, goes: Te
         values.copy_(torch.where(goes, kept, values))
         return
     encode = narrow.to_linear if values.dtype == torch.int8 else narrow.to_log
-    codes, largest = encode(x.flatten(), bits.float() / 65536)
+    codes, largest = encode(x.flatten(), narrow.to_chance(bits))
     values.copy_(torch.where(goes, codes.view_as(values), values))
     scale.copy_(torch.where(goes, largest, scale))

@@ -40,6 +40,11 @@ def to_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
     return ((x.view(torch.int32) + bits.to(torch.int32)) & -65536).view(torch.float32).bfloat16()
 
 
+def to_chance(bits: Tensor) -> Tensor:
+    """8 random bits as a number in (0, 1), 1/2 on average."""
+    return (bits.float() + 0.5) / 256
+
+
 def _in_blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
@@ -57,14 +62,14 @@ def from_linear(codes: Tensor, step: Tensor) -> Tensor:
 
 
 def to_log(x: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of x >= 0 (uint8) and each block's largest."""
+    """Codes of x >= 0 (uint8) and each block's largest.
+
+    The odds are linear in the logarithm; between neighbours 5.9% apart that moves the mean by 0.05% at most.
+    """
     blocks = _in_blocks(x)
     largest = blocks.amax(1)
     share = (blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)).view(-1)[: x.numel()]
-    place = (-LOG_STEPS * share.log2()).clamp(0, LOG_SMALLEST)
-    above = place.floor()  # of the two codes around x, the larger value
-    high, low = (torch.exp2(code / -LOG_STEPS) for code in (above, above + 1))
-    code = torch.where(share < low + chance * (high - low), above + 1, above).clamp(max=LOG_SMALLEST)
+    code = (chance - LOG_STEPS * share.log2()).floor().clamp(0, LOG_SMALLEST)
     return torch.where(share > 0, code, LOG_ZERO).to(torch.uint8), largest
 
 
@@ -90,6 +95,6 @@ def narrow_store(values: Tensor, scale: Tensor | None, x: Tensor, key: int, step
         return
     assert scale is not None
     encode = to_linear if values.dtype == torch.int8 else to_log
-    codes, largest = encode(x.flatten(), (bits & 0xFFFF).float() / 65536)
+    codes, largest = encode(x.flatten(), to_chance(bits & 0xFF))
     values.copy_(codes.view_as(values))
     scale.copy_(largest)
