@@ -18,6 +18,7 @@ from shoal.config.run import (
     DataConfig,
     OptimConfig,
     RunConfig,
+    SourceConfig,
     TrainConfig,
     from_table,
     load_recipe,
@@ -75,6 +76,36 @@ def test_what_is_resolved_reads_back_equal(family: str, small: bool, tmp_path: P
     config = RunConfig(model, TrainConfig(steps=7), DataConfig(seq_len=16))
     assert reload(config, tmp_path) == config
     assert from_table(to_table(config), "table") == config
+
+
+def test_sources_are_named_weighed_and_set_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.replace('train = ["a.txt", "b.txt"]', "fim_rate = 0.1") + SOURCES)
+    config = load_recipe(path, ['data.sources.zh.files=["c.txt"]', "data.sources.code.weight=2"])
+    assert config.data.sources == {
+        "en": SourceConfig(("a.txt",), 0.5),
+        "zh": SourceConfig(("c.txt",), 0.25),
+        "code": SourceConfig((), 2.0),
+    }
+    assert reload(config, tmp_path) == config
+    for change, message in [
+        ("data.sources.en.weight=0", "weight is 0"),
+        ("data.sources.en.weigh=1", "the nearest is 'weight'"),
+        ('data.train=["x"]', "train and sources are both given"),
+        ("data.fim_rate=2", "fim_rate is 2"),
+        ("data.sources=3", "data.sources is 3; it must be a table"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path, [change])
+
+
+SOURCES = """
+[data.sources.en]
+files = ["a.txt"]
+weight = 0.5
+[data.sources.zh]
+weight = 0.25
+"""
 
 
 @given(st.lists(st.text()), st.floats(min_value=0, exclude_min=True, allow_infinity=False))

@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from shoal.checkpoint import hf, native
-from shoal.config.run import RunConfig, from_table, load_recipe
+from shoal.config.run import RunConfig, SourceConfig, from_table, load_recipe
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import SMALLEST
 from shoal.stages import pretrain
@@ -111,3 +112,23 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(config: RunConfi
         ValueError, match=f"has {SMALLEST + 10} tokens, more than the model's vocab_size of 100"
     ):
         pretrain.run(small, tmp_path / "second")
+
+
+def test_sources_are_mixed_by_weight_and_a_source_without_files_is_named(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    [text] = config.data.train
+    other = tmp_path / "other.py"
+    other.write_text(Path(text).read_text()[::-1])
+    sources = {"one": SourceConfig((text,), 0.75), "two": SourceConfig((str(other),), 0.25)}
+    data = replace(config.data, train=(), sources=sources, fim_rate=0.5)
+    mixed = replace(config, data=data)
+    outcome = pretrain.run(mixed, tmp_path / "run")
+    assert outcome.step == config.train.steps
+    assert pretrain.is_begun(tmp_path / "run", mixed)
+    corpus = pretrain.open_corpus(tmp_path / "run", mixed)
+    assert [shard.path.name for shard in corpus.train] == ["train-one.shard", "train-two.shard"]
+    empty = replace(data, sources=sources | {"three": SourceConfig()})
+    with pytest.raises(ValueError, match=r"data\.sources\.three\.files is empty; name some files: --set"):
+        pretrain.run(replace(config, data=empty), tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()

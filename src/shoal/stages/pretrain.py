@@ -20,7 +20,8 @@ import torch
 from shoal.checkpoint import hf
 from shoal.config.run import RunConfig, load_recipe, to_table, to_toml
 from shoal.data.atomic import write_atomically
-from shoal.data.pack import Packer, evaluation_batches
+from shoal.data.fim import FIM
+from shoal.data.pack import Mixture, Packer, evaluation_batches
 from shoal.data.read import Document, read_documents, split_documents, standard_library
 from shoal.data.shard import Shard, tokenize_documents, write_shard
 from shoal.data.text import Tokenizer
@@ -49,7 +50,7 @@ class Corpus:
     """The text of a run, as tokens."""
 
     tokenizer: Tokenizer
-    train: Shard
+    train: tuple[Shard, ...]  # one a source
     held_out: Shard
 
 
@@ -62,9 +63,11 @@ def run(
 ) -> Outcome:
     """Run a recipe in a folder, or go on with the run that is there."""
     # 1. The text: a tokenizer, and what it makes of the documents to train on and of those held out.
-    corpus = open_corpus(folder) if is_begun(folder, config) else make_corpus(folder, config, observe)
+    corpus = open_corpus(folder, config) if is_begun(folder, config) else make_corpus(folder, config, observe)
     data = config.data
-    packer = Packer(corpus.train, data.tokens_per_batch, data.seq_len, config.seed)
+    cut = (data.tokens_per_batch, data.seq_len, config.seed)
+    weights = tuple(source.weight for source in data.sources.values())
+    packer = Mixture(corpus.train, weights, *cut) if weights else Packer(corpus.train[0], *cut)
 
     # 2. The recipe. With it the folder is this run's.
     with write_atomically(folder / CONFIG) as file:
@@ -119,17 +122,19 @@ def is_begun(folder: Path, config: RunConfig) -> bool:
     return True
 
 
-def open_corpus(folder: Path) -> Corpus:
-    return Corpus(Tokenizer.load(folder / TOKENIZER), *(Shard.open(folder / shard) for shard in SHARDS))
+def open_corpus(folder: Path, config: RunConfig) -> Corpus:
+    train = tuple(Shard.open(folder / shard) for shard in _train_shards(config))
+    return Corpus(Tokenizer.load(folder / TOKENIZER), train, Shard.open(folder / SHARDS[1]))
 
 
 def make_corpus(folder: Path, config: RunConfig, observe: Observer) -> Corpus:
     """Read the text, train or take the tokenizer, and put it and the tokens into the folder."""
     observe(Phase("reading the text"))
-    sides = split(config)
+    train, held_out = split(config)
     if config.data.tokenizer is None:
         observe(Phase(f"training a tokenizer of {config.model.vocab_size} tokens"))
-        tokenizer = train_tokenizer((document.text for document in sides[0]), config.model.vocab_size)
+        texts = (document.text for documents in train for document in documents)
+        tokenizer = train_tokenizer(texts, config.model.vocab_size)
     else:
         tokenizer = Tokenizer.load(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -139,18 +144,31 @@ def make_corpus(folder: Path, config: RunConfig, observe: Observer) -> Corpus:
         )
     tokenizer.save(folder / TOKENIZER)
     observe(Phase("turning the text into tokens"))
-    for shard, documents in zip(SHARDS, sides, strict=True):
-        write_shard(folder / shard, tokenize_documents(tokenizer, documents), tokenizer.vocab_size)
-    return open_corpus(folder)
+    fim = FIM(config.data.fim_rate, config.seed)
+    for shard, documents in zip(_train_shards(config), train, strict=True):
+        write_shard(folder / shard, tokenize_documents(tokenizer, documents, fim), tokenizer.vocab_size)
+    write_shard(folder / SHARDS[1], tokenize_documents(tokenizer, held_out), tokenizer.vocab_size)
+    return open_corpus(folder, config)
 
 
-def split(config: RunConfig) -> tuple[list[Document], list[Document]]:
-    """The documents to train on, and those held out."""
+def split(config: RunConfig) -> tuple[list[list[Document]], list[Document]]:
+    """The documents to train on, a list a source, and those held out, of every source its share."""
     data = config.data
-    documents = list(read_documents(data.train) if data.train else standard_library())
+    if unnamed := [name for name, source in data.sources.items() if not source.files]:
+        key = f"data.sources.{unnamed[0]}.files"
+        raise ValueError(f"{key} is empty; name some files: --set '{key}=[\"*.txt\"]'")
+    if data.sources:
+        sources = [list(read_documents(source.files)) for source in data.sources.values()]
+    else:
+        sources = [list(read_documents(data.train) if data.train else standard_library())]
     if data.validation:
-        return documents, list(read_documents(data.validation))
-    return split_documents(documents, data.holdout_fraction)
+        return sources, list(read_documents(data.validation))
+    sides = [split_documents(documents, data.holdout_fraction) for documents in sources]
+    return [train for train, _ in sides], [document for _, held_out in sides for document in held_out]
+
+
+def _train_shards(config: RunConfig) -> list[str]:
+    return [f"data/train-{name}.shard" for name in config.data.sources] or [SHARDS[0]]
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
