@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from shoal.checkpoint import hf
 from shoal.config.run import from_table
-from shoal.config.tune import SFTConfig
+from shoal.config.tune import ExpertsConfig, LoraConfig, SFTConfig
 from shoal.data.conversations import Conversation, SamplePacker, pack, read_conversations, to_samples
 from shoal.data.text import Tokenizer
 from shoal.stages import sft
@@ -183,6 +184,31 @@ def test_a_run_learns_shows_answers_and_goes_on_bit_for_bit(start: Path, tmp_pat
     shown = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in shown] == [3, 6]
     assert shown[0]["answers"][0]["asked"].endswith("+1")
+
+
+def test_adapters_alone_learn_and_are_there_for_others(start: Path, tmp_path: Path) -> None:
+    lora = LoraConfig(("o_proj", "experts.down_proj"), rank=2)
+    run = replace(config(start, tmp_path), lora=lora)
+    sft.run(run, tmp_path / "run")
+    before, after = hf.load(start).state_dict(), hf.load(tmp_path / "run" / "export").state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert {name.split(".", 3)[3] for name in changed if "bias" not in name} == {
+        "self_attn.o_proj.weight",
+        "mlp.experts.down_proj",
+    }
+    assert (tmp_path / "run" / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_chosen_experts_alone_learn(start: Path, tmp_path: Path) -> None:
+    run = replace(config(start, tmp_path), esft=ExpertsConfig(share=0.3, batches=2))
+    sft.run(run, tmp_path / "run")
+    before, after = hf.load(start).state_dict(), hf.load(tmp_path / "run" / "export").state_dict()
+    for name, tensor in before.items():
+        rows = [i for i in range(len(tensor)) if not torch.equal(tensor[i], after[name][i])]
+        if "experts." in name and "shared" not in name:
+            assert 0 < len(rows) < 10
+        else:
+            assert not rows or "bias" in name
 
 
 def test_nothing_to_learn_is_told(start: Path, tmp_path: Path) -> None:

@@ -21,6 +21,36 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (model/lora.py) on every weight whose name ends in one of `targets`."""
+
+    targets: tuple[str, ...]
+    rank: int = 16
+    alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.targets), "targets names no weight; for example kv_b_proj, experts.down_proj")
+        _require(self.rank >= 1, f"rank is {self.rank}; it must be at least 1")
+        _require(self.alpha > 0, f"alpha is {self.alpha}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """ESFT (model/esft.py): train only the experts that make up `share` of a layer's score on the data.
+
+    They are scored on the first `batches` of it.
+    """
+
+    score: Literal["gate", "token"] = "token"
+    share: float = 0.2
+    batches: int = 32
+
+    def __post_init__(self) -> None:
+        _require(0 < self.share <= 1, f"share is {self.share}; it must be above 0 and at most 1")
+        _require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised tuning of the checkpoint `model` on the conversations of `data` (JSON or JSON Lines).
 
@@ -37,10 +67,16 @@ class SFTConfig:
     tokens_per_batch: int = 4096
     seq_len: int = 2048
     samples: int = 3  # answers to held-out conversations that are shown at each evaluation
+    lora: LoraConfig | None = None
+    esft: ExpertsConfig | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        _require(
+            self.lora is None or self.esft is None,
+            "lora and esft are both there; adapters freeze the experts that esft would train: choose one",
+        )
         _require(bool(self.data), "data names no file; give conversations to learn from")
         _require(
             0 < self.holdout_fraction < 1,

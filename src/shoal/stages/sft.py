@@ -9,12 +9,14 @@ answered to held-out conversations at each evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from shoal.batch import Batch
 from shoal.checkpoint import hf
+from shoal.checkpoint.peft import save_adapters
 from shoal.config.run import to_table
 from shoal.config.tune import SFTConfig
 from shoal.data.conversations import (
@@ -28,9 +30,12 @@ from shoal.data.conversations import (
 )
 from shoal.data.text import Tokenizer
 from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.esft import choose_experts, score_experts, trainable_experts
+from shoal.model.lora import add_lora, merge_lora
 from shoal.model.transformer import Transformer
 from shoal.stages.grpo import claim, load_model, tokenizer_files
 from shoal.train.metrics import EvaluationReport, Event, MetricsLog, Observer, Phase
+from shoal.train.optim import Trainable
 from shoal.train.trainer import Evaluation, Outcome, Trainer
 
 SAMPLE_TOKENS = 128
@@ -65,6 +70,8 @@ def run(
     # 3. The model. Prediction modules are left behind: they would have to be tuned as well, or lag.
     model = load_model(config.model, config.dtype, device)
 
+    trainable = prepare(model, config, packer, observe)
+
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(
         model,
@@ -72,6 +79,7 @@ def run(
         config.train,
         folder,
         generator=torch.Generator(device).manual_seed(config.seed),
+        trainable=trainable,
         evaluation=Evaluation(
             lambda: in_order(material.held_out, config.tokens_per_batch),
             max(1, sum(sample.num_bytes for sample in material.held_out)),
@@ -84,11 +92,43 @@ def run(
     trainer.resume()
     outcome = trainer.run()
 
-    # 5. What others load.
+    # 5. What others load: adapters by themselves, and the whole model with them in it.
     if not outcome.interrupted:
+        if config.lora is not None:
+            save_adapters(model, folder / "adapters", config.model, overwrite=True)
+            merge_lora(model)
         observe(Phase("writing the model for other tools"))
         hf.save(model, folder / "export", tokenizer_files=tokenizer_files(config.model), overwrite=True)
     return outcome
+
+
+def prepare(
+    model: Transformer, config: SFTConfig, packer: SamplePacker, observe: Observer
+) -> Trainable | None:
+    """Adapters, or a choice of experts, as the recipe says; what learns, None for all that may."""
+    device = model.head_weight().device
+    if config.lora is not None:
+        generator = torch.Generator(device).manual_seed(config.seed)
+        add_lora(model, config.lora.targets, config.lora.rank, config.lora.alpha, generator)
+    if config.esft is None:
+        return None
+    observe(Phase("scoring the experts"))
+    batches = (to_device(packer.batch(i), device) for i in range(config.esft.batches))
+    scores_LE = score_experts(model.eval(), batches, config.esft.score)
+    chosen = choose_experts(scores_LE, config.esft.share)
+    counts = [len(experts) for experts in chosen]
+    mean = sum(counts) / len(counts)
+    observe(
+        Phase(f"{mean:.1f} of {scores_LE.shape[1]} experts a layer learn ({min(counts)} to {max(counts)})")
+    )
+    return trainable_experts(model, chosen)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    tensors = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **tensors)
 
 
 def read(config: SFTConfig, tokenizer: Tokenizer, observe: Observer) -> Material:
