@@ -37,7 +37,7 @@ def config(start: Path, folder: Path, **changes: Any) -> GRPOConfig:
         "held_out": [str(problems)],
         "rewards": [LETTERS],
         "train": {"steps": 4, "evaluate_every": 4, "optim": {"lr": 0.01}, "accumulation": 2},
-        "rollout": {"questions": 4, "group": 4, "max_tokens": 6, "cache_bytes": 1 << 20, "replay": False},
+        "rollout": {"questions": 4, "group": 4, "max_tokens": 6, "cache_bytes": 1 << 20},
     }
     return grpo_from_table({**table, **changes}, "a recipe")
 
@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_learns_what_is_rewarded(start: Path, tmp_path: Path) -> None:
     """The letters are a twentieth of the vocabulary: from that share of an answer to most of it."""
     settings = {"steps": 12, "accumulation": 1, "evaluate_every": 6, "optim": {"lr": 0.02}}
-    rollouts = {"questions": 8, "group": 8, "max_tokens": 6, "replay": False}
+    rollouts = {"questions": 8, "group": 8, "max_tokens": 6}
     run = config(start, tmp_path, train=settings, rollout=rollouts, policy={"kl_weight": 0.0}, correct_at=0.8)
     assert not grpo.run(run, tmp_path / "run").interrupted
     told = lines(tmp_path / "run" / "rollouts.jsonl")
@@ -114,6 +114,9 @@ def test_engine_and_trainer_agree_on_what_was_sampled(start: Path, tmp_path: Pat
         # Some 1e3 roundings of 6e-8 on the way to a logit of order 1, random in sign: 2e-6.
         assert gap.mean < 5e-6
         assert gap.most < 1e-4
+        assert batch.routing is not None
+        assert gap.replayed == 0  # every choice of the engine is the trainer's
+        assert gap.routing < 0.01  # left to itself, the trainer differs where two scores are as good as equal
         assert float(batch.weights_T.sum()) == pytest.approx(0.5, rel=0.3)  # type: ignore[union-attr]
     total = sum(float(batch.weights_T.sum()) for batch in batches)  # type: ignore[union-attr]
     assert total == pytest.approx(1)
@@ -188,7 +191,7 @@ def test_dynamic_sampling_replaces_flat_groups(start: Path, tmp_path: Path) -> N
     """Half the questions reward every answer alike: with more samplings they are left out of the round."""
     some = "tests.stages.misbehaving:letters_if_even"
     for extra, flat in ((0, 1), (8, 0)):
-        rollouts = {"questions": 4, "group": 4, "max_tokens": 6, "replay": False, "extra_rounds": extra}
+        rollouts = {"questions": 4, "group": 4, "max_tokens": 6, "extra_rounds": extra}
         run = config(start, tmp_path, rewards=[some], rollout=rollouts, policy={"variant": "dapo"})
         run = replace(run, train=replace(run.train, steps=1))
         grpo.run(run, tmp_path / f"run-{extra}")

@@ -188,7 +188,16 @@ class GRPOConfig:
             f"train.mtp_loss_weight is {self.train.mtp_loss_weight}; RL does not train prediction modules: "
             f"set it to 0",
         )
-        _require(self.train.balance.sequence_loss == 0, "train.balance.sequence_loss must be 0 in RL")
+        for name, value in vars(self.train.balance).items():
+            _require(
+                name in ("bias_update_speed", "bias_rule", "bias_share", "devices") or value == 0,
+                f"train.balance.{name} is {value}; RL has the policy's loss alone: set it to 0",
+            )
+        _require(
+            self.train.spike_deviations == 0 or self.train.spike_action == "skip",
+            "train.spike_action is 'rollback', which goes on with other batches; those of RL follow from the "
+            "weights: choose 'skip'",
+        )
         _require(self.reward_seconds > 0, f"reward_seconds is {self.reward_seconds}; it must be above 0")
         _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 
