@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from shoal.data.chat import DEEPSEEK, ChatTemplate
+from shoal.data.chat import BUILT_IN, DEEPSEEK, ChatTemplate, JsonText
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -115,3 +115,55 @@ def test_an_unknown_role_is_refused() -> None:
 def test_a_content_that_is_not_text_is_refused() -> None:
     with pytest.raises(ValueError, match="chat template refused"):
         _render(DEEPSEEK, [{"role": "user", "content": None}], True)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_our_layout_of_v31_is_the_published(
+    shared_data: Path, chat: list[dict[str, Any]], prompt: bool, thinking: bool | None
+) -> None:
+    folder = shared_data / "deepseek" / "chat_templates"
+    source = (folder / "deepseek-ai-DeepSeek-V3.1.jinja").read_text("utf-8")
+    chat = [_with_json_text(message) for message in chat]
+    assert _render(BUILT_IN["v3.1"], chat, prompt, thinking=thinking) == _render(
+        source, chat, prompt, thinking=thinking
+    )
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("chat", [chat for chat in CHATS if CALL not in chat])
+def test_our_layout_of_v25_is_the_published(
+    shared_data: Path, chat: list[dict[str, Any]], prompt: bool
+) -> None:
+    folder = shared_data / "deepseek" / "chat_templates"
+    source = (folder / "axolotl-deepseek_v2.jinja").read_text("utf-8")
+    assert _render(BUILT_IN["v2.5"], chat, prompt) == _render(source, chat, prompt)
+
+
+def test_v2_writes_the_names_of_its_turns() -> None:
+    said = {"role": "assistant", "content": "4"}
+    expected = (
+        f"{BOS}Be brief.\n\n\nUser: {ASK['content']}\n\nAssistant: 4{EOS}User: {ASK['content']}\n\nAssistant:"
+    )
+    assert _render(BUILT_IN["v2"], [SYSTEM, ASK, said, ASK], True) == expected
+
+
+def test_r1_thinks_unless_told_otherwise() -> None:
+    assert _render(BUILT_IN["r1"], [ASK], True) == _render(DEEPSEEK, [ASK], True, thinking=True)
+    assert _render(BUILT_IN["r1"], [ASK], True, thinking=False) == _render(DEEPSEEK, [ASK], True)
+
+
+def test_json_that_is_text_is_not_quoted() -> None:
+    assert (
+        _render("{{ messages[0].content | tojson }}", [{"content": JsonText('{"a": 1}')}], True) == '{"a": 1}'
+    )
+    assert _render("{{ messages[0].content | tojson }}", [{"content": "a"}], True) == '"a"'
+
+
+def _with_json_text(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": JsonText(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message

@@ -3,8 +3,8 @@
 A template is a program that came with a download, so it runs in jinja's immutable sandbox, with the settings
 and few helpers that published templates count on (those of transformers). The law: a setting that the
 template does not read is refused, not dropped. `DEEPSEEK` is the template of the tokenizers we train: the
-layout of V3 and R1, where past turns lose their reasoning. Turning the text into tokens, safely, is left to
-text.py.
+layout of V3 and R1, where past turns lose their reasoning; `BUILT_IN` has those of the published families,
+for checkpoints that come without one. Turning the text into tokens, safely, is left to text.py.
 """
 
 from __future__ import annotations
@@ -57,6 +57,73 @@ DEEPSEEK = """\
 {%- endif -%}
 """
 
+# V3.1: one marker less a call, results without a frame, and an answer to a user that opens no reasoning
+# begins behind an empty one.
+DEEPSEEK_V31 = """\
+{{- bos_token -}}
+{%- for message in messages if message.role == 'system' -%}
+  {{- ('' if loop.first else '\\n\\n') + message.content -}}
+{%- endfor -%}
+{%- for message in messages if message.role != 'system' -%}
+  {%- set answers_user = loop.previtem is defined and loop.previtem.role == 'user' -%}
+  {%- set answers_tool = loop.previtem is defined and loop.previtem.role == 'tool' -%}
+  {%- if message.role == 'user' -%}
+    {{- '<｜User｜>' + message.content -}}
+  {%- elif message.role == 'assistant' -%}
+    {%- set content = message.content or '' -%}
+    {{- '<｜Assistant｜><think></think>' if answers_user else '' -}}
+    {{- content if message.tool_calls or answers_tool else content.split('</think>', 1)[-1] -}}
+    {%- for call in message.tool_calls or [] -%}
+      {{- '<｜tool▁calls▁begin｜>' if loop.first else '' -}}
+      {{- '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' + call.function.arguments -}}
+      {{- '<｜tool▁call▁end｜>' + ('<｜tool▁calls▁end｜>' if loop.last else '') -}}
+    {%- endfor -%}
+    {{- eos_token -}}
+  {%- elif message.role == 'tool' -%}
+    {{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' -}}
+  {%- else -%}
+    {{- raise_exception('unknown role ' + message.role) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and messages[-1].role == 'user' -%}
+  {{- '<｜Assistant｜><think>' + ('' if thinking else '</think>') -}}
+{%- endif -%}
+"""
+
+# V2.5 marks turns with control tokens, which the vocabulary of V2 has not: it writes their names.
+DEEPSEEK_V25 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}
+    {{- '<｜User｜>' + message.content -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- '<｜Assistant｜>' + message.content + eos_token -}}
+  {%- elif message.role == 'system' -%}
+    {{- message.content + '\\n\\n' -}}
+  {%- else -%}
+    {{- raise_exception('unknown role ' + message.role) -}}
+  {%- endif -%}
+{%- endfor -%}
+{{- '<｜Assistant｜>' if add_generation_prompt else '' -}}
+"""
+DEEPSEEK_V2 = DEEPSEEK_V25.replace("'<｜User｜>' + message.content", "'User: ' + message.content + '\\n\\n'")
+DEEPSEEK_V2 = DEEPSEEK_V2.replace("'<｜Assistant｜>' + message", "'Assistant: ' + message")
+DEEPSEEK_V2 = DEEPSEEK_V2.replace("<｜Assistant｜>", "Assistant:")
+
+BUILT_IN: Mapping[str, str] = {
+    "v2": DEEPSEEK_V2,
+    "v2.5": DEEPSEEK_V25,
+    "v3": DEEPSEEK,
+    "r1": "{%- set thinking = thinking is not defined or thinking -%}\n" + DEEPSEEK,
+    "v3.1": DEEPSEEK_V31,
+}
+
+
+class JsonText(str):
+    """JSON that is text already: `tojson` leaves it as it is, where it would quote another text."""
+
+    __slots__ = ()
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -97,6 +164,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _to_json(value: Any, **layout: Any) -> str:
+    if isinstance(value, JsonText):
+        return value
     return json.dumps(value, **{"ensure_ascii": False, **layout})
 
 

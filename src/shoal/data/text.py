@@ -23,7 +23,7 @@ from typing import Any
 import tokenizers
 
 from shoal.data.atomic import write_atomically
-from shoal.data.chat import ChatTemplate, Message
+from shoal.data.chat import ChatTemplate, JsonText, Message
 from shoal.data.spelling import Spelling
 
 # A code point that Unicode reserves for a program's own use. Put inside what spells a control token, it keeps
@@ -109,6 +109,10 @@ class Tokenizer:
     def pad_id(self) -> int:
         return self._id(self.pad_token or self.eos_token)
 
+    def find_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None where it has no such token."""
+        return self._plain.token_to_id(token)
+
     @cached_property
     def spelling(self) -> Spelling:
         return Spelling.of(json.loads(self.definition))
@@ -150,19 +154,23 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        **settings: Any,
     ) -> list[int]:
-        """The ids of a conversation. `thinking` asks for reasoning or none, where the template can."""
+        """The ids of a conversation. `thinking` asks for reasoning or none, where the template can;
+        `settings` are what else it reads. The arguments of an assistant's tool calls are JSON text, and stay
+        as they are.
+        """
         switch = "enable_thinking" if "enable_thinking" in self._template.settings else "thinking"
         text = self._template.render(
             [
-                message if message.get("role") == "assistant" else self._disarm(message)
+                _spell_calls(message) if message.get("role") == "assistant" else self._disarm(message)
                 for message in messages
             ],
             add_generation_prompt=add_generation_prompt,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
             tools=self._disarm(tools),
-            **{switch: thinking},
+            **{**settings, switch: thinking},
         )
         return self.encode(text, parse_special=True)
 
@@ -185,6 +193,11 @@ class Tokenizer:
         token_id = self._plain.token_to_id(token)
         assert token_id is not None
         return token_id
+
+    @property
+    def template_settings(self) -> set[str]:
+        """The names that the chat template reads."""
+        return self._template.settings
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -224,11 +237,16 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of tokens as they come. A character waits until it is whole; `flush` ends the text."""
+    """The text of tokens as they come. A character waits until it is whole; `flush` ends the text.
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    Special tokens say nothing if `skip_special`, but for those `shown`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: frozenset[int] = frozenset()
+    ) -> None:
         self._spelling = tokenizer.spelling
-        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._skipped = tokenizer.special_ids - shown if skip_special else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True
 
@@ -300,6 +318,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
+
+
+def _spell_calls(message: Message) -> Message:
+    """The same message; the arguments of its calls, where they are text, are not quoted by a template."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return {**message, "tool_calls": [{**call, "function": _spell_call(call["function"])} for call in calls]}
+
+
+def _spell_call(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = function.get("arguments")
+    return {**function, "arguments": JsonText(arguments)} if isinstance(arguments, str) else function
 
 
 def _is_control(token: dict[str, Any]) -> bool:
