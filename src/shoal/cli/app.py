@@ -20,6 +20,7 @@ import typer
 
 from shoal.cli.bench import bench_app
 from shoal.cli.data import app as data_app
+from shoal.cli.serve import serve
 
 if TYPE_CHECKING:
     from shoal.data.text import Tokenizer
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command()(serve)
 
 
 class Dtype(StrEnum):

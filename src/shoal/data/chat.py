@@ -138,7 +138,7 @@ class ChatTemplate:
         given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(given)
-        except (TemplateError, TypeError) as error:  # TypeError: a content that is not text
+        except (TemplateError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             raise ValueError(f"the chat template refused these messages: {error}") from error
 
     @cached_property

@@ -113,6 +113,12 @@ class Tokenizer:
         """The id of a token by its name in the vocabulary; None where it has no such token."""
         return self._plain.token_to_id(token)
 
+    def spelled_tokens(self) -> dict[int, str]:
+        """Every id that is no added token, as the vocabulary spells it."""
+        added = {token["id"] for token in self._added_tokens}
+        vocabulary: dict[str, int] = json.loads(self.definition)["model"]["vocab"]
+        return {token_id: token for token, token_id in vocabulary.items() if token_id not in added}
+
     @cached_property
     def spelling(self) -> Spelling:
         return Spelling.of(json.loads(self.definition))

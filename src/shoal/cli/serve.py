@@ -1,0 +1,149 @@
+"""`shoal serve`: a checkpoint behind OpenAI's API.
+
+The server is not handed an engine but how to build one (`Opening`): that is done, and done again after a
+crash, in a process of its own. What a person sees while it loads is here; logs, as lines of JSON, are the
+server's, and go to standard error like everything else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from shoal.engine import Engine, EngineSettings
+
+KEY_VARIABLE = "SHOAL_API_KEY"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the engine's process makes its engine. It is pickled on its way there."""
+
+    folder: Path
+    settings: EngineSettings
+    device: str = "auto"
+    dtype: str | None = None
+
+    def __call__(self, report: Callable[[str, int, int], None]) -> Engine:
+        import torch
+
+        from shoal.stages.llm import open_engine
+
+        told = 0
+
+        def progress(done: int, total: int, num_bytes: int) -> None:
+            nonlocal told
+            if done == total or done * 4 // total > told:
+                told = done * 4 // total
+                report("loading", done, total)
+
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return open_engine(self.folder, self.settings, device=self.device, dtype=dtype, progress=progress)
+
+
+def serve(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name. Default: its folder's, or its id.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"Keys, one a line. Or set {KEY_VARIABLE}. Without: no key is needed.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or v2, v2.5, v3, r1, v3.1. Default: the checkpoint's.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond that, 429.")] = 256,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 2048,
+    cache_gib: Annotated[float, typer.Option(help="Memory for the cache, in GiB.")] = 1.0,
+    prefix_cache: Annotated[bool, typer.Option(help="Remember the beginnings of prompts.")] = True,
+    deadline: Annotated[float | None, typer.Option(help="Seconds until an answer is given up.")] = None,
+    drain: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to those being served.")] = 60.0,
+    max_body_mib: Annotated[float, typer.Option(help="The largest request, in MiB.")] = 16.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+) -> None:
+    """Serve a model over OpenAI's API: chat completions, completions, responses (docs/serving.md)."""
+    from shoal.checkpoint import hf
+    from shoal.cli.view import say
+    from shoal.data.text import Tokenizer
+    from shoal.engine import EngineSettings
+    from shoal.server.gate import Limits
+    from shoal.server.lifecycle import ServerSettings, log_to_stderr, run
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"--dtype is {dtype!r}; it must be float32 or bfloat16")
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
+    folder = hf.find_folder(path, download=download)
+    tokenizer = Tokenizer.load(folder)
+    settings = ServerSettings(
+        model=name or (folder.resolve().name if Path(path).is_dir() else path),
+        host=host,
+        port=port,
+        keys=_read_keys(api_key_file),
+        limits=Limits(
+            max_body_bytes=int(max_body_mib * 2**20),
+            max_queue=max_queue,
+            deadline=deadline,
+            drain_seconds=drain,
+        ),
+        chat_template=find_template(chat_template),
+    )
+    opening = Opening(
+        folder,
+        EngineSettings(
+            cache_bytes=int(cache_gib * 2**30),
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            prefix_cache=prefix_cache,
+        ),
+        device,
+        dtype,
+    )
+    log_to_stderr(log_level)
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        say(f"{what} {done}/{total}" if total > 1 else what)
+
+    code = run(opening, tokenizer, settings, say=say, on_progress=on_progress)
+    if code:
+        raise typer.Exit(code)
+
+
+def find_template(name: str | None) -> str | None:
+    """The text of a template that takes the place of the checkpoint's; None leaves that."""
+    from shoal.data.chat import BUILT_IN
+
+    if name is None:
+        return None
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    try:
+        return Path(name).read_text("utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--chat-template is {name!r}, neither one of {', '.join(BUILT_IN)} nor a file: {error.strerror}"
+        ) from None
+
+
+def _read_keys(file: Path | None) -> tuple[str, ...]:
+    lines = [] if file is None else file.read_text("utf-8").splitlines()
+    keys = [line.strip() for line in lines if line.strip()]
+    if file is not None and not keys:
+        raise ValueError(f"{file} holds no API key; write one a line")
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
+    return tuple(keys)

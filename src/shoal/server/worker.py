@@ -1,0 +1,166 @@
+"""The engine's process: builds an engine, then steps it for whoever holds the other end of a socket.
+
+It is a process of its own so that neither a long step nor a crash of the device touches the clients'
+connections, and so that text and HTTP cost the engine no time. Frames are a length and a pickle, of tuples of
+plain values: the two ends are the same program on the same machine, and nothing a client sends is unpickled.
+
+The law: it never decides. It adds and cancels what it is told, reports every event and, each second, how it
+is; when the other end is gone, so is it. Signals are the parent's business.
+"""
+
+from __future__ import annotations
+
+import pickle
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from shoal.engine import Engine, Event, SamplingParams
+from shoal.engine.stats import Stats
+
+LENGTH = struct.Struct("!I")
+BEAT_SECONDS = 1.0
+STATS_SECONDS = 0.25  # between two reports while it works
+
+
+class Report(Protocol):
+    """How far the loading is: `report("loading", 3, 10)`."""
+
+    def __call__(self, what: str, done: int, total: int) -> None: ...
+
+
+Build = Callable[[Report], Engine]  # picklable: it travels to the process that calls it
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the server must know of an engine to refuse what it could never serve."""
+
+    max_len: int  # positions of prompt and answer together
+    vocab_size: int
+    eos_ids: frozenset[int]
+    max_sequences: int
+    num_pages: int
+    page_size: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> EngineInfo:
+        eos = engine.config.eos_token_id
+        return cls(
+            max_len=min(engine.config.max_position_embeddings, engine.pool.capacity),
+            vocab_size=engine.config.vocab_size,
+            eos_ids=frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,)),
+            max_sequences=engine.settings.max_sequences,
+            num_pages=engine.pool.num_pages,
+            page_size=engine.settings.page_size,
+        )
+
+
+# An event as it travels: key, token, logprob, top, finish, cached, prompt_logprobs, prompt_tops, error
+Row = tuple[Any, ...]
+
+
+def frame(message: tuple[Any, ...]) -> bytes:
+    body = pickle.dumps(message, protocol=5)
+    return LENGTH.pack(len(body)) + body
+
+
+def work(end: socket.socket, build: Build) -> None:
+    """The process's main function."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end.setblocking(True)
+
+    def report(what: str, done: int, total: int) -> None:
+        end.sendall(frame(("loading", what, done, total)))
+
+    try:
+        engine = build(report)
+        report("warming up", 0, 1)
+        engine.warm_up()
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        end.sendall(frame(("failed", f"{error}" or type(error).__name__, isinstance(error, ValueError))))
+        return
+    try:
+        end.sendall(frame(("ready", EngineInfo.of(engine))))
+        _Loop(end, engine).run()
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the server is gone, and nobody waits for an answer
+
+
+class _Loop:
+    def __init__(self, end: socket.socket, engine: Engine) -> None:
+        self.end, self.engine = end, engine
+        self._buffer = bytearray()
+        self._request_of: dict[int, int] = {}  # the server's key -> the engine's request
+        self._key_of: dict[int, int] = {}
+        self._told = 0.0
+
+    def run(self) -> None:
+        while self._listen():
+            if self.engine.busy:
+                events = self.engine.step()
+                if events:
+                    self.end.sendall(frame(("events", [self._row(event) for event in events])))
+            now = time.monotonic()
+            if now - self._told > STATS_SECONDS:
+                self._told = now
+                self.end.sendall(frame(("stats", plain(self.engine.stats()))))
+
+    def _listen(self) -> bool:
+        """Take what the server has sent; wait for it where there is nothing else to do. False at its end."""
+        wait = 0.0 if self.engine.busy else BEAT_SECONDS
+        while select.select([self.end], [], [], wait)[0]:
+            data = self.end.recv(1 << 20)
+            if not data:
+                return False
+            self._buffer += data
+            self._read()
+            wait = 0.0
+        return True
+
+    def _read(self) -> None:
+        while len(self._buffer) >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(self._buffer)
+            if len(self._buffer) < LENGTH.size + size:
+                return
+            message = pickle.loads(self._buffer[LENGTH.size : LENGTH.size + size])
+            del self._buffer[: LENGTH.size + size]
+            if message[0] == "add":
+                self._add(*message[1:])
+            else:
+                assert message[0] == "cancel"
+                request = self._request_of.get(message[1])
+                if request is not None:
+                    self.engine.cancel(request)
+
+    def _add(self, key: int, ids: list[int], params: SamplingParams) -> None:
+        try:
+            request = self.engine.add(ids, params)
+        except ValueError as error:
+            self.end.sendall(frame(("refused", key, str(error))))
+            return
+        self._request_of[key], self._key_of[request] = request, key
+
+    def _row(self, event: Event) -> Row:
+        key = self._key_of[event.request]
+        if event.finish is not None:
+            del self._key_of[event.request], self._request_of[key]
+        return (
+            *(key, event.token, event.logprob, event.top, event.finish, event.cached),
+            *(event.prompt_logprobs, event.prompt_tops, event.error),
+        )
+
+
+def plain(stats: Stats) -> dict[str, Any]:
+    """Stats, with lists for tensors."""
+    values = {field.name: getattr(stats, field.name) for field in fields(stats)}
+    for name in ("expert_tokens", "experts_touched"):
+        if values[name] is not None:
+            values[name] = values[name].tolist()
+    return values

@@ -1,0 +1,114 @@
+"""LLM: a checkpoint and its tokenizer behind one object, for text in and text out in one process.
+
+    from shoal import LLM
+    llm = LLM("path/to/checkpoint")
+    llm.generate(["Once upon a time"], SamplingParams(max_tokens=50))[0].text
+
+`open_engine` is the first half of that, and what `shoal serve` runs in the engine's process. The law is the
+engine's: what a prompt gets does not depend on what else is generated beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.checkpoint import hf
+from shoal.checkpoint.shards import Progress
+from shoal.data.chat import Message
+from shoal.data.text import StopStrings, TextStream, Tokenizer
+from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
+from shoal.engine.grammar import Vocabulary
+
+
+@dataclass(frozen=True)
+class TextCompletion:
+    """`text` ends before the stop string, where one ended it; `completion` has all the tokens drawn."""
+
+    prompt_ids: tuple[int, ...]
+    text: str
+    finish: str
+    completion: Completion
+
+
+class LLM:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        download: bool = False,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        folder = hf.find_folder(model, download=download)
+        self.tokenizer = Tokenizer.load(folder)
+        self.engine = open_engine(folder, settings or EngineSettings(), device=device, dtype=dtype)
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        stop: Sequence[str] = (),
+    ) -> list[TextCompletion]:
+        """Continue texts, or token ids; in the order of the prompts."""
+        bos = self.tokenizer.adds_bos
+        ids = [
+            self.tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        completions = self.engine.generate(ids, params or SamplingParams(max_tokens=256))
+        return [self._read(each, own, stop) for each, own in zip(completions, ids, strict=True)]
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        stop: Sequence[str] = (),
+        thinking: bool | None = None,
+    ) -> list[TextCompletion]:
+        """Answer conversations: lists of {"role": ..., "content": ...}."""
+        prompts = [self.tokenizer.chat(messages, thinking=thinking) for messages in conversations]
+        return self.generate(prompts, params, stop=stop)
+
+    def _read(self, completion: Completion, prompt: list[int], stop: Sequence[str]) -> TextCompletion:
+        stream, stops = TextStream(self.tokenizer), StopStrings(stop)
+        said = completion.ids[:-1] if completion.finish == "stop" else completion.ids
+        text = stops.push(stream.push(said) + stream.flush())
+        text += stops.flush() if stops.stopped is None else ""
+        finish = completion.finish if stops.stopped is None else "stop"
+        return TextCompletion(tuple(prompt), text, finish, completion)
+
+
+def open_engine(
+    folder: Path,
+    settings: EngineSettings,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Engine:
+    """An engine over a checkpoint's folder, which knows what its ids mean where there is a tokenizer."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hf.load(folder, device=device, dtype=dtype, mtp=settings.speculate > 0, progress=progress).eval()
+    vocabulary = None
+    if (folder / "tokenizer.json").is_file():
+        vocabulary = read_vocabulary(Tokenizer.load(folder), model.config.vocab_size)
+    return Engine(model, settings, vocabulary)
+
+
+def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """What the ids of a tokenizer mean, for grammars. Control tokens mean nothing there."""
+    tokens = [""] * min(size, tokenizer.vocab_size)
+    for token_id, token in tokenizer.spelled_tokens().items():
+        if token_id < len(tokens):
+            tokens[token_id] = token
+    return Vocabulary(
+        tuple(tokens), "byte_fallback" if tokenizer.spelling.drops_first_space else "byte_level"
+    )

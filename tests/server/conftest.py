@@ -1,0 +1,150 @@
+"""What the tests of this room share: a real server, in processes of its own, over a tiny model.
+
+The server is `shoal serve` as a user starts it, on a free port of 127.0.0.1; one serves all tests that do it
+no harm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from shoal.checkpoint import hf
+from shoal.config.families import tiny
+from shoal.data.text import Tokenizer
+from shoal.data.tokenizer import train_tokenizer
+from shoal.model.transformer import Transformer
+
+TEXT = "def add(a, b):\n    return a + b\n" * 40
+MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    reader: threading.Thread = field(init=False)
+    url: str = ""
+    lines: list[str] = field(default_factory=list)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        values = re.findall(rf"^shoal:{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, values))
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 10.0) -> float:
+        """How long it took."""
+        start = time.monotonic()
+        while not holds():
+            assert time.monotonic() - start < seconds, f"not within {seconds} s; log: {self.lines[-5:]}"
+            time.sleep(0.02)
+        return time.monotonic() - start
+
+    def engine_pid(self) -> int:
+        """The child that is no resource tracker."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        pids = (
+            [
+                int(pid)
+                for task in Path(f"/proc/{self.process.pid}/task").iterdir()
+                for pid in (task / "children").read_text().split()
+            ]
+            if children.exists()
+            else []
+        )
+        return next(pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny V3 with a tokenizer, its weights large enough that its predictions are not flat."""
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = train_tokenizer([TEXT, "".join(map(chr, range(32, 1000)))], 320)
+    tokenizer.save(folder / "tokenizer")
+    config = replace(tiny("deepseek-v3"), initializer_range=0.2, bos_token_id=0, eos_token_id=1)
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    files = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    hf.save(model, folder / "tiny", tokenizer_files=files)
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def launch(checkpoint: Path) -> Iterator[Start]:
+    """Start a server and wait until it is ready; with `ready=False`, until it has bound its port."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, ready: bool = True, env: dict[str, str] | None = None) -> Server:
+        command = [sys.executable, "-c", MAIN, "serve", str(checkpoint), "--port", "0", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        server = Server(process)
+        servers.append(server)
+        assert process.stderr is not None
+        server.reader = threading.Thread(
+            target=lambda: server.lines.extend(process.stderr or ()), daemon=True
+        )
+        server.reader.start()
+        if ready:
+            server.wait_until(lambda: process.poll() is not None or bool(_address(server)), 120)
+            assert process.poll() is None, server.lines
+            server.url = _address(server)
+        return server
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait(10)
+        server.reader.join(10)
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+
+
+def _address(server: Server) -> str:
+    found = [match[1] for line in server.lines if (match := re.search(r"ready on (http://\S+)", line))]
+    return found[0] if found else ""
+
+
+@pytest.fixture(scope="session")
+def server(launch: Start) -> Server:
+    """For every test that leaves it as it was."""
+    return launch("--max-sequences", "16", "--max-queue", "64")
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client

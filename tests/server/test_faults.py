@@ -1,0 +1,250 @@
+"""What goes wrong with clients, engines and machines ends in an error that says so, or in nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from shoal.data.text import Tokenizer
+from shoal.server.errors import ApiError
+from shoal.server.prompts import Prompter
+from shoal.server.protocol import Message
+from tests.server.conftest import MAIN, Server, Start
+
+LONG: Any = {"model": "tiny", "prompt": "def", "max_tokens": 2000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def frail(launch: Start) -> Server:
+    """A server to be broken, in the order of the tests."""
+    return launch(
+        "--max-sequences", "2", "--max-queue", "1", "--max-body-mib", "2", env={"SHOAL_API_KEY": "secret"}
+    )
+
+
+@pytest.fixture
+def key() -> dict[str, str]:
+    return {"Authorization": "Bearer secret"}
+
+
+def idle(server: Server) -> bool:
+    return server.metric("num_requests_running") == 0 == server.metric("kv_cache_usage_perc")
+
+
+def read(stream: httpx.Response) -> Iterator[Any]:
+    for line in stream.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server, stream: bool) -> None:
+    server.wait_until(lambda: idle(server))
+    aborted = server.metric("request_success_total")
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+        body = json.dumps({**LONG, "stream": stream}).encode()
+        head = ["POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json"]
+        head += [f"content-length: {len(body)}", "", ""]
+        client.sendall("\r\n".join(head).encode() + body)
+        server.wait_until(lambda: server.metric("num_requests_running") == 1)
+    # A second, and the quarter after which the engine reports again
+    assert server.wait_until(lambda: idle(server)) < 1.5
+    assert server.metric("request_success_total") == aborted + 1
+
+
+def test_a_slow_reader_holds_up_nobody_and_loses_nothing(server: Server) -> None:
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=60
+    ) as slow:
+        time.sleep(0.5)
+        start = time.monotonic()
+        quick = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 2}, timeout=60)
+        assert quick.status_code == 200 and time.monotonic() - start < 5
+        chunks = list(read(slow))
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+BAD: list[tuple[str, bytes, str]] = [
+    ("malformed", b'{"prompt": "x"', "not JSON"),
+    ("nan", b'{"prompt": "x", "temperature": NaN}', "not JSON"),
+    ("not utf-8", b'{"prompt": "\xff"}', "not JSON"),
+    ("half a pair", b'{"prompt": "\\ud800"}', "not JSON"),
+    ("deep", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON"),
+    ("a list", b"[1]", "body"),
+    ("no prompt", b"{}", "prompt is missing"),
+    ("wrong type", b'{"prompt": 5}', "prompt"),
+    ("text for a number", b'{"prompt": "x", "max_tokens": "5"}', "max_tokens"),
+    ("huge", b'{"prompt": "x", "max_tokens": 1e300}', "max_tokens"),
+    ("infinite", b'{"prompt": "x", "temperature": 1e400}', "infinity"),
+    ("huge seed", b'{"prompt": "x", "seed": 99999999999999999999999}', "seed"),
+    ("hot", b'{"prompt": "x", "temperature": -1}', "greater than or equal to 0"),
+    ("misspelt", b'{"prompt": "x", "max_tokns": 5}', "did you mean max_tokens"),
+    ("no such id", b'{"prompt": [1, 999999]}', "vocabulary"),
+    ("empty", b'{"prompt": []}', "empty"),
+    ("bias", b'{"prompt": "x", "logit_bias": {"abc": 1}}', "token ids"),
+    ("stops", b'{"prompt": "x", "stop": "' + b"s" * 1_000_000 + b'"}', "1024"),
+    ("many stops", b'{"prompt": "x", "stop": [' + b",".join([b'"s"'] * 100_000) + b"]}", "64"),
+    ("too long", b'{"prompt": "' + b"word " * 20_000 + b'"}', "context is 2560 tokens"),
+    ("regex", b'{"prompt": "x", "structured_outputs": {"regex": "[a"}}', "cannot be compiled"),
+    ("two formats", b'{"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["a"]}}', "2 formats"),
+]
+
+
+@pytest.mark.parametrize(("body", "says"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
+def test_what_cannot_be_served_is_refused_in_openais_shape(server: Server, body: bytes, says: str) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and says in error["message"]
+    assert len(error["message"]) < 600
+
+
+def test_hostile_schemas_are_refused(server: Server) -> None:
+    deep: Any = {"type": "string"}
+    for _ in range(300):
+        deep = {"type": "object", "properties": {"a": deep}}
+    wide = {"enum": ["x" * 1000] * 1000}
+    for schema, says in ((deep, "nested deeper than 32"), (wide, "65536")):
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body = {"messages": [{"role": "user", "content": "x"}], "response_format": form}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_keys_and_bodies_are_checked_before_anything_else(frail: Server, key: dict[str, str]) -> None:
+    url = f"{frail.url}/v1/models"
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        answer = httpx.get(url, headers=headers)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(url, headers=key).status_code == 200
+    assert httpx.get(f"{frail.url}/health").status_code == 200
+    large = httpx.post(f"{frail.url}/v1/completions", headers=key, content=b"x" * (3 << 20))
+    assert large.status_code == 413
+    named = httpx.get(url, headers={**key, "x-request-id": "mine"})
+    assert named.headers["x-request-id"] == "mine"
+
+
+def test_a_full_queue_says_when_to_come_again(frail: Server, key: dict[str, str]) -> None:
+    with openai.OpenAI(base_url=f"{frail.url}/v1", api_key="secret", max_retries=0) as client:
+        extra: Any = {"extra_body": {"ignore_eos": True}}
+        streams = [
+            client.completions.create(model="tiny", prompt="x", max_tokens=2000, stream=True, **extra)
+            for _ in range(2)
+        ]
+        answer = httpx.post(f"{frail.url}/v1/completions", headers=key, json={**LONG, "n": 2})
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
+        assert "of at most 3" in answer.json()["error"]["message"]
+        for stream in streams:
+            stream.close()
+    too_many = httpx.post(f"{frail.url}/v1/completions", headers=key, json={**LONG, "n": 4})
+    assert too_many.status_code == 400
+    frail.wait_until(lambda: idle(frail))
+
+
+def test_an_engine_that_is_killed_fails_its_clients_at_once_and_is_started_again(
+    frail: Server, key: dict[str, str]
+) -> None:
+    start = time.monotonic()
+    with httpx.stream(
+        "POST", f"{frail.url}/v1/completions", headers=key, json={**LONG, "stream": True}, timeout=60
+    ) as stream:
+        chunks = read(stream)
+        next(chunks)
+        os.kill(frail.engine_pid(), signal.SIGKILL)
+        start = time.monotonic()
+        last = list(chunks)[-1]
+    assert last["error"]["code"] == "engine_died" and time.monotonic() - start < 3
+    health = httpx.get(f"{frail.url}/health")
+    assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
+    refused = httpx.post(f"{frail.url}/v1/completions", headers=key, json={**LONG, "max_tokens": 2})
+    assert refused.status_code == 503
+    frail.wait_until(lambda: httpx.get(f"{frail.url}/ready").status_code == 200, 60)
+    served = httpx.post(f"{frail.url}/v1/completions", headers=key, json={**LONG, "max_tokens": 2})
+    assert served.status_code == 200
+    assert frail.metric("engine_restarts_total") == 1
+
+
+def test_sigterm_lets_requests_finish_and_exits_0(frail: Server, key: dict[str, str]) -> None:
+    said: list[Any] = []
+
+    def ask() -> None:
+        body = {**LONG, "stream": True, "max_tokens": 300}
+        with httpx.stream(
+            "POST", f"{frail.url}/v1/completions", headers=key, json=body, timeout=60
+        ) as stream:
+            said.extend(read(stream))
+
+    client = threading.Thread(target=ask)
+    client.start()
+    frail.wait_until(lambda: bool(said) or frail.metric("num_requests_running") > 0)
+    frail.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{frail.url}/health")
+    client.join(60)
+    assert said[-1]["choices"][0]["finish_reason"] == "length"
+    assert frail.process.wait(30) == 0
+
+
+@pytest.mark.slow  # a server of its own
+def test_a_second_sigterm_cuts(launch: Start) -> None:
+    server = launch()
+    body = {**LONG, "stream": True, "max_tokens": 2500}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+        chunks = read(stream)
+        next(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: any("draining" in line for line in server.lines))
+        start = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert "error" in list(chunks)[-1]
+    assert server.process.wait(30) == 1 and time.monotonic() - start < 10
+
+
+def _fails(checkpoint: Path, *arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-c", MAIN, "serve", str(checkpoint), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run.returncode, run.stderr
+
+
+def test_a_port_in_use_is_one_line(server: Server, checkpoint: Path) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    code, said = _fails(checkpoint, "--port", port)
+    assert code == 2 and said.count("\n") == 1
+    assert f"port {port} on 127.0.0.1 is in use" in said and "--port" in said
+
+
+def test_a_hostile_template_does_no_harm(tokenizer: Tokenizer) -> None:
+    for hostile in (
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for x in range(999999999) %}{{ x }}{% endfor %}",
+    ):
+        with pytest.raises(ApiError, match="chat template refused") as refusal:
+            Prompter.of(tokenizer, hostile).chat([Message(role="user", content="x")])
+        assert refusal.value.status == 400
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(server: Server) -> None:
+    file = Path(__file__).parents[2] / "deploy" / "grafana.json"
+    asked = set(re.findall(r"shoal:\w+", file.read_text("utf-8")))
+    said = httpx.get(f"{server.url}/metrics").text
+    given = {name for line in said.splitlines() for name in re.findall(r"^# TYPE (\S+)", line)}
+    given |= {f"{name}_bucket" for name in given} | {f"{name}_total" for name in given}
+    assert {name for name in asked - given if "spec_decode" not in name} == set()  # this model drafts nothing
