@@ -175,12 +175,13 @@ class Engine:
         self.runner.capture()
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
         pages = self.pool.take(self.pool.count_pages(most))
-        wishes = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)]
-        for length in sorted({min(length, most) for length in (1, 2, 15, 16, 17, 100, 128, 1000, most)}):
+        for length in _lengths(most):
             for start in {0, min(length, most - length)}:
                 step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
-                for wish in wishes:
-                    sampling.sample(step.logits_MV, [Draw(wish, 0, 0)])
+        # A step of prompts and decodes, and each way to sample.
+        step = self.runner.run([Span(pages, 0, [0] * (most // 2), 1), Span(pages, most // 2, [0], 1)])
+        for wish in (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)):
+            sampling.sample(step.logits_MV, [Draw(wish, 0, 0), Draw(wish, 1, 0)])
         self.pool.release(pages)
 
     def stats(self) -> Stats:
@@ -502,6 +503,18 @@ class Engine:
             routing=routing,
             error=error,
         )
+
+
+def _lengths(most: int) -> list[int]:
+    """Lengths of steps up to `most` that meet every plan of the kernels: those choose by size, and compile
+    apart for sizes that are multiples of 16."""
+    lengths = {most}
+    base = 1
+    while base <= most:
+        for length in (base, base + base // 2):
+            lengths |= {length, length + 1, length + 8}
+        base *= 2
+    return sorted(length for length in lengths if length <= most)
 
 
 def _draw_up(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
