@@ -75,9 +75,9 @@ def draw_up(
     activations = step_bytes(config, max_batch_tokens, min(max_batch_tokens, max_sequences), dtype_bytes)
     graphs = 0
     if graph_sizes:
-        kept = (config.vocab_size + config.hidden_size) * dtype_bytes  # each graph's results, a row
-        widest = max(graph_sizes)
-        graphs = graphs_a_size * sum(graph_sizes) * kept + step_bytes(config, widest, widest, dtype_bytes)
+        widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
+        graphs = graphs_a_size * sum(graph_sizes) * kept + 4 * config.vocab_size * widest
+        graphs += step_bytes(config, widest, widest, dtype_bytes)
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1
     usable = max_sequences * -(-config.max_position_embeddings // page_size)

@@ -30,6 +30,7 @@ from shoal.config.model import ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
 from shoal.engine.records import Records
+from shoal.engine.sampling import Scores
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.model.transformer import Transformer
@@ -57,7 +58,7 @@ class Span(NamedTuple):
 class Step:
     """What a step computes, on the device."""
 
-    logits_MV: Tensor  # of the rows to draw from, in the order of the spans
+    scores: Scores  # of the rows to draw from, in the order of the spans
     hidden_TD: Tensor
     table_SB: Tensor  # int32: the pages of each span
 
@@ -87,6 +88,10 @@ class Runner:
         self.records = Records(config, num_pages, page_size, head.device)
         self._width = 1 + num_drafts
         self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)
+        self._logits = None
+        if buckets and head.is_cuda:
+            rows = max(buckets) * self._width
+            self._logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=head.device)
         self.buckets = Buckets(buckets, contexts, page_size, scratch=num_pages, device=head.device)
 
     def place(self, sequence: Sequence, guess: int = 0) -> int:
@@ -114,11 +119,12 @@ class Runner:
             bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
         if bucket is None:
             inputs = self.inputs(spans)
-            return Step(*self._forward(inputs), inputs.table_SB)
+            *scores, hidden_TD = self._forward(inputs)
+            return Step(Scores(*scores), hidden_TD, inputs.table_SB)
         rows = [Row(span.codes, span.start, span.pages) for span in spans]
-        logits_MV, hidden_TD = bucket.run(rows, self._forward)
+        *scores, hidden_TD = bucket.run(rows, self._forward_padded)
         used = len(rows) * tokens
-        return Step(logits_MV[:used], hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
+        return Step(Scores(*scores).first(used), hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
 
     @torch.inference_mode()
     def keep(self, tokens_S: Tensor, sequences: list[Sequence], guess: int = 0) -> None:
@@ -132,7 +138,7 @@ class Runner:
         """Record the graphs of all buckets."""
         if self.device.type == "cuda":
             for tokens in {1, self._width}:
-                self.buckets.capture(self._forward, tokens)
+                self.buckets.capture(self._forward_padded, tokens)
 
     @torch.inference_mode()
     def score(self, span: Span, targets: list[int]) -> list[float]:
@@ -223,8 +229,16 @@ class Runner:
             has_prefix=any(span.start for span in spans),
         )
 
-    def _forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _forward_padded(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The same into memory that all graphs share for what is largest, their logits."""
+        return self._forward(inputs, self._logits)
+
+    def _forward(self, inputs: Inputs, logits: Tensor | None = None) -> tuple[Tensor, ...]:
+        """`Scores` of the rows to draw from, and the hidden states of all."""
         batch = self.batch(inputs)
         output = self.model(batch)
         self.records.write(inputs.slots_T, batch.ids_T, output.routing)
-        return self.model.logits(output.hidden_TD, batch), output.hidden_TD
+        found_MV = self.model.logits(output.hidden_TD, batch)
+        if logits is not None:
+            found_MV = logits[: len(found_MV)].copy_(found_MV)
+        return (*Scores.of(found_MV), output.hidden_TD)

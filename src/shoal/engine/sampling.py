@@ -43,6 +43,22 @@ class History(NamedTuple):
     num_prompt: list[int]  # by row: how many of them are the prompt's
 
 
+class Scores(NamedTuple):
+    """Rows of logits, and what every way to sample needs of them. Made where a graph can hold it."""
+
+    logits_SV: Tensor  # float32
+    best_S1: Tensor  # int64: the lowest id among the largest
+    total_S1: Tensor  # float32: log of the sum of exponentials
+
+    @classmethod
+    def of(cls, logits_SV: Tensor) -> Scores:
+        logits_SV = logits_SV.float()
+        return cls(logits_SV, logits_SV.argmax(-1, keepdim=True), logits_SV.logsumexp(-1, keepdim=True))
+
+    def first(self, rows: int) -> Scores:
+        return Scores(*(column[:rows] for column in self))
+
+
 class Drawn(NamedTuple):
     """Tokens, and log-probabilities as the model has them: before all that was asked for. On the device."""
 
@@ -92,15 +108,14 @@ def uniform(seed: int, position: int) -> float:
 
 
 def draw(
-    logits_SV: Tensor, draws: list[Draw], history: History | None = None, allowed_SV: Tensor | None = None
+    scores: Scores, draws: list[Draw], history: History | None = None, allowed_SV: Tensor | None = None
 ) -> Drawn:
     """One token for each row. Launches only, on CUDA. `allowed_SV` are the tokens that grammars leave."""
-    logits_SV = logits_SV.float()
+    logits_SV, best_S1, total_S1 = scores
     bent_SV = _bend(logits_SV, draws, history)
     if allowed_SV is not None:
         bent_SV = bent_SV.masked_fill(~allowed_SV, float("-inf"))
-    tokens_S1 = choose(bent_SV, draws)
-    total_S1 = logits_SV.logsumexp(-1, keepdim=True)
+    tokens_S1 = choose(bent_SV, draws, best_S1 if bent_SV is logits_SV else bent_SV.argmax(-1, keepdim=True))
     best, ids = logits_SV[:, :0], tokens_S1[:, :0]
     if most := max((draw.params.logprobs for draw in draws), default=0):
         best, ids = logits_SV.topk(most, dim=-1)
@@ -109,7 +124,7 @@ def draw(
 
 def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None) -> list[Sample]:
     """One token for each row, on the host."""
-    packed = draw(logits_SV, draws, history).pack()
+    packed = draw(Scores.of(logits_SV), draws, history).pack()
     return read(packed.cpu(), [draw.params.logprobs for draw in draws])
 
 
@@ -163,11 +178,10 @@ def _penalise(logits_SV: Tensor, draws: list[Draw], rows: list[int], history: Hi
     return logits_SV.index_copy(0, rows_S, chosen_SV)
 
 
-def choose(logits_SV: Tensor, draws: list[Draw]) -> Tensor:
+def choose(logits_SV: Tensor, draws: list[Draw], best_S1: Tensor) -> Tensor:
     """The token (S, 1) of each row: temperature, top-k, top-p, min-p, and the inverse of the cumulative
-    distribution at the row's number. Everything that precedes it is in the logits."""
+    distribution at the row's number. Everything that precedes it is in the logits, whose best are given."""
     params = [draw.params for draw in draws]
-    best_S1 = logits_SV.argmax(-1, keepdim=True)
     if all(p.temperature == 0 for p in params):
         return best_S1
     size = logits_SV.shape[1]

@@ -80,7 +80,7 @@ class Drafter:
                 return
             logits_SV = torch.nn.functional.linear(hidden_SD, model.head_weight()).float()
             draws = [Draw(each.params, each.seed, len(each.ids) + guess - 1) for each in line]
-            tokens_S = sampling.choose(logits_SV, draws).squeeze(1)
+            tokens_S = sampling.choose(logits_SV, draws, logits_SV.argmax(-1, keepdim=True)).squeeze(1)
             runner.keep(tokens_S, line, guess)
             self._guesses.append(
                 ({each.request: at for at, each in enumerate(line)}, staging.Parcel(tokens_S))
