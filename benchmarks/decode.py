@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILL_TARGETS))
     parser.add_argument("--peer", action="store_true", help="transformers in the same run, batches 1 and 32")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose kernels are listed")
+    parser.add_argument("--quick", action="store_true", help="only graphs before it begins, no other kernels")
     parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
     arguments = parser.parse_args()
 
@@ -226,7 +228,10 @@ def main() -> None:
         buckets=tuple(arguments.batches),
     )
     engine = Engine(model, settings)
-    engine.warm_up()
+    if arguments.quick:
+        engine.runner.capture()
+    else:
+        engine.warm_up()
     torch.cuda.synchronize()
     say("warm", begun)
     rows: list[Row] = []
@@ -237,8 +242,6 @@ def main() -> None:
         rows.append(prefill(engine, count))
         say(table(rows[-1:]).splitlines()[-1], begun)
     print(table(rows), flush=True)
-    for batch in arguments.profile:
-        say(profile(engine, batch), begun)
     if arguments.peer:
         peers = {}
         for batch, rate in peer(config, [1, 32]):
@@ -249,14 +252,16 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name()
-        command = f"python -m benchmarks.decode --model {arguments.model}" + (
-            " --peer" if arguments.peer else ""
-        )
+        command = " ".join(("python -m benchmarks.decode", *sys.argv[1:]))
         with arguments.out.open("a") as file:
             file.write(f"\n## {device}, torch {torch.__version__}\n\n`{command}`\n\n{table(rows)}\n")
         with arguments.out.with_suffix(".jsonl").open("a") as file:
             for row in rows:
                 file.write(json.dumps({"device": device, "command": command, **asdict(row)}) + "\n")
+
+    # Last: launches stay slower in a process that was once traced.
+    for batch in arguments.profile:
+        say(profile(engine, batch), begun)
 
 
 if __name__ == "__main__":
