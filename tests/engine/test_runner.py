@@ -34,7 +34,7 @@ def seen_by_the_model(runner: Runner, picks: list[Pick]) -> tuple[Batch, Tensor]
         batches.append(inputs[0])
 
     hook = runner.model.register_forward_pre_hook(watch)
-    logits = runner.run([runner.span(pick) for pick in picks]).scores.logits_SV
+    logits = runner.run([runner.span(pick) for pick in picks]).logits_MV
     hook.remove()
     (batch,) = batches
     return batch, logits
@@ -94,9 +94,9 @@ def test_the_cache_is_the_same_however_it_was_filled(model: Transformer, prompts
     for pages in whole.pages + pieces.pages:
         pages.fill_(math.nan)
     at_once, bit_by_bit = placed(ids, list(range(8))), placed(ids, [15, 3, 8, 1, 0, 12, 5, 10])
-    logits = whole.run([whole.span(Pick(at_once, 31))]).scores.logits_SV
+    logits = whole.run([whole.span(Pick(at_once, 31))]).logits_MV
     for num_new in (1, 6, 2, 13, 9):
-        last = pieces.run([pieces.span(Pick(bit_by_bit, num_new))]).scores.logits_SV
+        last = pieces.run([pieces.span(Pick(bit_by_bit, num_new))]).logits_MV
         bit_by_bit.num_computed += num_new
     torch.testing.assert_close(last, logits, rtol=0, atol=TOLERANCE)
     for layer in range(model.config.num_hidden_layers):

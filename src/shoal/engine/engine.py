@@ -181,7 +181,7 @@ class Engine:
         # A step of prompts and decodes, and each way to sample.
         step = self.runner.run([Span(pages, 0, [0] * (most // 2), 1), Span(pages, most // 2, [0], 1)])
         for wish in (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)):
-            sampling.draw(step.scores, [Draw(wish, 0, 0), Draw(wish, 1, 0)])
+            sampling.draw(step.logits_MV, [Draw(wish, 0, 0), Draw(wish, 1, 0)])
         self.pool.release(pages)
 
     def stats(self) -> Stats:
@@ -364,7 +364,7 @@ class Engine:
 
         prompts = [each.num_prompt for each in sequences]
         allowed_SV = self._allow([each.matcher for each in sequences])
-        result = sampling.draw(step.scores, draws, History(history, prompts), allowed_SV)
+        result = sampling.draw(step.logits_MV, draws, History(history, prompts), allowed_SV)
         if self._overlaps:
             self.runner.keep(result.tokens_S1.squeeze(1), sequences)
         return staging.Parcel(result.pack())

@@ -76,7 +76,7 @@ def draw_up(
     graphs = 0
     if graph_sizes:
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
-        graphs = graphs_a_size * sum(graph_sizes) * kept + 4 * config.vocab_size * widest
+        graphs = graphs_a_size * sum(graph_sizes) * kept + config.vocab_size * widest * dtype_bytes
         graphs += step_bytes(config, widest, widest, dtype_bytes)
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1

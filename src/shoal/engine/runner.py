@@ -30,7 +30,6 @@ from shoal.config.model import ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
 from shoal.engine.records import Records
-from shoal.engine.sampling import Scores
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.model.transformer import Transformer
@@ -58,7 +57,7 @@ class Span(NamedTuple):
 class Step:
     """What a step computes, on the device."""
 
-    scores: Scores  # of the rows to draw from, in the order of the spans
+    logits_MV: Tensor  # of the rows to draw from, in the order of the spans
     hidden_TD: Tensor
     table_SB: Tensor  # int32: the pages of each span
 
@@ -91,7 +90,7 @@ class Runner:
         self._logits = None
         if buckets and head.is_cuda:
             rows = max(buckets) * self._width
-            self._logits = torch.empty(rows, config.vocab_size, dtype=torch.float32, device=head.device)
+            self._logits = torch.empty(rows, config.vocab_size, dtype=head.dtype, device=head.device)
         self.buckets = Buckets(buckets, contexts, page_size, scratch=num_pages, device=head.device)
 
     def place(self, sequence: Sequence, guess: int = 0) -> int:
@@ -119,12 +118,11 @@ class Runner:
             bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
         if bucket is None:
             inputs = self.inputs(spans)
-            *scores, hidden_TD = self._forward(inputs)
-            return Step(Scores(*scores), hidden_TD, inputs.table_SB)
+            return Step(*self._forward(inputs), inputs.table_SB)
         rows = [Row(span.codes, span.start, span.pages) for span in spans]
-        *scores, hidden_TD = bucket.run(rows, self._forward_padded)
+        logits_MV, hidden_TD = bucket.run(rows, self._forward_padded)
         used = len(rows) * tokens
-        return Step(Scores(*scores).first(used), hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
+        return Step(logits_MV[:used], hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
 
     @torch.inference_mode()
     def keep(self, tokens_S: Tensor, sequences: list[Sequence], guess: int = 0) -> None:
@@ -229,16 +227,16 @@ class Runner:
             has_prefix=any(span.start for span in spans),
         )
 
-    def _forward_padded(self, inputs: Inputs) -> tuple[Tensor, ...]:
+    def _forward_padded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The same into memory that all graphs share for what is largest, their logits."""
         return self._forward(inputs, self._logits)
 
-    def _forward(self, inputs: Inputs, logits: Tensor | None = None) -> tuple[Tensor, ...]:
-        """`Scores` of the rows to draw from, and the hidden states of all."""
+    def _forward(self, inputs: Inputs, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the rows to draw from, and the hidden states of all."""
         batch = self.batch(inputs)
         output = self.model(batch)
         self.records.write(inputs.slots_T, batch.ids_T, output.routing)
         found_MV = self.model.logits(output.hidden_TD, batch)
         if logits is not None:
             found_MV = logits[: len(found_MV)].copy_(found_MV)
-        return (*Scores.of(found_MV), output.hidden_TD)
+        return found_MV, output.hidden_TD

@@ -78,9 +78,9 @@ class Drafter:
         for guess in range(1, count + 1):
             if not line:
                 return
-            logits_SV = torch.nn.functional.linear(hidden_SD, model.head_weight()).float()
+            logits_SV = torch.nn.functional.linear(hidden_SD, model.head_weight())
             draws = [Draw(each.params, each.seed, len(each.ids) + guess - 1) for each in line]
-            tokens_S = sampling.choose(logits_SV, draws, logits_SV.argmax(-1, keepdim=True)).squeeze(1)
+            tokens_S = sampling.choose(logits_SV, draws).tokens_S
             runner.keep(tokens_S, line, guess)
             self._guesses.append(
                 ({each.request: at for at, each in enumerate(line)}, staging.Parcel(tokens_S))
