@@ -188,6 +188,28 @@ def attention(
     return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
 
 
+def attention_part(
+    q_nHQ: Tensor, k_NGQ: Tensor, v_NGV: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence's n queries over N keys: o_nHV, and lse_nH in float32.
+
+    lse is the logarithm of the sum of exp(scale q k) over the keys that a query sees: all of them, or if
+    `causal` the first N - n + i + 1 for query i. What no key is seen by is 0, with an lse of -inf.
+    `merge_attention` joins the parts of disjoint keys. No gradient.
+    """
+    return call("attention_part", q_nHQ, k_NGQ, v_NGV, scale, causal)
+
+
+def merge_attention(
+    a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys, from that over each: o_nHV and lse_nH, both float32 (or wider).
+
+    o = (e^lse_a a + e^lse_b b) / (e^lse_a + e^lse_b). No gradient.
+    """
+    return call("merge_attention", a_nHV, lse_a_nH, b_nHV, lse_b_nH)
+
+
 def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
     """Keep row t of `rows` (T, ...) at slot `slots_T[t]` of `pages` (P, page_size, ...), in place. No
     gradient.

@@ -3,6 +3,9 @@
 The reference serves every device; a Triton kernel is chosen on CUDA where one exists and takes the call.
 `using` forces one side for a block of code (tests compare the two with it), and the environment variable
 SHOAL_OPS does so for a whole process. Only this file names `ops.reference` or `ops.triton`.
+
+Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every kernel that a row's result be
+the same, bit for bit, whatever else is in the batch. Most are so by nature; one that is not says how it would be.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -33,6 +36,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "limit_capacity": routing.limit_capacity,
     "grouped_mlp": experts.grouped_mlp,
     "attention": attention.attention,
+    "attention_part": attention.attention_part,
+    "merge_attention": attention.merge_attention,
     "write_cache": attention.write_cache,
     "write_latent_cache": cached.write_latent_cache,
     "write_kv_cache": cached.write_kv_cache,
@@ -53,12 +58,26 @@ class Kernel:
 
     run: Callable[..., Any]
     refusal: Callable[..., str | None]
+    invariant: Callable[..., Any] | None = None  # in batch-invariant mode; None: `run` is so by nature
+    choose: Callable[..., tuple[str, str]] | None = None  # which of several, and why; None: there is one
 
 
 @cache
 def kernels() -> dict[str, Kernel]:
     """The Triton side. Imported when first needed: Triton is on Linux only, and takes a second to import."""
-    from shoal.ops.triton import adamw, experts, gate, loss, norms, rotary, routing, sampling, swiglu
+    from shoal.ops.triton import (
+        adamw,
+        cache_attention,
+        experts,
+        gate,
+        loss,
+        norms,
+        rotary,
+        routing,
+        sampling,
+        swiglu,
+    )
+    from shoal.ops.triton import attention as packed_attention
     from shoal.ops.triton import cache as cached
 
     return {
@@ -67,6 +86,24 @@ def kernels() -> dict[str, Kernel]:
         "swiglu": Kernel(swiglu.swiglu, swiglu.swiglu_refusal),
         "rope": Kernel(rotary.rope, rotary.rope_refusal),
         "gate_logits": Kernel(gate.gate_logits, gate.gate_logits_refusal),
+        "attention": Kernel(
+            packed_attention.attention,
+            packed_attention.attention_refusal,
+            partial(packed_attention.attention, invariant=True),
+            packed_attention.choose,
+        ),
+        "attention_part": Kernel(packed_attention.attention_part, packed_attention.attention_refusal),
+        "merge_attention": Kernel(packed_attention.merge_attention, lambda *_: None),
+        "paged_attention": Kernel(
+            cache_attention.paged_attention,
+            cache_attention.paged_attention_refusal,
+            partial(cache_attention.paged_attention, invariant=True),
+        ),
+        "latent_attention": Kernel(
+            cache_attention.latent_attention,
+            cache_attention.latent_attention_refusal,
+            partial(cache_attention.latent_attention, invariant=True),
+        ),
         "route": Kernel(routing.route, routing.route_refusal),
         "limit_capacity": Kernel(routing.limit_capacity, lambda *_: None),
         "adamw": Kernel(adamw.adamw, adamw.adamw_refusal),
@@ -87,8 +124,17 @@ def _checked(side: str, where: str) -> Side:
     raise ValueError(f"{where} is {side!r}; set it to auto, reference or triton")
 
 
+def _switch(name: str) -> bool:
+    """An environment variable that is 0 or 1; unset is 0."""
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} is {value!r}; set it to 0 or 1")
+    return value == "1"
+
+
 _default_side = _checked(os.environ.get("SHOAL_OPS", "auto"), "SHOAL_OPS")
 _side: ContextVar[Side] = ContextVar("side", default=_default_side)
+_invariant: ContextVar[bool] = ContextVar("invariant", default=_switch("SHOAL_BATCH_INVARIANT"))
 
 
 @contextmanager
@@ -101,6 +147,16 @@ def using(side: Side) -> Iterator[None]:
         _side.reset(token)
 
 
+@contextmanager
+def batch_invariant(on: bool = True) -> Iterator[None]:
+    """Within the block a row's result does not depend on its batch, where a kernel serves it."""
+    token = _invariant.set(on)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
+
+
 def call(op: str, x: Tensor, *arguments: Any) -> Any:
     """Run `op` on the side that serves this call; `x`, its first tensor, says on which device."""
     side = _side.get()
@@ -108,7 +164,8 @@ def call(op: str, x: Tensor, *arguments: Any) -> Any:
         kernel = kernels().get(op)
         reason = "it has no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
         if kernel is not None and reason is None:
-            return kernel.run(x, *arguments)
+            run = kernel.invariant if _invariant.get() and kernel.invariant is not None else kernel.run
+            return run(x, *arguments)
         if side == "triton":
             raise ValueError(f"{op}: {reason}; use the side auto or reference")
     return REFERENCE[op](x, *arguments)
@@ -123,8 +180,12 @@ def explain(op: str, x: Tensor, *arguments: Any) -> str:
         return f"{op}: reference, since the tensors are on {x.device}"
     kernel = kernels().get(op)
     reason = "there is no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
-    if reason is None:
-        return f"{op}: triton"
+    if kernel is not None and reason is None:
+        fixed = _invariant.get() and kernel.invariant is not None
+        if kernel.choose is not None:
+            name, why = kernel.choose(x, *arguments, invariant=fixed)
+            return f"{op}: triton/{name} ({why})"
+        return f"{op}: triton" + (", in batch-invariant form" if fixed else "")
     return f"{op}: {'refused' if side == 'triton' else 'reference'}, since {reason}"
 
 

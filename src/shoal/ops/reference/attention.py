@@ -45,12 +45,41 @@ def attention(
 
 
 @torch.no_grad()
+def attention_part(
+    q_nHQ: Tensor, k_NGQ: Tensor, v_NGV: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    n, heads = q_nHQ.shape[:2]
+    N = k_NGQ.shape[0]
+    wide = torch.promote_types(q_nHQ.dtype, torch.float32)
+    q_HnQ, k_GNQ, v_GNV = (x.transpose(0, 1).to(wide) for x in (q_nHQ, k_NGQ, v_NGV))
+    k_HNQ, v_HNV = (x.repeat_interleave(heads // x.shape[0], dim=0) for x in (k_GNQ, v_GNV))
+    # 1. Scores, 2. mask, 3. their log-sum-exp, 4. values.
+    scores_HnN = torch.matmul(q_HnQ, k_HNQ.transpose(-1, -2)).mul_(scale)
+    if causal:
+        hidden_nN = torch.ones(n, N, dtype=torch.bool, device=q_nHQ.device).triu(N - n + 1)
+        scores_HnN.masked_fill_(hidden_nN, float("-inf"))
+    lse_Hn = scores_HnN.logsumexp(-1)
+    weights_HnN = (scores_HnN - lse_Hn.unsqueeze(-1)).exp().nan_to_num(0.0)
+    o_HnV = torch.matmul(weights_HnN, v_HNV)
+    return o_HnV.transpose(0, 1).to(q_nHQ.dtype), lse_Hn.transpose(0, 1)
+
+
+@torch.no_grad()
+def merge_attention(
+    a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(a_nHV.dtype, torch.float32)
+    lse_nH = torch.logaddexp(lse_a_nH, lse_b_nH)
+    share_a, share_b = ((lse - lse_nH).exp().nan_to_num(0.0).unsqueeze(-1) for lse in (lse_a_nH, lse_b_nH))
+    return a_nHV.to(wide) * share_a + b_nHV.to(wide) * share_b, lse_nH
+
+
+@torch.no_grad()
 def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
     # A view, never a copy: what cannot be seen as one row of slots is refused.
     pages.view(-1, *pages.shape[2:]).index_copy_(0, slots_T, rows)
 
 
-@torch.no_grad()
 @torch.no_grad()
 def _attend_cache(
     q_THd: Tensor,

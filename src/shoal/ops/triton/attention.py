@@ -1,0 +1,295 @@
+"""Causal attention over a pack on a GPU, with gradients, and pieces of it that are merged: who runs it.
+
+    cuDNN, one call of equal lengths    bf16 and fp16 on Hopper and data-centre Blackwell, the usual dims
+    cuDNN, ragged                       the same, with the boundaries of the pack
+    flash (Triton, ours)                everything else: float32, odd dims, other GPUs, batch-invariant mode
+
+cuDNN is PyTorch's own (aten's `_scaled_dot_product_cudnn_attention` and `_cudnn_attention_forward`) and stands
+at the limit on these shapes; `choose` says which serves a call, and why. cuDNN plans a ragged shape anew for
+each count of sequences and longest length it meets, so both are rounded up: the boundaries are padded with
+empty sequences to a power of two.
+
+A piece (`attention_part`) also gives the log-sum-exp of its scores, by which `merge_attention` joins two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shoal.ops.triton.flash import (
+    delta_kernel,
+    forward_kernel,
+    keys_backward_kernel,
+    queries_backward_kernel,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DIM = 256
+_LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a program, its warps, loads in flight."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the Triton kernels run one call."""
+
+    forward: Tile
+    keys: Tile
+    queries: Tile
+
+
+_PORTABLE = Tile(32, 32, 4, 2)
+PORTABLE = Plan(_PORTABLE, _PORTABLE, _PORTABLE)
+# Measured on an H200, 2026-11-24, dims 192 and 128.
+HOPPER = Plan(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2))
+
+
+def _plan(q_THQ: Tensor) -> Plan:
+    fits = q_THQ.is_cuda and q_THQ.dtype != torch.float32 and q_THQ.shape[2] <= 192
+    return HOPPER if fits and torch.cuda.get_device_capability(q_THQ.device)[0] == 9 else PORTABLE
+
+
+def _dims(q_THQ: Tensor, v_TGV: Tensor) -> dict[str, Any]:
+    """Head counts, and a key's dims as one power of two and the rest."""
+    H, Q = q_THQ.shape[1:]
+    G, V = v_TGV.shape[1:]
+    first = 1 << (Q.bit_length() - 1)
+    if first < 16:
+        first = Q
+    rest = Q - first
+    return {
+        "H": H,
+        "G": G,
+        "D1": first,
+        "D2": rest,
+        "V": V,
+        "B1": triton.next_power_of_2(max(first, 16)),
+        "B2": triton.next_power_of_2(max(rest, 16)),
+        "BV": triton.next_power_of_2(max(V, 16)),
+        "PRECISION": "ieee" if q_THQ.dtype == torch.float32 else "tf32",
+    }
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    most: int,
+    scale: float,
+    plan: Plan,
+    *,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    T, H = q.shape[:2]
+    o_THV, lse_TH = v.new_empty(T, H, v.shape[2]), q.new_empty(T, H, dtype=torch.float32)
+    tile = plan.forward
+    forward_kernel[(triton.cdiv(most, tile.bm), H, cu_q.shape[0] - 1)](
+        q, k, v, o_THV, lse_TH, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn, CAUSAL=causal,
+        num_warps=tile.warps, num_stages=tile.stages, **_dims(q, v),
+    )  # fmt: skip
+    return o_THV, lse_TH
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_S1: Tensor, most: int, scale: float, plan: Plan
+    ) -> Tensor:
+        o_THV, lse_TH = _forward(q, k, v, cu_S1, cu_S1, most, scale, plan, causal=True)
+        ctx.save_for_backward(q, k, v, o_THV, lse_TH, cu_S1)
+        ctx.how = (most, scale, plan)
+        return o_THV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THV: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o_THV, lse_TH, cu_S1 = ctx.saved_tensors
+        most, scale, plan = ctx.how
+        do_THV = do_THV.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta_TH = torch.empty_like(lse_TH)
+        dims, S, rows = _dims(q, v), cu_S1.shape[0] - 1, lse_TH.numel()
+        delta_kernel[(triton.cdiv(rows, 16),)](o_THV, do_THV, delta_TH, rows, V=dims["V"], BV=dims["BV"], ROWS=16)
+        tile = plan.keys
+        keys_backward_kernel[(triton.cdiv(most, tile.bn), dims["G"], S)](
+            q, k, v, do_THV, lse_TH, delta_TH, dk, dv, cu_S1, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
+            num_warps=tile.warps, num_stages=tile.stages, **dims,
+        )  # fmt: skip
+        tile = plan.queries
+        queries_backward_kernel[(triton.cdiv(most, tile.bm), dims["H"], S)](
+            q, k, v, do_THV, lse_TH, delta_TH, dq, cu_S1, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
+            num_warps=tile.warps, num_stages=tile.stages, **dims,
+        )  # fmt: skip
+        return dq, dk, dv, None, None, None, None
+
+
+class _RaggedCudnn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_S1: Tensor, most: int, scale: float
+    ) -> Tensor:
+        found = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, cu_S1, cu_S1, most, most, True, 0.0, True, False, scale=scale
+        )
+        o_THV, lse, seed, offset = found[0], found[1], found[6], found[7]
+        ctx.save_for_backward(q, k, v, o_THV, lse, seed, offset, cu_S1)
+        ctx.how = (most, scale)
+        return o_THV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_THV: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o_THV, lse, seed, offset, cu_S1 = ctx.saved_tensors
+        most, scale = ctx.how
+        gradients = torch.ops.aten._cudnn_attention_backward(
+            do_THV.contiguous(), q, k, v, o_THV, lse, seed, offset, q.new_empty(0), cu_S1, cu_S1, most, most,
+            0.0, True, scale=scale,
+        )  # fmt: skip
+        return (*gradients, None, None, None)
+
+
+def _cudnn_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> str | None:
+    """Why cuDNN does not serve these tensors; None if it does."""
+    Q, V = q_THQ.shape[2], v_TGV.shape[2]
+    if not q_THQ.is_cuda or torch.cuda.get_device_capability(q_THQ.device)[0] not in (9, 10):
+        return "cuDNN's fast kernels are for Hopper and data-centre Blackwell"
+    if q_THQ.dtype == torch.float32:
+        return "cuDNN takes bfloat16 and float16"
+    if Q % 8 or V % 8 or V > 128 or Q > (192 if V == 128 else 128):
+        return f"cuDNN's backward takes dims up to 128, or 192 and 128; these are {Q} and {V}"
+    if q_THQ.shape[1] != k_TGQ.shape[1]:
+        return "fewer key heads than query heads"
+    return None
+
+
+def choose(
+    q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, cu_S1: Tensor, most: int, scale: float, *, invariant: bool = False
+) -> tuple[str, str]:
+    """Who runs `attention` ("equal", "ragged" or "flash"), and a word on why."""
+    if invariant:
+        return "flash", "batch-invariant: a block's sums run in one order"
+    refusal = _cudnn_refusal(q_THQ, k_TGQ, v_TGV)
+    if refusal is not None:
+        return "flash", refusal
+    if q_THQ.shape[0] == (cu_S1.shape[0] - 1) * most:
+        return "equal", "cuDNN through PyTorch, since all sequences are of one length"
+    return "ragged", "cuDNN through PyTorch, with the boundaries of the pack"
+
+
+def attention_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, *_: Any) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    if q_THQ.dtype not in DTYPES:
+        return f"q is {q_THQ.dtype}; the kernels take bfloat16, float16 and float32"
+    if not q_THQ.dtype == k_TGQ.dtype == v_TGV.dtype:
+        return f"q, k and v are {q_THQ.dtype}, {k_TGQ.dtype} and {v_TGV.dtype}; cast them to one"
+    if q_THQ.shape[2] > MAX_DIM or v_TGV.shape[2] > MAX_DIM:
+        return f"head dims {q_THQ.shape[2]} and {v_TGV.shape[2]}; the kernels take at most {MAX_DIM}"
+    if q_THQ.shape[1] % k_TGQ.shape[1]:
+        return f"{q_THQ.shape[1]} query heads over {k_TGQ.shape[1]} key heads; they must divide"
+    return None
+
+
+def _equal_cudnn(q: Tensor, k: Tensor, v: Tensor, most: int, scale: float, *, causal: bool) -> Any:
+    """Sequences of `most` queries each, as one dense call: what aten returns, (S, H, n, V) first."""
+    q, k, v = (x.unflatten(0, (q.shape[0] // most, -1)).transpose(1, 2) for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+
+
+def attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_S1: Tensor,
+    most: int,
+    scale: float,
+    *,
+    invariant: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """As `ops.api.attention` says. `plan` forces the Triton kernels and their tiles."""
+    if q_THQ.shape[0] == 0:
+        return q_THQ.new_empty(0, q_THQ.shape[1], v_TGV.shape[2]) + 0 * (q_THQ.sum() + k_TGQ.sum() + v_TGV.sum())
+    who, _ = choose(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale, invariant=invariant)
+    if who == "equal" and plan is None:
+        return _equal_cudnn(q_THQ, k_TGQ, v_TGV, most, scale, causal=True)[0].transpose(1, 2).flatten(0, 1)
+    q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
+    if who == "ragged" and plan is None:
+        S = cu_S1.shape[0] - 1
+        padded_S1 = torch.nn.functional.pad(cu_S1, (0, triton.next_power_of_2(S) - S), mode="replicate")
+        return _RaggedCudnn.apply(q, k, v, padded_S1, triton.cdiv(most, 512) * 512, scale)
+    return _Flash.apply(q, k, v, cu_S1, most, scale, plan or _plan(q))
+
+
+@torch.no_grad()
+def attention_part(
+    q_nHQ: Tensor, k_NGQ: Tensor, v_NGV: Tensor, scale: float, causal: bool, *, plan: Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `ops.api.attention_part` says. `plan` forces the Triton kernel and its tiles."""
+    n, N = q_nHQ.shape[0], k_NGQ.shape[0]
+    if n and N and plan is None and (not causal or n == N) and _cudnn_refusal(q_nHQ, k_NGQ, v_NGV) is None:
+        q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q_nHQ, k_NGQ, v_NGV))
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return found[0][0].transpose(0, 1), found[1].view(-1, n).transpose(0, 1)
+    spans = torch.tensor([[0, n], [0, N]], dtype=torch.int32, device=q_nHQ.device)
+    tensors = (q_nHQ.contiguous(), k_NGQ.contiguous(), v_NGV.contiguous())
+    if n == 0:
+        return v_NGV.new_empty(0, q_nHQ.shape[1], v_NGV.shape[2]), q_nHQ.new_empty(0, q_nHQ.shape[1]).float()
+    return _forward(*tensors, spans[0], spans[1], n, scale, plan or _plan(q_nHQ), causal=causal)
+
+
+@triton.jit
+def _merge_kernel(
+    a_ptr, b_ptr, lse_a_ptr, lse_b_ptr, o_ptr, lse_ptr, rows, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BV)
+    there = row < rows
+    lse_a = tl.load(lse_a_ptr + row, mask=there, other=0.0)
+    lse_b = tl.load(lse_b_ptr + row, mask=there, other=0.0)
+    top = tl.maximum(lse_a, lse_b)
+    ground = tl.where(top == float("-inf"), 0.0, top)
+    weight_a, weight_b = tl.exp(lse_a - ground), tl.exp(lse_b - ground)
+    total = weight_a + weight_b
+    total = tl.where(total > 0, total, 1.0)
+    mask = there[:, None] & (column < V)[None, :]
+    at = row[:, None] * V + column[None, :]
+    a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    o = a * (weight_a / total)[:, None] + b * (weight_b / total)[:, None]
+    tl.store(o_ptr + at, o.to(o_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + row, top + tl.log(total), mask=there)
+
+
+@torch.no_grad()
+def merge_attention(a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor) -> tuple[Tensor, Tensor]:
+    """As `ops.api.merge_attention` says."""
+    a, b = a_nHV.contiguous(), b_nHV.contiguous()
+    o, lse = torch.empty_like(a, dtype=torch.float32), torch.empty_like(lse_a_nH, memory_format=torch.contiguous_format)
+    rows, V = lse.numel(), a.shape[-1]
+    if rows:
+        _merge_kernel[(triton.cdiv(rows, 8),)](
+            a, b, lse_a_nH.contiguous(), lse_b_nH.contiguous(), o, lse, rows, V=V,
+            BV=triton.next_power_of_2(V), ROWS=8,
+        )  # fmt: skip
+    return o, lse

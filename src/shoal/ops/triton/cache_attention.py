@@ -1,0 +1,195 @@
+"""Attention over a paged cache on a GPU: latents (absorbed MLA), or keys and values (GQA, MHA).
+
+    o_t = sum_{j <= t} softmax_j(scale q_t k_j) v_j,   k_j and v_j in pages
+
+Two launches a call, `split` and `merge` (`cache_splits`). Nothing waits for the device: how the positions are
+shared out is decided there, from the lengths it holds, so lengths of 0 or far below `max_context_len` cost
+nothing.
+
+Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate
+from 128 on. `cache_plan` holds the tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan
+from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
+from shoal.ops.triton.expert_plan import num_multiprocessors
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DIM, MAX_SEQUENCES = 512, 8192
+
+
+def _refusal(
+    q_THd: Tensor, pages: Tensor, table_SB: Tensor, groups: int, value_dim: int, rest: int
+) -> str | None:
+    if q_THd.dtype not in DTYPES:
+        return f"queries are {q_THd.dtype}; the kernels take bfloat16, float16 and float32"
+    if q_THd.dtype != pages.dtype:
+        return f"queries are {q_THd.dtype} but the cache is {pages.dtype}; cast one side"
+    if not pages.is_contiguous():
+        return "the pages are not contiguous; the kernels do not copy a cache"
+    if value_dim > MAX_DIM or rest > MAX_DIM:
+        return f"rows of {value_dim} + {rest} elements; a program holds at most {MAX_DIM} of each"
+    if q_THd.shape[1] % groups:
+        return f"{q_THd.shape[1]} query heads over {groups} key heads; they must divide"
+    if table_SB.shape[0] > MAX_SEQUENCES:
+        return f"{table_SB.shape[0]} sequences; a program counts at most {MAX_SEQUENCES}"
+    return None
+
+
+def paged_attention_refusal(q_THQ: Tensor, pages: Tensor, table_SB: Tensor, *_: Any) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    return _refusal(q_THQ, pages, table_SB, pages.shape[3], pages.shape[4], 0)
+
+
+def latent_attention_refusal(
+    q_THL: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    most: int,
+    rank: int,
+    scale: float,
+) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    return _refusal(q_THL, pages, table_SB, 1, rank, pages.shape[2] - rank)
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _attend(
+    q_THd: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    most: int,
+    rank: int,
+    scale: float,
+    *,
+    latent: bool,
+    invariant: bool,
+    plan: Plan | None,
+) -> Tensor:
+    T, H, dim = q_THd.shape
+    S, page, groups = table_SB.shape[0], pages.shape[1], 1 if latent else pages.shape[3]
+    out_THC = q_THd.new_empty(T, H, rank)
+    if T == 0:
+        return out_THC
+    rep = H // groups
+    if plan is None:
+        rows = rep if invariant else most * rep
+        plan = choose_plan(rows, rank, q_THd.dtype, latent=latent, hopper=_hopper(q_THd.device))
+    blocks = triton.cdiv(most * rep, plan.bm)
+    lanes = blocks * groups
+    device = q_THd.device
+    programs = max(1, num_multiprocessors(device.index if q_THd.is_cuda else None) * plan.resident // lanes)
+    unit = UNIT_POSITIONS // plan.bn
+    # Pieces never outnumber tiles; one piece, or fixed ones that each hold a whole sequence, need no merge.
+    tiles = triton.cdiv(max(longest, 1), plan.bn)
+    slots = S * triton.cdiv(tiles, unit) if invariant else 2 * programs
+    column = triton.next_power_of_2(max(rank, 16))
+    partial = torch.empty(slots * lanes * plan.bm * column, dtype=torch.float32, device=device)
+    lse = torch.empty(slots * lanes * plan.bm, dtype=torch.float32, device=device)
+    shared = {
+        "H": H,
+        "REP": rep,
+        "RB": blocks,
+        "C": rank,
+        "BM": plan.bm,
+        "BN": plan.bn,
+        "S_PAD": triton.next_power_of_2(max(S, 1)),
+        "FIXED": invariant,
+        "UNIT": unit,
+    }
+    arguments = (
+        q_THd.contiguous(), pages, table_SB.contiguous(), contexts_S, cu_S1, out_THC, partial, lse,
+        S, table_SB.shape[1], programs, scale * math.log2(math.e),
+    )  # fmt: skip
+    split_kernel[(programs * lanes,)](
+        *arguments,
+        R=dim - rank,
+        LATENT=latent,
+        PAGE=page,
+        BC=column,
+        BR=triton.next_power_of_2(max(dim - rank, 16)),
+        SWAP=plan.swap,
+        PRECISION="ieee" if q_THd.dtype == torch.float32 else "tf32",
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        **shared,
+    )
+    few = T * H <= 1024
+    heads = math.gcd(rep, 1 if few else 8)
+    width = min(column, 128)
+    merge_kernel[(T * H // heads, column // width)](
+        contexts_S,
+        cu_S1,
+        out_THC,
+        partial,
+        lse,
+        S,
+        programs,
+        BC=column,
+        HB=heads,
+        VB=width,
+        UB=16 // heads,
+        PDL=q_THd.is_cuda and _hopper(device),
+        launch_pdl=q_THd.is_cuda and _hopper(device),
+        num_warps=4,
+        **shared,
+    )
+    return out_THC
+
+
+@torch.no_grad()
+def latent_attention(
+    q_THL: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    most: int,
+    rank: int,
+    scale: float,
+    *,
+    invariant: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """As `ops.api.latent_attention` says. `plan` overrides the choice of tiles."""
+    where = (table_SB, contexts_S, longest, cu_S1, most)
+    return _attend(q_THL, pages, *where, rank, scale, latent=True, invariant=invariant, plan=plan)
+
+
+@torch.no_grad()
+def paged_attention(
+    q_THQ: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    most: int,
+    scale: float,
+    *,
+    invariant: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """As `ops.api.paged_attention` says. `plan` overrides the choice of tiles."""
+    where = (table_SB, contexts_S, longest, cu_S1, most)
+    rank = pages.shape[4]
+    return _attend(q_THQ, pages, *where, rank, scale, latent=False, invariant=invariant, plan=plan)

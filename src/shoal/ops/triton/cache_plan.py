@@ -1,0 +1,41 @@
+"""Which tiles attention over the cache uses: a small measured table, and what fits any shape.
+
+A plan depends on sizes the host knows (rows of a sequence, dims, dtype), never on lengths that live on the
+device. In batch-invariant mode it depends on the model's shape alone, so that a token gives the same bits
+when it is decoded, verified or part of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+UNIT_POSITIONS = 2048  # of a piece in batch-invariant mode
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A program: its rows and positions, whether positions are the tall side, warps, loads in flight."""
+
+    bm: int
+    bn: int
+    swap: bool
+    warps: int
+    stages: int
+    resident: int = 1  # programs that share a multiprocessor
+
+
+PORTABLE, _NARROW = Plan(16, 16, False, 4, 2), Plan(16, 64, False, 4, 2)
+
+_LATENT_16, _LATENT_64 = Plan(16, 64, True, 4, 3), Plan(64, 64, False, 8, 2)
+_PAGED_16, _PAGED_64 = Plan(16, 64, False, 4, 3, resident=2), Plan(64, 64, False, 4, 3, resident=2)
+
+
+def choose_plan(rows: int, dim: int, dtype: torch.dtype, *, latent: bool, hopper: bool) -> Plan:
+    """For at most `rows` queries that share a key; `dim` is that of a value."""
+    if dtype == torch.float32 or not hopper or dim < 64:
+        return PORTABLE if dim > 128 else _NARROW
+    if not latent:
+        return _PAGED_16 if rows <= 16 else _PAGED_64
+    return _LATENT_16 if rows <= 16 else _LATENT_64

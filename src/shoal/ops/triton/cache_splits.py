@@ -1,0 +1,295 @@
+"""Attention of few new tokens over a paged cache: positions split over programs, then merged.
+
+    o = sum_j softmax_j(scale q k_j) v_j        split    one program, some positions: o and log-sum-exp of them
+                                                merge    o = sum_u 2^(l_u - l) o_u,  l = log2 sum_u 2^l_u
+
+Layout: the queries of a sequence that share a key head are its rows (token, then head), BM a block. The tiles
+of BN positions of all sequences, laid end to end, are one line, and program w takes an equal piece of it,
+whatever the lengths: a program may end one sequence and begin the next. So the load is even for any ragged
+batch, the host need not know a length, and a CUDA graph serves every step. A sequence that lies in one piece
+is written at once; of the others a piece holds at most two parts, hence 2 W slots of scratch.
+
+FIXED (batch-invariant): pieces are UNIT tiles from a sequence's own beginning, so what is added, and in what
+order, depends on that sequence alone. Scratch grows with the longest context.
+
+SWAP computes scores as K Q^T and values as V^T P: positions are the tall side of the tensor core, and 16
+queries its narrow one. A latent row serves as key and, its first C elements, as value: it is read once.
+Positions past a context are never read: they may hold NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from shoal.ops.triton.expert_products import wait_for_previous
+
+
+@triton.jit
+def _count_tiles(
+    cu_ptr, contexts_ptr, S, row, S_PAD: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Tiles of each sequence (S_PAD) that the BM rows from `row` see; none where it has no such rows."""
+    s = tl.arange(0, S_PAD)
+    new = tl.load(cu_ptr + s + 1, mask=s < S, other=0) - tl.load(cu_ptr + s, mask=s < S, other=0)
+    context = tl.load(contexts_ptr + s, mask=s < S, other=0)
+    seen = context - new + 1 + tl.minimum((row + BM - 1) // REP, new - 1)
+    return tl.where(new * REP > row, (tl.maximum(seen, 0) + BN - 1) // BN, 0)
+
+
+@triton.jit
+def _load_tile(
+    base,
+    table_ptr,
+    tile,
+    limit,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """BN cached rows, WIDTH elements from `first` on, (BN, BLOCK); zeros past `limit` and past WIDTH."""
+    position = tile * BN + tl.arange(0, BN)
+    kept = position < limit
+    if PAGE % BN == 0:
+        page = tl.load(table_ptr + tile // (PAGE // BN)).to(tl.int64)
+        at = page * (PAGE * ROW) + (tile % (PAGE // BN) * BN + tl.arange(0, BN))[:, None] * ROW
+    else:
+        page = tl.load(table_ptr + position // PAGE, mask=kept, other=0).to(tl.int64)
+        at = (page * PAGE + position % PAGE)[:, None] * ROW
+    column = tl.arange(0, BLOCK)
+    mask = kept[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(base + first + at + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_queries(
+    q_ptr,
+    token,
+    head,
+    kept,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    H: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    column = tl.arange(0, BLOCK)
+    mask = kept[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (column < WIDTH)[None, :]
+    at = (token.to(tl.int64) * H + head) * DIM
+    return tl.load(q_ptr + at[:, None] + first + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["S", "B", "W"])
+def split_kernel(
+    q_ptr,
+    pages_ptr,
+    table_ptr,
+    contexts_ptr,
+    cu_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    S,
+    B,
+    W,
+    scale,  # times log2(e)
+    H: tl.constexpr,
+    REP: tl.constexpr,  # query heads of a key head
+    RB: tl.constexpr,  # blocks of rows of a key head
+    C: tl.constexpr,
+    R: tl.constexpr,  # elements of a key past the C that have a value's place in a latent row; 0 otherwise
+    LATENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    S_PAD: tl.constexpr,
+    SWAP: tl.constexpr,
+    FIXED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    G: tl.constexpr = H // REP
+    ROW: tl.constexpr = C + R if LATENT else 2 * G * C
+    lane = tl.program_id(0) % (RB * G)
+    w = tl.program_id(0) // (RB * G)
+    group = lane // RB
+    row = lane % RB * BM
+    base = pages_ptr if LATENT else pages_ptr + group * C
+    tiles = _count_tiles(cu_ptr, contexts_ptr, S, row, S_PAD, REP, BM, BN)
+    index = tl.arange(0, S_PAD)
+    line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
+    ends = tl.cumsum(line, 0)
+    total = tl.sum(line, 0)
+    if FIXED:
+        piece, units = UNIT, total // UNIT
+    else:
+        piece, units = tl.maximum((total + W - 1) // W, 1), W
+    for u in range(w, units, W):
+        at = u * piece
+        stop = tl.minimum(at + piece, total)
+        while at < stop:
+            # 1. The sequence at this place of the line, and the tiles of it that are ours.
+            s = tl.sum((ends <= at).to(tl.int32), 0)
+            before = tl.sum(tl.where(index < s, line, 0), 0)
+            mine = tl.sum(tl.where(index == s, tiles, 0), 0)
+            length = tl.sum(tl.where(index == s, line, 0), 0)
+            begin = at - before
+            end = tl.minimum(stop - before, mine)
+            start = tl.load(cu_ptr + s)
+            new = tl.load(cu_ptr + s + 1) - start
+            limit = tl.load(contexts_ptr + s)
+            # 2. Its queries.
+            i = row + tl.arange(0, BM)
+            token, head = start + i // REP, group * REP + i % REP
+            kept = i < new * REP
+            visible = tl.where(kept, limit - new + 1 + i // REP, 0)
+            q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
+            if R:
+                q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
+            top = tl.full((BM,), float("-inf"), tl.float32)
+            pages = table_ptr + s.to(tl.int64) * B
+            # 3. Scores, running softmax, values.
+            if SWAP:
+                total_NM = tl.zeros((BN, BM), tl.float32)
+                o = tl.zeros((BC, BM), tl.float32)
+            else:
+                total_M = tl.zeros((BM,), tl.float32)
+                o = tl.zeros((BM, BC), tl.float32)
+            for tile in range(begin, end):
+                k = _load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
+                if R:
+                    k_rope = _load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
+                if LATENT:
+                    v = k
+                else:
+                    v = _load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
+                position = tile * BN + tl.arange(0, BN)
+                if SWAP:
+                    scores = tl.dot(k, q.T, input_precision=PRECISION)
+                    if R:
+                        scores = tl.dot(k_rope, q_rope.T, scores, input_precision=PRECISION)
+                    seen = position[:, None] < visible[None, :]
+                    scores = tl.where(seen, scores * scale, float("-inf"))
+                    higher = tl.maximum(top, tl.max(scores, 0))
+                    ground = tl.where(higher == float("-inf"), 0.0, higher)
+                    fade = tl.exp2(top - ground)
+                    p = tl.exp2(scores - ground[None, :])
+                    total_NM = total_NM * fade[None, :] + p
+                    o = tl.dot(v.T, p.to(dtype), o * fade[None, :], input_precision=PRECISION)
+                else:
+                    scores = tl.dot(q, k.T, input_precision=PRECISION)
+                    if R:
+                        scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
+                    seen = position[None, :] < visible[:, None]
+                    scores = tl.where(seen, scores * scale, float("-inf"))
+                    higher = tl.maximum(top, tl.max(scores, 1))
+                    ground = tl.where(higher == float("-inf"), 0.0, higher)
+                    fade = tl.exp2(top - ground)
+                    p = tl.exp2(scores - ground[:, None])
+                    total_M = total_M * fade + tl.sum(p, 1)
+                    o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
+                top = higher
+            # 4. The end of it, or a part for the merge.
+            column = tl.arange(0, BC)
+            if SWAP:
+                total_M = tl.sum(total_NM, 0)
+            total_M = tl.where(total_M > 0, total_M, 1.0)  # nothing seen: 0 / 1, and log-sum-exp -inf from top
+            o = (o / total_M[None, :]).T if SWAP else o / total_M[:, None]
+            if (begin == 0) & (end == mine):
+                to = (token.to(tl.int64) * H + head) * C
+                tl.store(
+                    out_ptr + to[:, None] + column[None, :],
+                    o.to(dtype),
+                    mask=kept[:, None] & (column < C)[None, :],
+                )
+            else:
+                slot = u if FIXED else 2 * u + (at > u * piece).to(tl.int32)
+                to = (slot.to(tl.int64) * (RB * G) + lane) * BM + tl.arange(0, BM)
+                tl.store(partial_ptr + to[:, None] * BC + column[None, :], o)
+                tl.store(lse_ptr + to, top + tl.log2(total_M))
+            at = before + tl.minimum(stop - before, length)
+
+
+@triton.jit(do_not_specialize=["S", "W"])
+def merge_kernel(
+    contexts_ptr,
+    cu_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    S,
+    W,
+    H: tl.constexpr,
+    REP: tl.constexpr,
+    RB: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    S_PAD: tl.constexpr,
+    FIXED: tl.constexpr,
+    UNIT: tl.constexpr,
+    HB: tl.constexpr,  # heads of a program; divides REP and BM
+    VB: tl.constexpr,  # columns of a program
+    UB: tl.constexpr,  # parts in flight
+    PDL: tl.constexpr,
+):
+    """Rows of one token, HB heads: the parts of its sequence, or zeros where it sees nothing."""
+    BLOCKS: tl.constexpr = H // HB
+    token = tl.program_id(0) // BLOCKS
+    head = tl.program_id(0) % BLOCKS * HB
+    index = tl.arange(0, S_PAD)
+    last = tl.load(cu_ptr + index + 1, mask=index < S, other=0x7FFFFFFF)
+    s = tl.sum((last <= token).to(tl.int32), 0)
+    i = (token - tl.load(cu_ptr + s)) * REP + head % REP
+    lane = head // REP * RB + i // BM
+    tiles = _count_tiles(cu_ptr, contexts_ptr, S, i // BM * BM, S_PAD, REP, BM, BN)
+    line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
+    total = tl.sum(line, 0)
+    piece = UNIT if FIXED else tl.maximum((total + W - 1) // W, 1)
+    before = tl.sum(tl.where(index < s, line, 0), 0)
+    mine = tl.sum(tl.where(index == s, tiles, 0), 0)
+    first = before // piece
+    final = (before + mine - 1) // piece
+    if (mine == 0) | (final > first):
+        column = tl.program_id(1) * VB + tl.arange(0, VB)
+        h = tl.arange(0, HB)
+        top = tl.full((HB,), float("-inf"), tl.float32)
+        weight = tl.zeros((HB,), tl.float32)
+        o = tl.zeros((HB, VB), tl.float32)
+        wait_for_previous(PDL)
+        if mine > 0:
+            for unit in range(first, final + 1, UB):
+                u = unit + tl.arange(0, UB)
+                slot = u if FIXED else 2 * u + ((u == first) & (before > first * piece)).to(tl.int32)
+                at = (slot.to(tl.int64) * (RB * (H // REP)) + lane) * BM + i % BM
+                at = at[:, None] + h[None, :]
+                there = (u <= final)[:, None]
+                lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
+                part = tl.load(
+                    partial_ptr + at[:, :, None] * BC + column[None, None, :], mask=there[:, :, None], other=0.0
+                )
+                higher = tl.maximum(top, tl.max(lse, 0))
+                ground = tl.where(higher == float("-inf"), 0.0, higher)
+                share = tl.exp2(lse - ground[None, :])
+                fade = tl.exp2(top - ground)
+                weight = weight * fade + tl.sum(share, 0)
+                o = o * fade[:, None] + tl.sum(part * share[:, :, None], 0)
+                top = higher
+        o = o / tl.where(weight > 0, weight, 1.0)[:, None]
+        to = (token.to(tl.int64) * H + head + h) * C
+        tl.store(
+            out_ptr + to[:, None] + column[None, :],
+            o.to(out_ptr.dtype.element_ty),
+            mask=(column < C)[None, :] & (h >= 0)[:, None],
+        )
