@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A sequence with several new tokens in this step, in numbers the host knows."""
+
+    sequence: int  # of the batch
+    first: int  # its first row
+    new: int  # rows
+    context: int  # positions after this step
+
+
 @dataclass(frozen=True, eq=False)
 class KVView:
     """Where this step's tokens go in the paged cache, and what each sequence can look back on.
@@ -27,6 +37,7 @@ class KVView:
     context_lens_S: Tensor  # int32: positions of each sequence after this step, new tokens included
     max_context_len: int  # none of them is larger; on the host
     has_prefix: bool  # some sequence looks back on positions that are not in this step
+    chunks: tuple[Chunk, ...] = ()  # in order; one left out is served all the same, as a decode is
 
     @property
     def page_size(self) -> int:

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from shoal.batch import Batch, KVView
+from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import ModelConfig
 
 Ids = Sequence[int]
@@ -71,6 +71,13 @@ class Cache:
                 self.tables[s].append(self.free.pop())
             self.lengths[s] = end
         width = max(len(self.tables[s]) for s in new)
+        lengths = [len(ids) for ids in new.values()]
+        rows = boundaries(lengths).tolist()
+        chunks = [
+            Chunk(at, first, length, end)
+            for at, (first, length, end) in enumerate(zip(rows, lengths, ends, strict=False))
+            if length > 1
+        ]
         kv = KVView(
             pages=self.pages,
             slots_T=torch.tensor(
@@ -86,8 +93,8 @@ class Cache:
             context_lens_S=torch.tensor(ends, dtype=torch.int32),
             max_context_len=max(ends),
             has_prefix=any(starts),
+            chunks=tuple(chunks),
         )
-        lengths = [len(ids) for ids in new.values()]
         return Batch(
             ids_T=torch.tensor([token for ids in new.values() for token in ids]),
             positions_T=torch.cat([torch.arange(*span) for span in zip(starts, ends, strict=True)]),

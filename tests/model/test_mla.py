@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.batch import Batch
+from shoal.batch import Batch, Chunk
 from shoal.config.model import MLAConfig, ModelConfig, RopeConfig, YarnScaling
 from shoal.model.mla import MLA
 from shoal.model.rope import Angles
@@ -144,6 +144,66 @@ def test_absorbed_is_expanded(shape: str, sizes: str, dtype: torch.dtype, limit:
         batch = parts.pack([0] * len(text))
         wanted_TD = layer(text, _angles(batch, dtype), batch)
         assert (y_TD - wanted_TD).abs().max() <= limit * wanted_TD.abs().max()
+
+
+LONG = {
+    "a chunk after a long context": [[3, 40, 37], [1, 1]],
+    "two chunks in a step, decodes between": [[1, 40, 1, 33], [5, 45], [20, 1, 1]],
+    "the first chunk of a prompt beside decodes": [[2], [1, 1], [35]],
+}
+
+
+@pytest.mark.parametrize("sizes", LONG)
+@pytest.mark.parametrize("step", [None, 7])
+def test_a_chunk_expanded_beside_decodes_is_the_whole(
+    sizes: str, step: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way a mixed step can be cut gives what one pass over each text gives; `step` positions a piece."""
+    layer, config = _layer("q_lora", RopeConfig(interleaved=True))
+    if step is not None:
+        monkeypatch.setattr("shoal.model.mla.PIECE_KEYS", step * 3)
+    texts = [_hidden(sum(each) + 3, seed) for seed, each in enumerate(LONG[sizes])]
+    expanded: list[int] = []
+
+    def forward(batch: Batch, spans: dict[int, range]) -> Tensor:
+        assert batch.kv is not None
+        if batch.kv.has_prefix:
+            expanded.extend(chunk.new for chunk in batch.kv.chunks if layer.expands(chunk))
+        x_TD = torch.cat([texts[s][span.start : span.stop] for s, span in spans.items()])
+        return layer(x_TD, _angles(batch), batch)
+
+    cache = parts.Cache(config, len(texts), page_size=8, dtype=torch.float64)
+    # Texts that begin later than others: a prompt read while its neighbours decode.
+    warm = {s: each[:1] for s, each in enumerate(LONG[sizes]) if len(each) > 1}
+    for s, (size,) in warm.items():
+        batch = cache.feed({s: [0] * size})
+        layer(texts[s][:size], _angles(batch), batch)
+    rows: list[list[Tensor]] = [[] for _ in texts]
+    turns = [each[1:] if s in warm else each for s, each in enumerate(LONG[sizes])]
+    turns = [[*each, 1, 1, 1] for each in turns]
+    done = [warm[s][0] if s in warm else 0 for s in range(len(texts))]
+    for turn in range(max(map(len, turns))):
+        now = {s: range(done[s], done[s] + each[turn]) for s, each in enumerate(turns) if turn < len(each)}
+        batch = cache.feed({s: [0] * len(span) for s, span in now.items()})
+        for s, y in zip(now, forward(batch, now).split([len(span) for span in now.values()]), strict=True):
+            rows[s].append(y)
+            done[s] = now[s].stop
+    assert expanded
+    for s, text in enumerate(texts):
+        batch = parts.pack([0] * len(text))
+        wanted_TD = layer(text, _angles(batch), batch)[-sum(turns[s]) :]
+        assert (torch.cat(rows[s]) - wanted_TD).abs().max() <= EXACT * wanted_TD.abs().max()
+
+
+@pytest.mark.parametrize(("prefix", "new"), [(0, 32), (0, 31), (30_000, 171), (30_000, 170), (100, 64), (4096, 2048)])
+def test_a_chunk_is_expanded_where_that_takes_fewer_flops(prefix: int, new: int) -> None:
+    """Counted pair by pair, for V3's dims."""
+    published = MLAConfig(128, 512, 128, 64, 128)
+    config = _config(published, RopeConfig(interleaved=True))
+    layer = MLA(config, published, 0, device=torch.device("meta"), dtype=torch.float32)
+    pairs = sum(prefix + i for i in range(new)) + new / 2  # a query and itself count half, as in n (p + n / 2)
+    absorbed, expanded = pairs * (512 + 64 + 512), pairs * (192 + 128) + prefix * 512 * 256
+    assert layer.expands(Chunk(0, 0, new, prefix + new)) == (new >= 32 and expanded < absorbed)
 
 
 def test_the_cache_keeps_the_normal_latent_and_the_turned_key() -> None:

@@ -200,6 +200,52 @@ def test_decoding_is_a_chunk_of_one(latent: bool) -> None:
     _assert_close(run(1), run(2))
 
 
+@pytest.mark.parametrize("new", [1, 3])
+def test_an_empty_place_gets_zeros_and_a_longest_context_may_be_a_bound(new: int) -> None:
+    contexts = [5, 7, 3]
+    cache = _cache(contexts, 4, (8,))
+    q_THL = _random(3 * new, 6, 8, seed=0)
+    table, lengths = cache.block_table_SB, torch.tensor([5, 0, 3], dtype=torch.int32)
+    cu = _boundaries([new] * 3)
+    got = ops.latent_attention(q_THL, cache.pages, table, lengths, 8, cu, new, 6, SCALE)
+    assert not got[new : 2 * new].any()
+    for s in (0, 2):
+        alone = (cache.pages, table[s : s + 1], lengths[s : s + 1])
+        rows = slice(s * new, (s + 1) * new)
+        for longest in (contexts[s], 8):
+            one = ops.latent_attention(q_THL[rows], *alone, longest, _boundaries([new]), new, 6, SCALE)
+            _assert_close(got[rows], one)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", HEADS)
+def test_parts_are_the_textbook_sum_and_merge_to_it(heads: str, causal: bool) -> None:
+    n, N, cut = 5, 12, 6
+    q, k, v = _pack([N], heads)
+    q = q[:n]
+    H, G, _, V = HEADS[heads]
+    got, lse = ops.attention_part(q, k, v, SCALE, causal)
+    wanted = torch.empty(n, H, V, dtype=torch.float64)
+    for t in range(n):
+        for h in range(H):
+            seen, g = slice(N - n + t + 1 if causal else N), h * G // H
+            wanted[t, h] = _attend(q[t, h], k[seen, g], v[seen, g], SCALE)
+            assert lse[t, h].item() == pytest.approx((SCALE * (k[seen, g] @ q[t, h])).exp().sum().log().item())
+    _assert_close(got, wanted)
+    left = ops.attention_part(q, k[:cut], v[:cut], SCALE, False)
+    right = ops.attention_part(q, k[cut:], v[cut:], SCALE, causal)
+    merged, total = ops.merge_attention(*left, *right)
+    _assert_close(merged, wanted)
+    _assert_close(total, lse)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (3, 9), (4, 8), (0, 23), (5, 5)])
+def test_read_cache_gives_positions_in_order(first: int, last: int) -> None:
+    cache = _cache([7, 23], 4, (3,))
+    got = ops.read_cache(cache.pages, cache.block_table_SB[1], first, last)
+    assert torch.equal(got, cache.rows[1][first:last])
+
+
 def test_narrow_attention_rounds_twice() -> None:
     """Softmax weights and the result, each by at most 2^-8 of itself, independently: 1.5 * 2^-8 together."""
     lengths = PACKS["several"]

@@ -97,14 +97,10 @@ def _call(step: Step, heads: int, row: tuple[int, ...], page: int, dtype: torch.
 
 
 def _wanted(call: Call, step: Step, *rest: float) -> Tensor:
-    """The reference, sequence by sequence in float64; a place without positions is zeros."""
+    """The reference, sequence by sequence in float64."""
     wide = call.double()
     outputs = []
     for s, (q, new, context) in enumerate(zip(wide.q.split(step.new), step.new, step.contexts, strict=True)):
-        if new == 0 or context == 0:
-            width = int(rest[0]) if len(rest) == 2 else q.shape[2]
-            outputs.append(q.new_zeros(new, q.shape[1], width))
-            continue
         cu = torch.tensor([0, new], dtype=torch.int32, device=DEVICE)
         side = reference.latent_attention if len(rest) == 2 else reference.paged_attention
         where = (wide.pages, wide.table_SB[s : s + 1], wide.contexts_S[s : s + 1], context, cu, 2)

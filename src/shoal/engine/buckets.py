@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.batch import Chunk
 from shoal.engine import staging
 
 
 class Inputs(NamedTuple):
-    """All that a step reads but the cache: on the device, but for the four last."""
+    """All that a step reads but the cache: on the device, but for what is an int, a bool or a Chunk."""
 
     codes_T: Tensor  # int64: an id, or -1 - its place in the table of tokens
     positions_T: Tensor  # int64
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     max_seqlen: int
     max_context_len: int
     has_prefix: bool
+    chunks: tuple[Chunk, ...] = ()  # a bucket has none: a graph holds no lengths
 
 
 class Row(NamedTuple):

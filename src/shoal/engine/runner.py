@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoal.batch import Batch, KVView
+from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
@@ -178,6 +178,7 @@ class Runner:
                 context_lens_S=inputs.contexts_S,
                 max_context_len=inputs.max_context_len,
                 has_prefix=inputs.has_prefix,
+                chunks=inputs.chunks,
             ),
             last_S=inputs.last_M,
         )
@@ -225,6 +226,11 @@ class Runner:
             max_seqlen=int(lengths.max()),
             max_context_len=longest,
             has_prefix=any(span.start for span in spans),
+            chunks=tuple(
+                Chunk(at, int(bounds[at]), int(new), int(ends[at]))
+                for at, new in enumerate(lengths)
+                if new > 1
+            ),
         )
 
     def _forward_padded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,12 @@ elements that the heads share. Only those C + R elements are cached. With W_UK a
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
 
+A chunk of n new tokens over p cached ones is expanded too, in pieces that are merged by their log-sum-exp: the
+chunk with itself, and the cached latents made into keys and values again, some thousand positions at a time.
+For a head this costs 2 p C (N + V) to expand and 2 (N + R + V) a pair of query and key, absorbed 2 (2 C + R) a
+pair; a chunk has n (p + n / 2) pairs. So it pays where n (2 p + n) (2 C - N - V) > 2 p C (N + V): for V2 and
+V3, from 171 tokens on after a long context. Decodes beside the chunk stay absorbed.
+
 The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
 
 Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C latent rank, V value dim.
@@ -16,15 +22,19 @@ Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C la
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from shoal.batch import Batch
+from shoal.batch import Batch, Chunk
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
 
+MIN_CHUNK = 32  # tokens: below, a sequence on its own costs more in launches than it saves in FLOPs
+PIECE_KEYS = 2**18  # cached positions times heads that are expanded at once: 168 MB of keys and values in bf16
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, in the released code whatever rms_norm_eps says
 
 
@@ -78,10 +88,66 @@ class MLA(nn.Module):
             latent_TC, k_rope_TR = rows_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
             k_rope_T1R = k_rope_TR.unsqueeze(1)
         if batch.kv is not None and batch.kv.has_prefix:
-            o_THV = self.absorbed(q_nope_THN, q_rope_THR, batch)
+            o_THV = self.cached(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
         else:
             o_THV = self.expanded(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
         return self.o_proj(o_THV.flatten(1))
+
+    def expands(self, chunk: Chunk) -> bool:
+        """Whether a chunk costs fewer FLOPs expanded than absorbed."""
+        mla, new, prefix = self.mla, chunk.new, chunk.context - chunk.new
+        made = mla.qk_nope_head_dim + mla.v_head_dim
+        saved = new * (2 * prefix + new) * (2 * mla.kv_lora_rank - made)
+        return new >= MIN_CHUNK and saved > 2 * prefix * mla.kv_lora_rank * made
+
+    def cached(
+        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
+    ) -> Tensor:
+        """Attention over the cache: long chunks expanded, each on its own, all between them absorbed."""
+        assert batch.kv is not None
+        chunks = [chunk for chunk in batch.kv.chunks if self.expands(chunk)]
+        if not chunks:
+            return self.absorbed(q_nope_THN, q_rope_THR, batch)
+        parts: list[Tensor] = []
+        row = sequence = 0
+        end = Chunk(batch.num_sequences, batch.num_tokens, 0, 0)
+        for chunk in (*chunks, end):
+            rows = slice(row, chunk.first)
+            if row < chunk.first:
+                between = _between(batch, sequence, chunk.sequence, row)
+                parts.append(self.absorbed(q_nope_THN[rows], q_rope_THR[rows], between))
+            rows = slice(chunk.first, chunk.first + chunk.new)
+            if chunk.new:
+                q_nHQ = torch.cat((q_nope_THN[rows], q_rope_THR[rows]), dim=-1)
+                parts.append(self.chunk(q_nHQ, latent_TC[rows], k_rope_T1R[rows], chunk, batch))
+            row, sequence = rows.stop, chunk.sequence + 1
+        return torch.cat(parts)
+
+    def _expand(self, latent_TC: Tensor, k_rope_T1R: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every head, made of latents."""
+        mla = self.mla
+        kv_THX = self.kv_b_proj(latent_TC).unflatten(-1, (mla.num_attention_heads, -1))
+        k_nope_THN, v_THV = kv_THX.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
+        return torch.cat((k_nope_THN, k_rope_T1R.expand(-1, mla.num_attention_heads, -1)), dim=-1), v_THV
+
+    def chunk(
+        self, q_nHQ: Tensor, latent_nC: Tensor, k_rope_n1R: Tensor, chunk: Chunk, batch: Batch
+    ) -> Tensor:
+        """Attention of one sequence's new tokens over themselves and what is cached of it, expanded."""
+        mla, kv = self.mla, batch.kv
+        assert kv is not None
+        o_nHV, lse_nH = ops.attention_part(q_nHQ, *self._expand(latent_nC, k_rope_n1R), self.scale, True)
+        prefix, step = chunk.context - chunk.new, max(1, PIECE_KEYS // mla.num_attention_heads)
+        for first in range(0, prefix, step):
+            last = min(first + step, prefix)
+            rows_NL = ops.read_cache(
+                kv.pages[self.layer], kv.block_table_SB[chunk.sequence], first, last
+            )
+            latent_NC, k_rope_NR = rows_NL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
+            k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR.unsqueeze(1))
+            part = ops.attention_part(q_nHQ, k_NHQ, v_NHV, self.scale, False)
+            o_nHV, lse_nH = ops.merge_attention(o_nHV, lse_nH, *part)
+        return o_nHV.to(q_nHQ.dtype)
 
     def _queries(self, x_TD: Tensor) -> Tensor:
         if self.mla.q_lora_rank is None:
@@ -92,11 +158,8 @@ class MLA(nn.Module):
         self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
     ) -> Tensor:
         """Attention among the tokens of this batch alone, keys and values made for every head."""
-        mla = self.mla
-        kv_THX = self.kv_b_proj(latent_TC).unflatten(-1, (mla.num_attention_heads, -1))
-        k_nope_THN, v_THV = kv_THX.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
         q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
-        k_THQ = torch.cat((k_nope_THN, k_rope_T1R.expand(-1, mla.num_attention_heads, -1)), dim=-1)
+        k_THQ, v_THV = self._expand(latent_TC, k_rope_T1R)
         return ops.attention(q_THQ, k_THQ, v_THV, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
 
     def absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, batch: Batch) -> Tensor:
@@ -118,3 +181,18 @@ class MLA(nn.Module):
             self.scale,
         )
         return torch.bmm(o_THC.transpose(0, 1), w_uv_HVC.transpose(1, 2)).transpose(0, 1)
+
+
+def _between(batch: Batch, first: int, last: int, row: int) -> Batch:
+    """The sequences `first` to `last` of a batch, which begin at `row`, as a batch for attention."""
+    kv = batch.kv
+    assert kv is not None
+    boundaries = batch.cu_seqlens_S1[first : last + 1]
+    return replace(
+        batch,
+        cu_seqlens_S1=boundaries - row if row else boundaries,
+        max_seqlen=max((c.new for c in kv.chunks if first <= c.sequence < last), default=1),
+        kv=replace(
+            kv, block_table_SB=kv.block_table_SB[first:last], context_lens_S=kv.context_lens_S[first:last]
+        ),
+    )

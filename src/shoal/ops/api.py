@@ -256,6 +256,11 @@ def write_kv_cache(
     return call("write_kv_cache", q_THQ, k_TGQ, v_TGQ, cos_TR2, sin_TR2, pages, slots_T, interleaved)
 
 
+def read_cache(pages: Tensor, table_B: Tensor, first: int, last: int) -> Tensor:
+    """Positions `first` to `last` of the sequence whose pages are `table_B`, in order: (last - first, ...)."""
+    return call("read_cache", pages, table_B, first, last)
+
+
 def paged_attention(
     q_THQ: Tensor,
     pages: Tensor,
@@ -269,9 +274,9 @@ def paged_attention(
     """Attention of new tokens over a paged cache of keys and values, `pages` (P, page_size, 2, G, Q): o_THQ.
 
     The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the
-    cache; each sees the positions up to its own. `max_context_len` is a bound of the lengths, not always the
-    largest. What lies past a context may be anything, NaN included, and
-    touches no result. Softmax in float32. No gradient.
+    cache; each sees the positions up to its own. `max_context_len` and `max_seqlen` may be upper bounds, and a
+    sequence without positions (an empty place of a CUDA graph) gets zeros. What lies past a context may be
+    anything, NaN included, and touches no result. Softmax in float32. No gradient.
     """
     return call(
         "paged_attention",

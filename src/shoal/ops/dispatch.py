@@ -41,6 +41,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "write_cache": attention.write_cache,
     "write_latent_cache": cached.write_latent_cache,
     "write_kv_cache": cached.write_kv_cache,
+    "read_cache": attention.read_cache,
     "paged_attention": attention.paged_attention,
     "latent_attention": attention.latent_attention,
     "linear_cross_entropy": loss.linear_cross_entropy,

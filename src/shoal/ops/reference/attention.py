@@ -81,6 +81,14 @@ def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
 
 
 @torch.no_grad()
+def read_cache(pages: Tensor, table_B: Tensor, first: int, last: int) -> Tensor:
+    size = pages.shape[1]
+    begin, end = first // size, -(-last // size)
+    rows = pages.index_select(0, table_B[begin:end]).flatten(0, 1)
+    return rows[first - begin * size : last - begin * size]
+
+
+@torch.no_grad()
 def _attend_cache(
     q_THd: Tensor,
     pages: Tensor,
@@ -96,6 +104,8 @@ def _attend_cache(
         if not q_THd.is_cuda:  # no wait, and a bound may be far above: the padded step of the engine
             max_context_len = int(context_lens_S.max())
         visible_S1 = context_lens_S.unsqueeze(1)
+        if context_lens_S.shape[0] == 1:
+            max_context_len = int(context_lens_S)  # it may be an upper bound
         q_SH1d = q_THd.unsqueeze(2)
         return _attend(
             q_SH1d, pages, block_table_SB, visible_S1, max_context_len, scale, latent_rank
@@ -123,6 +133,8 @@ def _attend(
     """Attention of n queries a sequence over the first `visible` of `longest` positions: (S, H, n, v)."""
     sequences, heads, new, _ = q_SHnd.shape
     wide = torch.promote_types(q_SHnd.dtype, torch.float32)
+    if not q_SHnd.numel() or not longest:  # nobody asks, or there is nothing to see
+        return q_SHnd.new_zeros(sequences, heads, new, pages.shape[-1] if latent_rank is None else latent_rank)
     # 1. Whole pages, side by side, up to the longest context.
     table_SB = table_SB[:, : -(-longest // pages.shape[1])]
     rows_SN = (
@@ -142,7 +154,9 @@ def _attend(
     q_SGmd = q_SHnd.to(wide).reshape(sequences, k_SGNd.shape[1], -1, q_SHnd.shape[3])
     scores_SGmN = torch.matmul(q_SGmd, k_SGNd.transpose(-1, -2)).mul_(scale)
     if hidden_SnN is not None:
-        scores_SGmN.view(sequences, heads, new, -1).masked_fill_(hidden_SnN.unsqueeze(1), float("-inf"))
+        # Not -inf: who sees nothing then weighs rows that are all zero.
+        least = torch.finfo(wide).min
+        scores_SGmN.view(sequences, heads, new, -1).masked_fill_(hidden_SnN.unsqueeze(1), least)
     return torch.matmul(scores_SGmN.softmax(-1), v_SGNv).view(sequences, heads, new, -1).to(q_SHnd.dtype)
 
 

@@ -58,7 +58,7 @@ class Plan:
 _PORTABLE = Tile(32, 32, 4, 2)
 PORTABLE = Plan(_PORTABLE, _PORTABLE, _PORTABLE)
 # Measured on an H200, 2026-11-24, dims 192 and 128.
-HOPPER = Plan(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 2))
+HOPPER = Plan(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(128, 32, 8, 3))
 
 
 def _plan(q_THQ: Tensor) -> Plan:
@@ -176,8 +176,8 @@ def _cudnn_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> str | None:
         return "cuDNN takes bfloat16 and float16"
     if Q % 8 or V % 8 or V > 128 or Q > (192 if V == 128 else 128):
         return f"cuDNN's backward takes dims up to 128, or 192 and 128; these are {Q} and {V}"
-    if q_THQ.shape[1] != k_TGQ.shape[1]:
-        return "fewer key heads than query heads"
+    if min(q_THQ.shape[0], k_TGQ.shape[0]) < 2:
+        return "cuDNN takes no single token"
     return None
 
 
@@ -188,6 +188,8 @@ def choose(
     if invariant:
         return "flash", "batch-invariant: a block's sums run in one order"
     refusal = _cudnn_refusal(q_THQ, k_TGQ, v_TGV)
+    if most < 2:
+        refusal = "cuDNN takes no single token"
     if refusal is not None:
         return "flash", refusal
     if q_THQ.shape[0] == (cu_S1.shape[0] - 1) * most:
@@ -234,7 +236,7 @@ def attention(
     q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
     if who == "ragged" and plan is None:
         S = cu_S1.shape[0] - 1
-        padded_S1 = torch.nn.functional.pad(cu_S1, (0, triton.next_power_of_2(S) - S), mode="replicate")
+        padded_S1 = torch.cat((cu_S1, cu_S1[-1:].expand(triton.next_power_of_2(S) - S)))
         return _RaggedCudnn.apply(q, k, v, padded_S1, triton.cdiv(most, 512) * 512, scale)
     return _Flash.apply(q, k, v, cu_S1, most, scale, plan or _plan(q))
 
