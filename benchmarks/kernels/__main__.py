@@ -1,6 +1,6 @@
 """Every kernel against its limit and its peers.
 
-    python -m benchmarks.kernels [experts routing ...] [--out FILE]
+    python -m benchmarks.kernels [attention experts routing ...] [--out FILE]
 
 An op is one file here with `cases()`; its name goes into OPS.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import adamw, experts, harness, layers, loss, routing, sampling
+from benchmarks.kernels import adamw, attention, experts, harness, layers, loss, routing, sampling
 
 OPS = {
     "adamw": adamw.cases,
+    "attention": attention.cases,
     "experts": experts.cases,
     "routing": routing.cases,
     "layers": layers.cases,

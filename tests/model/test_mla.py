@@ -158,7 +158,7 @@ LONG = {
 def test_a_chunk_expanded_beside_decodes_is_the_whole(
     sizes: str, step: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every way a mixed step can be cut gives what one pass over each text gives; `step` positions a piece."""
+    """Every way to cut a mixed step gives what one pass over each text gives; `step` positions a piece."""
     layer, config = _layer("q_lora", RopeConfig(interleaved=True))
     if step is not None:
         monkeypatch.setattr("shoal.model.mla.PIECE_KEYS", step * 3)
@@ -195,13 +195,17 @@ def test_a_chunk_expanded_beside_decodes_is_the_whole(
         assert (torch.cat(rows[s]) - wanted_TD).abs().max() <= EXACT * wanted_TD.abs().max()
 
 
-@pytest.mark.parametrize(("prefix", "new"), [(0, 32), (0, 31), (30_000, 171), (30_000, 170), (100, 64), (4096, 2048)])
+@pytest.mark.parametrize(
+    ("prefix", "new"), [(0, 32), (0, 31), (30_000, 171), (30_000, 170), (100, 64), (4096, 2048)]
+)
 def test_a_chunk_is_expanded_where_that_takes_fewer_flops(prefix: int, new: int) -> None:
     """Counted pair by pair, for V3's dims."""
     published = MLAConfig(128, 512, 128, 64, 128)
     config = _config(published, RopeConfig(interleaved=True))
     layer = MLA(config, published, 0, device=torch.device("meta"), dtype=torch.float32)
-    pairs = sum(prefix + i for i in range(new)) + new / 2  # a query and itself count half, as in n (p + n / 2)
+    pairs = (
+        sum(prefix + i for i in range(new)) + new / 2
+    )  # a query and itself count half, as in n (p + n / 2)
     absorbed, expanded = pairs * (512 + 64 + 512), pairs * (192 + 128) + prefix * 512 * 256
     assert layer.expands(Chunk(0, 0, new, prefix + new)) == (new >= 32 and expanded < absorbed)
 

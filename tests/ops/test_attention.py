@@ -230,7 +230,9 @@ def test_parts_are_the_textbook_sum_and_merge_to_it(heads: str, causal: bool) ->
         for h in range(H):
             seen, g = slice(N - n + t + 1 if causal else N), h * G // H
             wanted[t, h] = _attend(q[t, h], k[seen, g], v[seen, g], SCALE)
-            assert lse[t, h].item() == pytest.approx((SCALE * (k[seen, g] @ q[t, h])).exp().sum().log().item())
+            assert lse[t, h].item() == pytest.approx(
+                (SCALE * (k[seen, g] @ q[t, h])).exp().sum().log().item()
+            )
     _assert_close(got, wanted)
     left = ops.attention_part(q, k[:cut], v[:cut], SCALE, False)
     right = ops.attention_part(q, k[cut:], v[cut:], SCALE, causal)

@@ -96,15 +96,18 @@ def _call(step: Step, heads: int, row: tuple[int, ...], page: int, dtype: torch.
     return Call(q, pages, *where)
 
 
-def _wanted(call: Call, step: Step, *rest: float) -> Tensor:
-    """The reference, sequence by sequence in float64."""
+def _wanted(call: Call, step: Step, scale: float, rank: int | None = None) -> Tensor:
+    """The reference, sequence by sequence in float64; latents if they have a `rank`."""
     wide = call.double()
     outputs = []
     for s, (q, new, context) in enumerate(zip(wide.q.split(step.new), step.new, step.contexts, strict=True)):
-        cu = torch.tensor([0, new], dtype=torch.int32, device=DEVICE)
-        side = reference.latent_attention if len(rest) == 2 else reference.paged_attention
-        where = (wide.pages, wide.table_SB[s : s + 1], wide.contexts_S[s : s + 1], context, cu, 2)
-        outputs.append(side(q, *where, *rest))
+        cu_S1 = torch.tensor([0, new], dtype=torch.int32, device=DEVICE)
+        where = (wide.pages, wide.table_SB[s : s + 1], wide.contexts_S[s : s + 1], context, cu_S1, 2)
+        outputs.append(
+            reference.paged_attention(q, *where, scale)
+            if rank is None
+            else reference.latent_attention(q, *where, rank, scale)
+        )
     return torch.cat(outputs)
 
 
@@ -130,7 +133,7 @@ LATENTS = (Dims(16, 512, 64), Dims(128, 512, 64), Dims(24, 256, 64)) if GPU else
 def test_latent_attention_equals_reference(name: str, dims: Dims, dtype: torch.dtype, page: int) -> None:
     step = STEPS[name]
     call = _call(step, dims.heads, (dims.rank + dims.rope,), page, dtype)
-    wanted = _wanted(call, step, dims.rank, (dims.rank + dims.rope) ** -0.5)
+    wanted = _wanted(call, step, (dims.rank + dims.rope) ** -0.5, dims.rank)
     for invariant in (False, True):
         _assert_close(_latent(call, dims.rank, invariant=invariant), wanted, dtype)
 
@@ -166,7 +169,7 @@ PLANS = {
 def test_every_plan_serves_every_page(name: str, page: int) -> None:
     step = STEPS["a chunk beside decodes"]
     call = _call(step, 5, (24 + 8,), page, HALF)
-    wanted = _wanted(call, step, 24, 32**-0.5)
+    wanted = _wanted(call, step, 32**-0.5, 24)
     for invariant in (False, True):
         _assert_close(_latent(call, 24, PLANS[name], invariant=invariant), wanted, HALF)
 
@@ -175,7 +178,7 @@ def test_long_contexts_are_cut_alike_and_merged() -> None:
     """More positions than one fixed piece of 2048, beside short ones."""
     step = Step([1, 1, 2], [4100, 3, 2048])
     call = _call(step, 2, (16 + 16,), 16, HALF)
-    wanted = _wanted(call, step, 16, 32**-0.5)
+    wanted = _wanted(call, step, 32**-0.5, 16)
     plan = Plan(16, 512, False, 4, 2) if not GPU else PORTABLE
     for invariant in (False, True):
         _assert_close(_latent(call, 16, plan, invariant=invariant), wanted, HALF)
@@ -212,7 +215,7 @@ def test_the_longest_context_may_be_an_upper_bound() -> None:
     wider = torch.zeros(call.table_SB.shape[0], 500, dtype=torch.int32, device=DEVICE)
     wider[:, : call.table_SB.shape[1]] = call.table_SB
     loose = call._replace(longest=4000, table_SB=wider, most=40)
-    wanted = _wanted(call, step, 24, 32**-0.5)
+    wanted = _wanted(call, step, 32**-0.5, 24)
     for invariant in (False, True):
         _assert_close(_latent(loose, 24, PORTABLE, invariant=invariant), wanted, HALF)
 
@@ -236,14 +239,13 @@ def test_refusals_name_the_value() -> None:
 
 def test_batch_invariant_mode_is_a_setting_of_the_dispatcher() -> None:
     call = _call(Step([1, 1], [5, 30]), 4, (24 + 8,), 8, HALF)
-    arguments = (*call, 24, 0.2)
+    rest = (*call[1:], 24, 0.2)
     with dispatch.using("triton"):
-        assert dispatch.explain("latent_attention", *arguments) == "latent_attention: triton"
+        assert dispatch.explain("latent_attention", call.q, *rest) == "latent_attention: triton"
         with dispatch.batch_invariant():
-            assert "batch-invariant" in dispatch.explain("latent_attention", *arguments)
-            got = dispatch.call("latent_attention", *arguments)
-    wanted = cache_attention.latent_attention(*arguments, invariant=True)
-    assert torch.equal(got, wanted)
+            assert "batch-invariant" in dispatch.explain("latent_attention", call.q, *rest)
+            got = dispatch.call("latent_attention", call.q, *rest)
+    assert torch.equal(got, cache_attention.latent_attention(*call, 24, 0.2, invariant=True))
 
 
 @on_gpu
@@ -261,7 +263,7 @@ def test_real_shapes_in_a_graph_that_serves_other_lengths(heads: int, batch: int
     for contexts in (step.contexts, shorter):
         call.contexts_S.copy_(torch.tensor(contexts, dtype=torch.int32))
         graph.replay()
-        _assert_close(out, _wanted(call, Step(step.new, contexts), 512, 576**-0.5), HALF)
+        _assert_close(out, _wanted(call, Step(step.new, contexts), 576**-0.5, 512), HALF)
 
 
 @on_gpu

@@ -9,11 +9,11 @@ elements that the heads share. Only those C + R elements are cached. With W_UK a
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
 
-A chunk of n new tokens over p cached ones is expanded too, in pieces that are merged by their log-sum-exp: the
-chunk with itself, and the cached latents made into keys and values again, some thousand positions at a time.
-For a head this costs 2 p C (N + V) to expand and 2 (N + R + V) a pair of query and key, absorbed 2 (2 C + R) a
-pair; a chunk has n (p + n / 2) pairs. So it pays where n (2 p + n) (2 C - N - V) > 2 p C (N + V): for V2 and
-V3, from 171 tokens on after a long context. Decodes beside the chunk stay absorbed.
+A chunk of n new tokens over p cached ones is expanded too, in pieces that are merged by their log-sum-exp:
+the chunk with itself, and the cached latents made into keys and values again, some thousand positions at a
+time. For a head this costs 2 p C (N + V) to expand and 2 (N + R + V) a pair of query and key, absorbed
+2 (2 C + R) a pair; a chunk has n (p + n / 2) pairs. So it pays where n (2 p + n) (2 C - N - V) >
+2 p C (N + V): for V2 and V3, from 171 tokens on after a long context. Decodes beside the chunk stay absorbed.
 
 The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
 
@@ -34,7 +34,9 @@ from shoal.model.rope import Angles
 from shoal.ops import api as ops
 
 MIN_CHUNK = 32  # tokens: below, a sequence on its own costs more in launches than it saves in FLOPs
-PIECE_KEYS = 2**18  # cached positions times heads that are expanded at once: 168 MB of keys and values in bf16
+PIECE_KEYS = (
+    2**18
+)  # cached positions times heads that are expanded at once: 168 MB of keys and values in bf16
 LATENT_NORM_EPS = 1e-6  # of the two latent norms, in the released code whatever rms_norm_eps says
 
 
@@ -140,9 +142,7 @@ class MLA(nn.Module):
         prefix, step = chunk.context - chunk.new, max(1, PIECE_KEYS // mla.num_attention_heads)
         for first in range(0, prefix, step):
             last = min(first + step, prefix)
-            rows_NL = ops.read_cache(
-                kv.pages[self.layer], kv.block_table_SB[chunk.sequence], first, last
-            )
+            rows_NL = ops.read_cache(kv.pages[self.layer], kv.block_table_SB[chunk.sequence], first, last)
             latent_NC, k_rope_NR = rows_NL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
             k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR.unsqueeze(1))
             part = ops.attention_part(q_nHQ, k_NHQ, v_NHV, self.scale, False)

@@ -203,7 +203,7 @@ def attention_part(
 def merge_attention(
     a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys, from that over each: o_nHV and lse_nH, both float32 (or wider).
+    """Attention over two disjoint sets of keys, from that over each: o_nHV and lse_nH, float32 or wider.
 
     o = (e^lse_a a + e^lse_b b) / (e^lse_a + e^lse_b). No gradient.
     """
@@ -257,7 +257,7 @@ def write_kv_cache(
 
 
 def read_cache(pages: Tensor, table_B: Tensor, first: int, last: int) -> Tensor:
-    """Positions `first` to `last` of the sequence whose pages are `table_B`, in order: (last - first, ...)."""
+    """Positions `first` to `last` of the sequence with the pages `table_B`, in order: (last - first, ...)."""
     return call("read_cache", pages, table_B, first, last)
 
 
@@ -274,8 +274,8 @@ def paged_attention(
     """Attention of new tokens over a paged cache of keys and values, `pages` (P, page_size, 2, G, Q): o_THQ.
 
     The n new tokens of sequence s are the last n of its `context_lens_S[s]` positions and are already in the
-    cache; each sees the positions up to its own. `max_context_len` and `max_seqlen` may be upper bounds, and a
-    sequence without positions (an empty place of a CUDA graph) gets zeros. What lies past a context may be
+    cache; each sees the positions up to its own. `max_context_len` and `max_seqlen` may be upper bounds, and
+    a sequence without positions (an empty place of a CUDA graph) gets zeros. What lies past a context may be
     anything, NaN included, and touches no result. Softmax in float32. No gradient.
     """
     return call(

@@ -4,8 +4,9 @@ The reference serves every device; a Triton kernel is chosen on CUDA where one e
 `using` forces one side for a block of code (tests compare the two with it), and the environment variable
 SHOAL_OPS does so for a whole process. Only this file names `ops.reference` or `ops.triton`.
 
-Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every kernel that a row's result be
-the same, bit for bit, whatever else is in the batch. Most are so by nature; one that is not says how it would be.
+Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every kernel that a row's result
+be the same, bit for bit, whatever else is in the batch. Most are so by nature; one that is not says how it
+would be.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def _switch(name: str) -> bool:
 
 _default_side = _checked(os.environ.get("SHOAL_OPS", "auto"), "SHOAL_OPS")
 _side: ContextVar[Side] = ContextVar("side", default=_default_side)
-_invariant: ContextVar[bool] = ContextVar("invariant", default=_switch("SHOAL_BATCH_INVARIANT"))
+_default_invariant = _switch("SHOAL_BATCH_INVARIANT")
+_invariant: ContextVar[bool] = ContextVar("invariant", default=_default_invariant)
 
 
 @contextmanager

@@ -134,7 +134,9 @@ def _attend(
     sequences, heads, new, _ = q_SHnd.shape
     wide = torch.promote_types(q_SHnd.dtype, torch.float32)
     if not q_SHnd.numel() or not longest:  # nobody asks, or there is nothing to see
-        return q_SHnd.new_zeros(sequences, heads, new, pages.shape[-1] if latent_rank is None else latent_rank)
+        return q_SHnd.new_zeros(
+            sequences, heads, new, pages.shape[-1] if latent_rank is None else latent_rank
+        )
     # 1. Whole pages, side by side, up to the longest context.
     table_SB = table_SB[:, : -(-longest // pages.shape[1])]
     rows_SN = (

@@ -1,13 +1,14 @@
 """Causal attention over a pack on a GPU, with gradients, and pieces of it that are merged: who runs it.
 
-    cuDNN, one call of equal lengths    bf16 and fp16 on Hopper and data-centre Blackwell, the usual dims
-    cuDNN, ragged                       the same, with the boundaries of the pack
-    flash (Triton, ours)                everything else: float32, odd dims, other GPUs, batch-invariant mode
+    equal    cuDNN, one dense call           bf16, fp16 on Hopper or data-centre Blackwell, the usual dims
+    ragged   cuDNN, boundaries of the pack   the same, for training
+    flash    Triton, ours                    float32, odd dims or lengths, other GPUs, batch-invariant mode
 
-cuDNN is PyTorch's own (aten's `_scaled_dot_product_cudnn_attention` and `_cudnn_attention_forward`) and stands
-at the limit on these shapes; `choose` says which serves a call, and why. cuDNN plans a ragged shape anew for
-each count of sequences and longest length it meets, so both are rounded up: the boundaries are padded with
-empty sequences to a power of two.
+cuDNN is PyTorch's own (aten's `_scaled_dot_product_cudnn_attention` and `_cudnn_attention_forward`), at the
+limit on these shapes; `choose` says which serves a call, and why. cuDNN plans a shape when it first meets it,
+for 50 to 150 ms, so it is asked for few: lengths that are multiples of 512, and packs whose longest length is
+rounded up to one and whose boundaries are padded with empty sequences to a power of two. Its backward adds
+atomically unless `torch.use_deterministic_algorithms(True)`; ours never does.
 
 A piece (`attention_part`) also gives the log-sum-exp of its scores, by which `merge_attention` joins two.
 """
@@ -33,6 +34,7 @@ from shoal.ops.triton.flash import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 256
+PLANNED = 512  # lengths that cuDNN is asked for are multiples of it: a plan takes it 50 to 150 ms
 _LOG2E = math.log2(math.e)
 
 
@@ -128,7 +130,9 @@ class _Flash(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         delta_TH = torch.empty_like(lse_TH)
         dims, S, rows = _dims(q, v), cu_S1.shape[0] - 1, lse_TH.numel()
-        delta_kernel[(triton.cdiv(rows, 16),)](o_THV, do_THV, delta_TH, rows, V=dims["V"], BV=dims["BV"], ROWS=16)
+        delta_kernel[(triton.cdiv(rows, 16),)](
+            o_THV, do_THV, delta_TH, rows, V=dims["V"], BV=dims["BV"], ROWS=16
+        )
         tile = plan.keys
         keys_backward_kernel[(triton.cdiv(most, tile.bn), dims["G"], S)](
             q, k, v, do_THV, lse_TH, delta_TH, dk, dv, cu_S1, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
@@ -144,9 +148,7 @@ class _Flash(torch.autograd.Function):
 
 class _RaggedCudnn(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_S1: Tensor, most: int, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_S1: Tensor, most: int, scale: float) -> Tensor:
         found = torch.ops.aten._cudnn_attention_forward(
             q, k, v, None, cu_S1, cu_S1, most, most, True, 0.0, True, False, scale=scale
         )
@@ -161,7 +163,7 @@ class _RaggedCudnn(torch.autograd.Function):
         q, k, v, o_THV, lse, seed, offset, cu_S1 = ctx.saved_tensors
         most, scale = ctx.how
         gradients = torch.ops.aten._cudnn_attention_backward(
-            do_THV.contiguous(), q, k, v, o_THV, lse, seed, offset, q.new_empty(0), cu_S1, cu_S1, most, most,
+            do_THV.contiguous(), q, k, v, o_THV, lse, seed, offset, None, cu_S1, cu_S1, most, most,
             0.0, True, scale=scale,
         )  # fmt: skip
         return (*gradients, None, None, None)
@@ -174,15 +176,24 @@ def _cudnn_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> str | None:
         return "cuDNN's fast kernels are for Hopper and data-centre Blackwell"
     if q_THQ.dtype == torch.float32:
         return "cuDNN takes bfloat16 and float16"
-    if Q % 8 or V % 8 or V > 128 or Q > (192 if V == 128 else 128):
+    if Q % 8 or V % 8 or V > 128 or (192 if V == 128 else 128) < Q:
         return f"cuDNN's backward takes dims up to 128, or 192 and 128; these are {Q} and {V}"
     if min(q_THQ.shape[0], k_TGQ.shape[0]) < 2:
         return "cuDNN takes no single token"
+    if max(q_THQ.numel(), k_TGQ.numel()) >= 2**31:
+        return f"{q_THQ.numel()} elements, and cuDNN's offsets into a pack have 32 bits"
     return None
 
 
 def choose(
-    q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, cu_S1: Tensor, most: int, scale: float, *, invariant: bool = False
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_S1: Tensor,
+    most: int,
+    scale: float,
+    *,
+    invariant: bool = False,
 ) -> tuple[str, str]:
     """Who runs `attention` ("equal", "ragged" or "flash"), and a word on why."""
     if invariant:
@@ -192,9 +203,12 @@ def choose(
         refusal = "cuDNN takes no single token"
     if refusal is not None:
         return "flash", refusal
-    if q_THQ.shape[0] == (cu_S1.shape[0] - 1) * most:
-        return "equal", "cuDNN through PyTorch, since all sequences are of one length"
-    return "ragged", "cuDNN through PyTorch, with the boundaries of the pack"
+    training = torch.is_grad_enabled() and (q_THQ.requires_grad or k_TGQ.requires_grad or v_TGV.requires_grad)
+    if q_THQ.shape[0] == (cu_S1.shape[0] - 1) * most and most % PLANNED == 0:
+        return "equal", "cuDNN through PyTorch: all sequences are of one length"
+    if training:
+        return "ragged", "cuDNN through PyTorch, with the boundaries of the pack"
+    return "flash", f"no gradient, and lengths are no multiple of {PLANNED}: cuDNN would plan each anew"
 
 
 def attention_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, *_: Any) -> str | None:
@@ -213,7 +227,9 @@ def attention_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, *_: Any) -> s
 def _equal_cudnn(q: Tensor, k: Tensor, v: Tensor, most: int, scale: float, *, causal: bool) -> Any:
     """Sequences of `most` queries each, as one dense call: what aten returns, (S, H, n, V) first."""
     q, k, v = (x.unflatten(0, (q.shape[0] // most, -1)).transpose(1, 2) for x in (q, k, v))
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
 
 
 def attention(
@@ -229,7 +245,9 @@ def attention(
 ) -> Tensor:
     """As `ops.api.attention` says. `plan` forces the Triton kernels and their tiles."""
     if q_THQ.shape[0] == 0:
-        return q_THQ.new_empty(0, q_THQ.shape[1], v_TGV.shape[2]) + 0 * (q_THQ.sum() + k_TGQ.sum() + v_TGV.sum())
+        return q_THQ.new_empty(0, q_THQ.shape[1], v_TGV.shape[2]) + 0 * (
+            q_THQ.sum() + k_TGQ.sum() + v_TGV.sum()
+        )
     who, _ = choose(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale, invariant=invariant)
     if who == "equal" and plan is None:
         return _equal_cudnn(q_THQ, k_TGQ, v_TGV, most, scale, causal=True)[0].transpose(1, 2).flatten(0, 1)
@@ -237,7 +255,7 @@ def attention(
     if who == "ragged" and plan is None:
         S = cu_S1.shape[0] - 1
         padded_S1 = torch.cat((cu_S1, cu_S1[-1:].expand(triton.next_power_of_2(S) - S)))
-        return _RaggedCudnn.apply(q, k, v, padded_S1, triton.cdiv(most, 512) * 512, scale)
+        return _RaggedCudnn.apply(q, k, v, padded_S1, triton.cdiv(most, PLANNED) * PLANNED, scale)
     return _Flash.apply(q, k, v, cu_S1, most, scale, plan or _plan(q))
 
 
@@ -247,7 +265,8 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """As `ops.api.attention_part` says. `plan` forces the Triton kernel and its tiles."""
     n, N = q_nHQ.shape[0], k_NGQ.shape[0]
-    if n and N and plan is None and (not causal or n == N) and _cudnn_refusal(q_nHQ, k_NGQ, v_NGV) is None:
+    planned = n % PLANNED == N % PLANNED == 0 and (not causal or n == N)
+    if n and plan is None and planned and _cudnn_refusal(q_nHQ, k_NGQ, v_NGV) is None:
         q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q_nHQ, k_NGQ, v_NGV))
         found = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
@@ -262,8 +281,17 @@ def attention_part(
 
 @triton.jit
 def _merge_kernel(
-    a_ptr, b_ptr, lse_a_ptr, lse_b_ptr, o_ptr, lse_ptr, rows, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    lse_a_ptr,
+    lse_b_ptr,
+    o_ptr,
+    lse_ptr,
+    rows,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BV)
     there = row < rows
@@ -284,10 +312,15 @@ def _merge_kernel(
 
 
 @torch.no_grad()
-def merge_attention(a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(
+    a_nHV: Tensor, lse_a_nH: Tensor, b_nHV: Tensor, lse_b_nH: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `ops.api.merge_attention` says."""
     a, b = a_nHV.contiguous(), b_nHV.contiguous()
-    o, lse = torch.empty_like(a, dtype=torch.float32), torch.empty_like(lse_a_nH, memory_format=torch.contiguous_format)
+    o, lse = (
+        torch.empty_like(a, dtype=torch.float32),
+        torch.empty_like(lse_a_nH, memory_format=torch.contiguous_format),
+    )
     rows, V = lse.numel(), a.shape[-1]
     if rows:
         _merge_kernel[(triton.cdiv(rows, 8),)](

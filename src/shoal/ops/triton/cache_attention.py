@@ -91,13 +91,15 @@ def _attend(
         return out_THC
     rep = H // groups
     if plan is None:
-        rows = rep if invariant else most * rep
-        plan = choose_plan(rows, rank, q_THd.dtype, latent=latent, hopper=_hopper(q_THd.device))
+        rows, sequences = (rep, MAX_SEQUENCES) if invariant else (most * rep, S)
+        plan = choose_plan(rows, sequences, rank, q_THd.dtype, latent=latent, hopper=_hopper(q_THd.device))
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
     device = q_THd.device
     programs = max(1, num_multiprocessors(device.index if q_THd.is_cuda else None) * plan.resident // lanes)
-    unit = UNIT_POSITIONS // plan.bn
+    if programs >= S > programs // 20:
+        programs -= programs % S  # sequences of one length then lie whole in their pieces
+    unit, pdl = UNIT_POSITIONS // plan.bn, _hopper(device)
     # Pieces never outnumber tiles; one piece, or fixed ones that each hold a whole sequence, need no merge.
     tiles = triton.cdiv(max(longest, 1), plan.bn)
     slots = S * triton.cdiv(tiles, unit) if invariant else 2 * programs
@@ -132,9 +134,9 @@ def _attend(
         num_stages=plan.stages,
         **shared,
     )
-    few = T * H <= 1024
-    heads = math.gcd(rep, 1 if few else 8)
-    width = min(column, 128)
+    few = T * H <= 256
+    heads = math.gcd(rep, 1 if few else 4 if T * H <= 1024 else 16)
+    width = min(column, 64 if few else 128)
     merge_kernel[(T * H // heads, column // width)](
         contexts_S,
         cu_S1,
@@ -146,9 +148,9 @@ def _attend(
         BC=column,
         HB=heads,
         VB=width,
-        UB=16 // heads,
-        PDL=q_THd.is_cuda and _hopper(device),
-        launch_pdl=q_THd.is_cuda and _hopper(device),
+        UB=64 if few else 32 // heads,
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=4,
         **shared,
     )

@@ -1,7 +1,7 @@
 """Attention of few new tokens over a paged cache: positions split over programs, then merged.
 
-    o = sum_j softmax_j(scale q k_j) v_j        split    one program, some positions: o and log-sum-exp of them
-                                                merge    o = sum_u 2^(l_u - l) o_u,  l = log2 sum_u 2^l_u
+    o = sum_j softmax_j(scale q k_j) v_j     split    one program, some positions: o and log-sum-exp of them
+                                             merge    o = sum_u 2^(l_u - l) o_u,  l = log2 sum_u 2^l_u
 
 Layout: the queries of a sequence that share a key head are its rows (token, then head), BM a block. The tiles
 of BN positions of all sequences, laid end to end, are one line, and program w takes an equal piece of it,
@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from shoal.ops.triton.expert_products import wait_for_previous
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -148,6 +147,9 @@ def split_kernel(
             start = tl.load(cu_ptr + s)
             new = tl.load(cu_ptr + s + 1) - start
             limit = tl.load(contexts_ptr + s)
+            pages = table_ptr + s.to(tl.int64) * B
+            # The first page's number, asked for before the queries: it is there when the tiles want it.
+            limit += tl.minimum(tl.load(pages + begin * BN // PAGE), 0)
             # 2. Its queries.
             i = row + tl.arange(0, BM)
             token, head = start + i // REP, group * REP + i % REP
@@ -157,7 +159,6 @@ def split_kernel(
             if R:
                 q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
             top = tl.full((BM,), float("-inf"), tl.float32)
-            pages = table_ptr + s.to(tl.int64) * B
             # 3. Scores, running softmax, values.
             if SWAP:
                 total_NM = tl.zeros((BN, BM), tl.float32)
@@ -203,7 +204,9 @@ def split_kernel(
             column = tl.arange(0, BC)
             if SWAP:
                 total_M = tl.sum(total_NM, 0)
-            total_M = tl.where(total_M > 0, total_M, 1.0)  # nothing seen: 0 / 1, and log-sum-exp -inf from top
+            total_M = tl.where(
+                total_M > 0, total_M, 1.0
+            )  # nothing seen: 0 / 1, and log-sum-exp -inf from top
             o = (o / total_M[None, :]).T if SWAP else o / total_M[:, None]
             if (begin == 0) & (end == mine):
                 to = (token.to(tl.int64) * H + head) * C
@@ -267,7 +270,8 @@ def merge_kernel(
         top = tl.full((HB,), float("-inf"), tl.float32)
         weight = tl.zeros((HB,), tl.float32)
         o = tl.zeros((HB, VB), tl.float32)
-        wait_for_previous(PDL)
+        if PDL:
+            gdc_wait()
         if mine > 0:
             for unit in range(first, final + 1, UB):
                 u = unit + tl.arange(0, UB)
@@ -277,7 +281,9 @@ def merge_kernel(
                 there = (u <= final)[:, None]
                 lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
                 part = tl.load(
-                    partial_ptr + at[:, :, None] * BC + column[None, None, :], mask=there[:, :, None], other=0.0
+                    partial_ptr + at[:, :, None] * BC + column[None, None, :],
+                    mask=there[:, :, None],
+                    other=0.0,
                 )
                 higher = tl.maximum(top, tl.max(lse, 0))
                 ground = tl.where(higher == float("-inf"), 0.0, higher)

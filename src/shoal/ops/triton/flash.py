@@ -6,12 +6,11 @@
 
 Layout: rows of q, k and v are (token, head) as they come; a program takes one block of one sequence and one
 head and walks the other side, masking only the blocks on the diagonal or at the end. Keys are two products
-wide where their dim is no power of two: 192 = 128 + 64. Keys may be longer than queries: query i of n then sees
-the first N - n + i + 1 of N if CAUSAL, else all of them (a piece of a cached context). The backward pass is two
-kernels, one for each side, so every sum runs in one order and nothing is added atomically.
+wide where their dim is no power of two: 192 = 128 + 64. Keys may be longer than queries: query i of n then
+sees the first N - n + i + 1 of N if CAUSAL, else all of them (a piece of a cached context). The backward pass
+is two kernels, one for each side, so every sum runs in one order and nothing is added atomically.
 
-Bound: the matrix rate. Sequences of equal lengths go to cuDNN where it serves (`attention`); this is for ragged
-packs, float32, odd dims, other GPUs and the interpreter.
+Bound: the matrix rate. `attention` says which calls go to cuDNN and which come here.
 """
 
 from __future__ import annotations
@@ -228,7 +227,7 @@ def keys_backward_kernel(
             k_rest = _load(k_ptr, first + j, kept, group, D1, D2, B2, G, D1 + D2)
         else:
             k_rest = k
-        for r in range(0, H // G):
+        for r in range(H // G):
             head = group * (H // G) + r
             for start in range(block * BN // BM * BM, n, BM):
                 i = start + tl.arange(0, BM)
