@@ -190,9 +190,10 @@ def test_the_dispatcher_says_who_runs_it() -> None:
     arguments = (q, k, v, _boundaries([5, 4]), 5, 0.1)
     with dispatch.using("triton"):
         said = dispatch.explain("attention", *arguments)
-        assert ("cuDNN would plan each anew" if GPU else "flash (cuDNN's fast kernels are for Hopper") in said
+        assert ("several lengths" if GPU else "flash (cuDNN's fast kernels are for Hopper") in said
         if GPU:
-            assert "ragged" in dispatch.explain("attention", q.requires_grad_(), *arguments[1:])
+            equal = _pack([512, 512], HEADS["latent"], HALF)
+            assert "cudnn" in dispatch.explain("attention", *equal, _boundaries([512, 512]), 512, 0.1)
         with dispatch.batch_invariant():
             assert "batch-invariant" in dispatch.explain("attention", *arguments)
 

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
 ]
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-DTYPES = (HALF, torch.float32)
+LATENT_DTYPES, PAGED_DTYPES = ((HALF, torch.float32),) * 2 if GPU else ((HALF,), (torch.float32,))
 
 
 class Step(NamedTuple):
@@ -127,7 +127,7 @@ LATENTS = (Dims(16, 512, 64), Dims(128, 512, 64), Dims(24, 256, 64)) if GPU else
 
 
 @pytest.mark.parametrize("page", [16, 64] if GPU else [4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LATENT_DTYPES, ids=str)
 @pytest.mark.parametrize("dims", LATENTS, ids=str)
 @pytest.mark.parametrize("name", STEPS)
 def test_latent_attention_equals_reference(name: str, dims: Dims, dtype: torch.dtype, page: int) -> None:
@@ -142,7 +142,7 @@ PAGED = ((16, 4, 128), (8, 8, 64), (12, 4, 80)) if GPU else ((4, 2, 12),)
 
 
 @pytest.mark.parametrize("page", [16, 64] if GPU else [4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PAGED_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", PAGED, ids=str)
 @pytest.mark.parametrize("name", STEPS)
 def test_paged_attention_equals_reference(
@@ -164,7 +164,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("page", [1, 8, 32] if GPU else [1, 32])
+@pytest.mark.parametrize("page", [1, 8, 32] if GPU else [8])
 @pytest.mark.parametrize("name", PLANS)
 def test_every_plan_serves_every_page(name: str, page: int) -> None:
     step = STEPS["a chunk beside decodes"]
@@ -211,10 +211,10 @@ def test_batch_invariant_mode_gives_a_row_the_same_bits_in_any_batch(dims: Dims)
 
 def test_the_longest_context_may_be_an_upper_bound() -> None:
     step = STEPS["ragged"]
-    call = _call(step, 4, (24 + 8,), 8, HALF)
+    call = _call(step, 2, (24 + 8,), 8, HALF)
     wider = torch.zeros(call.table_SB.shape[0], 500, dtype=torch.int32, device=DEVICE)
     wider[:, : call.table_SB.shape[1]] = call.table_SB
-    loose = call._replace(longest=4000, table_SB=wider, most=40)
+    loose = call._replace(longest=4000, table_SB=wider, most=18)
     wanted = _wanted(call, step, 32**-0.5, 24)
     for invariant in (False, True):
         _assert_close(_latent(loose, 24, PORTABLE, invariant=invariant), wanted, HALF)

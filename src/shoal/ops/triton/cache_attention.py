@@ -6,8 +6,11 @@ Two launches a call, `split` and `merge` (`cache_splits`). Nothing waits for the
 shared out is decided there, from the lengths it holds, so lengths of 0 or far below `max_context_len` cost
 nothing.
 
-Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate
-from 128 on. `cache_plan` holds the tiles.
+Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate from
+128 on. On an H200 (2026-11-24) with 16 heads 10.5 and 21.9 us at batch 1 and 4k and 32k, 87% of 4.555 TB/s at
+batch 32 and 32k, 74% at 128 and 4k; GQA of 32 / 8 heads 87 to 99%. With 128 heads 275 TFLOP/s of 797: the
+compiler has both warpgroups compute all scores, 1.5 times the work. Batch-invariant mode costs nothing to 19%
+from batch 128 on, and 2.7 to 10 times at batch 1. `cache_plan` holds the tiles.
 """
 
 from __future__ import annotations
