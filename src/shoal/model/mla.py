@@ -4,16 +4,10 @@ Keys and values of all heads are projections of one normalised latent of C eleme
 elements that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of
 `kv_b_proj` for a head:
 
-- expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new.
+- expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new (`expands`).
 - absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
-
-A chunk of n new tokens over p cached ones is expanded too, in pieces that are merged by their log-sum-exp:
-the chunk with itself, and the cached latents made into keys and values again, some thousand positions at a
-time. For a head this costs 2 p C (N + V) to expand and 2 (N + R + V) a pair of query and key, absorbed
-2 (2 C + R) a pair; a chunk has n (p + n / 2) pairs. So it pays where n (2 p + n) (2 C - N - V) >
-2 p C (N + V): for V2 and V3, from 171 tokens on after a long context. Decodes beside the chunk stay absorbed.
 
 The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
 
@@ -96,7 +90,13 @@ class MLA(nn.Module):
         return self.o_proj(o_THV.flatten(1))
 
     def expands(self, chunk: Chunk) -> bool:
-        """Whether a chunk costs fewer FLOPs expanded than absorbed."""
+        """Whether a chunk of n new tokens over p cached ones costs fewer FLOPs expanded than absorbed.
+
+        For a head 2 p C (N + V) make keys and values of the cached latents again, and 2 (N + R + V) go to
+        each pair of query and key; absorbed a pair takes 2 (2 C + R). A chunk has n (p + n / 2) pairs. So it
+        pays where n (2 p + n) (2 C - N - V) > 2 p C (N + V): for V2 and V3, from 171 tokens on after a long
+        context.
+        """
         mla, new, prefix = self.mla, chunk.new, chunk.context - chunk.new
         made = mla.qk_nope_head_dim + mla.v_head_dim
         saved = new * (2 * prefix + new) * (2 * mla.kv_lora_rank - made)

@@ -7,7 +7,7 @@
 
 cuDNN (aten's `_scaled_dot_product_cudnn_attention`) is at the limit on its shapes: on an H200 (2026-11-24,
 dims 192 and 128, 16 heads) 454 TFLOP/s forward at 4k and 623 at 16k, 334 and 483 with the backward; ours 353
-and 486, 237 and 339. But it plans each shape when it first meets it, for 50 to 150 ms, so it is asked for few.
+and 486, 237 and 339. But it plans each shape it has not met, for 50 to 150 ms, so it is asked for few.
 On ragged packs, where ours reaches 404 and 295, PyTorch's way to cuDNN plans every call anew. Its backward
 adds atomically unless `torch.use_deterministic_algorithms(True)`; ours never does. `choose` says who serves.
 
