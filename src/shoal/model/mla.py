@@ -4,7 +4,7 @@ Keys and values of all heads are projections of one normalised latent of C eleme
 elements that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of
 `kv_b_proj` for a head:
 
-- expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new (`expands`).
+- expanded: k = [W_UK c | k_rope], v = W_UV c, then ordinary attention. Fewest FLOPs when many tokens are new.
 - absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
