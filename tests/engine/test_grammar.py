@@ -98,6 +98,19 @@ def test_others_are_left_alone() -> None:
     assert beside.ids == alone.ids
 
 
+def test_a_grammar_holds_beside_guesses() -> None:
+    """A request with a grammar gets no guesses; its neighbour does, and both get what they get without."""
+    model = build("deepseek-v3", eos=(EOS,))
+    params = [
+        replace(HOT, grammar=Grammar("regex", "[a-z]{12}"), seed=1),
+        SamplingParams(seed=3, max_tokens=20),
+    ]
+    plain = Engine(model, SETTINGS, VOCABULARY).generate([[4], [9, 8]], params)
+    settings = replace(SETTINGS, overlap=False, speculate=2)
+    guessed = Engine(model, settings, VOCABULARY).generate([[4], [9, 8]], params)
+    assert [done.ids for done in guessed] == [done.ids for done in plain]
+
+
 def test_preemption_keeps_the_place_in_the_grammar() -> None:
     model = build("deepseek-v3", eos=(EOS,))
     bound = replace(HOT, grammar=Grammar("regex", "[a-z]{30}"), max_tokens=50)

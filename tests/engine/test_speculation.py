@@ -129,6 +129,46 @@ def test_penalties_stops_and_records_hold_under_speculation(prompts: list[list[i
         assert torch.equal(done.routing, plain.routing)
 
 
+def test_cancels_and_full_pages_leave_nothing_behind_while_guessing() -> None:
+    """Random lengths, priorities and cancels over few pages, which drafts want too."""
+    draw = random.Random(0)
+    settings = EngineSettings(page_size=4, num_pages=24, max_batch_tokens=40, max_sequences=8, speculate=3)
+    engine = Engine(clairvoyant(SOMETIMES), settings)
+    wanted: dict[int, int] = {}
+    got: Counter[int] = Counter()
+    live: list[int] = []
+
+    def step() -> None:
+        for event in engine.step():
+            assert event.error is None
+            got[event.request] += event.token is not None
+            if event.finish and event.request in live:
+                live.remove(event.request)
+
+    for _ in range(120):
+        ids = [draw.randrange(3) for _ in range(draw.randint(1, 40))]
+        wish = SamplingParams(
+            temperature=draw.choice([0, 1]),
+            max_tokens=draw.randint(1, 12),
+            priority=draw.choice([0, 0, 1]),
+            presence_penalty=draw.choice([0, 0, 1]),
+        )
+        live.append(engine.add(ids, wish))
+        wanted[live[-1]] = wish.max_tokens or 0
+        while len(live) > 12:
+            step()
+        if draw.random() < 0.2:
+            gone = live.pop(draw.randrange(len(live)))
+            assert engine.cancel(gone)
+            del wanted[gone]
+    while engine.busy:
+        step()
+    assert {request: got[request] for request in wanted} == wanted
+    assert engine.stats().preemptions > 0
+    assert sum(engine.stats().accepted) > 0
+    assert (engine.pool.num_free, engine.pool.num_held) == (24, 0)
+
+
 def test_what_cannot_be_guessed_is_refused() -> None:
     with pytest.raises(ValueError, match="speculate is 2, but this model has no prediction module"):
         Engine(build("deepseek-v2-lite"), replace(PLAIN, speculate=2))

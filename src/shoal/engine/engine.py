@@ -15,7 +15,6 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -24,14 +23,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, sampling, staging
+from shoal.engine import grammar, ledger, sampling, staging
 from shoal.engine.blocks import BlockPool
-from shoal.engine.buckets import default_contexts, default_sizes
+from shoal.engine.buckets import default_contexts, default_sizes, warm_lengths
 from shoal.engine.events import Completion, Event, complete
-from shoal.engine.grammar import GrammarCompiler, Matcher, Vocabulary
-from shoal.engine.ledger import Ledger, draw_up
-from shoal.engine.records import count_record_bytes
-from shoal.engine.runner import Runner, Span, Step, count_page_bytes
+from shoal.engine.grammar import Grammars, Matcher, Vocabulary
+from shoal.engine.runner import Runner, Span, Step
 from shoal.engine.sampling import Draw, History, Sample, hash_pair
 from shoal.engine.scheduler import Pick, Scheduler
 from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence
@@ -69,7 +66,7 @@ class Engine:
         on_cuda = model.head_weight().is_cuda
         buckets = default_sizes(settings.max_sequences) if on_cuda else ()
         buckets = buckets if settings.buckets is None else settings.buckets
-        self.ledger = _draw_up(model, settings, buckets if on_cuda else ())
+        self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else ())
         self.pool = BlockPool(self.ledger.num_pages, settings.page_size, remember=settings.prefix_cache)
         self.scheduler = Scheduler(
             self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
@@ -95,7 +92,7 @@ class Engine:
         self._overlaps = settings.overlap or (settings.overlap is None and on_cuda and not settings.speculate)
         eos = self.config.eos_token_id
         self._eos_ids = frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
-        self._grammars: GrammarCompiler | None = None  # made when the first is asked for
+        self._grammars = Grammars(vocabulary, self.config.vocab_size, self._eos_ids)
         self._live: dict[int, Sequence] = {}
         self._num_requests = 0
         self._flight: Flight | None = None
@@ -175,7 +172,7 @@ class Engine:
         self.runner.capture()
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
         pages = self.pool.take(self.pool.count_pages(most))
-        for length in _lengths(most):
+        for length in warm_lengths(most):
             for start in {0, min(length, most - length)}:
                 step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
         # A step of prompts and decodes, and each way to sample.
@@ -296,20 +293,10 @@ class Engine:
     def _match(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
         if params.grammar is None:
             return None
-        if self.vocabulary is None:
-            raise ValueError("grammar needs a vocabulary; hand one to Engine(model, settings, vocabulary)")
-        if not stop_ids:
-            raise ValueError(
-                "grammar needs a token to end with, but there is none; give stop_token_ids, or leave out "
-                "ignore_eos"
-            )
-        if params.min_tokens:
-            raise ValueError(
-                f"min_tokens is {params.min_tokens}, but a grammar says when it ends; leave one of them out"
-            )
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.vocabulary, self.config.vocab_size, self._eos_ids)
-        return self._grammars.match(params.grammar, stop_ids, params.think_end_id)
+        think_end_id, min_tokens = params.think_end_id, params.min_tokens
+        return self._grammars.match(
+            params.grammar, stop_ids, think_end_id=think_end_id, min_tokens=min_tokens
+        )
 
     # ------------------------------------------------------------------------------------------------
     # A step goes out
@@ -363,18 +350,12 @@ class Engine:
             return self.runner.records.ids(step.table_SB, [rows[row] for row in wanted], length)
 
         prompts = [each.num_prompt for each in sequences]
-        allowed_SV = self._allow([each.matcher for each in sequences])
+        matchers = [each.matcher for each in sequences]
+        allowed_SV = grammar.allow(matchers, self.config.vocab_size, self.runner.device)
         result = sampling.draw(step.logits_MV, draws, History(history, prompts), allowed_SV)
         if self._overlaps:
             self.runner.keep(result.tokens_S1.squeeze(1), sequences)
         return staging.Parcel(result.pack())
-
-    def _allow(self, matchers: list[Matcher | None]) -> Tensor | None:
-        if not any(matchers):
-            return None
-        size = self.config.vocab_size
-        (words_SW,) = staging.send([grammar.allow(matchers, size)], self.runner.device)
-        return grammar.unpack(words_SW, size)
 
     def _score(self, picks: list[Pick], step: Step) -> list[tuple[Sequence, int, staging.Parcel]]:
         """Log-probabilities of the prompt tokens that follow those in this step, where they are wanted."""
@@ -503,51 +484,3 @@ class Engine:
             routing=routing,
             error=error,
         )
-
-
-def _lengths(most: int) -> list[int]:
-    """Lengths of steps up to `most` that meet every plan of the kernels: those choose by size, and compile
-    apart for sizes that are multiples of 16."""
-    lengths = {most}
-    base = 1
-    while base <= most:
-        for length in (base, base + base // 2):
-            lengths |= {length, length + 1, length + 8}
-        base *= 2
-    return sorted(length for length in lengths if length <= most)
-
-
-def _draw_up(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
-    config, head = model.config, model.head_weight()
-    size = settings.page_size
-    page = count_page_bytes(config, size, head.dtype, mtp=settings.speculate > 0)
-    cache_bytes, num_pages = settings.cache_bytes, settings.num_pages
-    if cache_bytes is None and not head.is_cuda:
-        cache_bytes = 1 << 30
-    if num_pages is None and cache_bytes is not None:
-        if cache_bytes < page:
-            raise ValueError(
-                f"cache_bytes is {cache_bytes}, but a page of {size} positions takes {page}; raise it, or "
-                f"lower page_size"
-            )
-        usable = settings.max_sequences * -(-config.max_position_embeddings // size)
-        num_pages = min(cache_bytes // page, usable)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if head.is_cuda:
-        free, total = torch.cuda.mem_get_info(head.device)
-        limit = min(int(settings.memory * total), free + torch.cuda.memory_reserved(head.device))
-    else:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return draw_up(
-        config,
-        limit=limit,
-        weights=weights,
-        dtype_bytes=head.dtype.itemsize,
-        page=page + size * count_record_bytes(config),
-        page_size=size,
-        num_pages=num_pages,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_sequences=settings.max_sequences,
-        graph_sizes=graph_sizes,
-        graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
-    )

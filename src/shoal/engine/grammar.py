@@ -14,9 +14,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from shoal.engine import staging
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 VocabularyKind = Literal["raw", "byte_level", "byte_fallback"]
@@ -132,16 +133,41 @@ class GrammarCompiler:
                 return compiler.compile_grammar("root ::= " + " | ".join(map(json.dumps, choices)))
 
 
-def allow(matchers: list[Matcher | None], vocab_size: int) -> np.ndarray:
-    """The words (S, W) int32 of all rows; those without a grammar may go on with anything."""
+class Grammars:
+    """The grammars that the requests of one engine ask for; made ready when the first asks."""
+
+    def __init__(self, vocabulary: Vocabulary | None, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._vocabulary, self._vocab_size, self._eos_ids = vocabulary, vocab_size, eos_ids
+        self._compiler: GrammarCompiler | None = None
+
+    def match(
+        self, grammar: Grammar, stop_ids: frozenset[int], *, think_end_id: int | None, min_tokens: int
+    ) -> Matcher:
+        """A text at its beginning, which may end by these ids."""
+        if self._vocabulary is None:
+            raise ValueError("grammar needs a vocabulary; hand one to Engine(model, settings, vocabulary)")
+        if not stop_ids:
+            raise ValueError(
+                "grammar needs a token to end with, but there is none; give stop_token_ids, or leave out "
+                "ignore_eos"
+            )
+        if min_tokens:
+            raise ValueError(
+                f"min_tokens is {min_tokens}, but a grammar says when it ends; leave one of them out"
+            )
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._vocabulary, self._vocab_size, self._eos_ids)
+        return self._compiler.match(grammar, stop_ids, think_end_id)
+
+
+def allow(matchers: list[Matcher | None], vocab_size: int, device: torch.device) -> Tensor | None:
+    """Which tokens each row may go on with (S, V), on the device; None if no row has a grammar."""
+    if not any(matchers):
+        return None
     words_SW = torch.full((len(matchers), -(-vocab_size // 32)), -1, dtype=torch.int32)
     for row, matcher in enumerate(matchers):
         if matcher is not None:
             matcher.fill(words_SW, row)
-    return words_SW.numpy()
-
-
-def unpack(words_SW: Tensor, vocab_size: int) -> Tensor:
-    """The words as one truth a token (S, V), where they are."""
-    bits_32 = torch.arange(32, dtype=torch.int32, device=words_SW.device)
+    (words_SW,) = staging.send([words_SW.numpy()], device)
+    bits_32 = torch.arange(32, dtype=torch.int32, device=device)
     return ((words_SW.unsqueeze(-1) >> bits_32) & 1).bool().flatten(1)[:, :vocab_size]

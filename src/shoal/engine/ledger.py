@@ -10,9 +10,17 @@ an upper bound by a little: PyTorch frees as it goes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+import torch
+
 from shoal.config.model import MLAConfig, ModelConfig
+from shoal.engine.buckets import default_contexts
+from shoal.engine.records import count_record_bytes
+from shoal.engine.runner import count_page_bytes
+from shoal.engine.settings import EngineSettings
+from shoal.model.transformer import Transformer
 
 _GIB = 2**30
 
@@ -137,3 +145,40 @@ def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -
         drawn * config.vocab_size * (dtype_bytes + 3 * 4 + 8) + tokens * config.hidden_size * dtype_bytes
     )
     return max(layer, drawing)
+
+
+def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
+    """The ledger of an engine for a model that is already where it will run."""
+    config, head = model.config, model.head_weight()
+    size = settings.page_size
+    page = count_page_bytes(config, size, head.dtype, mtp=settings.speculate > 0)
+    cache_bytes, num_pages = settings.cache_bytes, settings.num_pages
+    if cache_bytes is None and not head.is_cuda:
+        cache_bytes = 1 << 30
+    if num_pages is None and cache_bytes is not None:
+        if cache_bytes < page:
+            raise ValueError(
+                f"cache_bytes is {cache_bytes}, but a page of {size} positions takes {page}; raise it, or "
+                f"lower page_size"
+            )
+        usable = settings.max_sequences * -(-config.max_position_embeddings // size)
+        num_pages = min(cache_bytes // page, usable)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if head.is_cuda:
+        free, total = torch.cuda.mem_get_info(head.device)
+        limit = min(int(settings.memory * total), free + torch.cuda.memory_reserved(head.device))
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return draw_up(
+        config,
+        limit=limit,
+        weights=weights,
+        dtype_bytes=head.dtype.itemsize,
+        page=page + size * count_record_bytes(config),
+        page_size=size,
+        num_pages=num_pages,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        graph_sizes=graph_sizes,
+        graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
+    )
