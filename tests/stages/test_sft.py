@@ -16,11 +16,14 @@ import pytest
 import torch
 
 from shoal.checkpoint import hf
-from shoal.config.run import from_table
-from shoal.config.tune import ExpertsConfig, LoraConfig, SFTConfig
+from shoal.config.families import tiny
+from shoal.config.run import BalanceConfig, from_table
+from shoal.config.tune import DistillConfig, ExpertsConfig, LoraConfig, SFTConfig
 from shoal.data.conversations import Conversation, SamplePacker, pack, read_conversations, to_samples
 from shoal.data.text import Tokenizer
+from shoal.model.transformer import Transformer
 from shoal.stages import sft
+from shoal.stages.grpo import tokenizer_files
 from shoal.train.metrics import Event, StepReport
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "sft"
@@ -197,6 +200,34 @@ def test_adapters_alone_learn_and_are_there_for_others(start: Path, tmp_path: Pa
         "mlp.experts.down_proj",
     }
     assert (tmp_path / "run" / "adapters" / "adapter_model.safetensors").exists()
+
+
+def test_a_dense_student_learns_what_its_teacher_would_say(start: Path, tmp_path: Path) -> None:
+    """It never sees what was said in the data as right: only the teacher's distribution over it."""
+    vocabulary = hf.load(start).config.vocab_size
+    dense = replace(tiny("r1-distill-qwen-7b"), vocab_size=vocabulary, bos_token_id=0, eos_token_id=1)
+    student = Transformer(dense)
+    student.init_weights(torch.Generator().manual_seed(0))
+    hf.save(student, tmp_path / "student", tokenizer_files=tokenizer_files(str(start)))
+    plain = config(start, tmp_path)
+    run = replace(
+        plain,
+        model=str(tmp_path / "student"),
+        train=replace(plain.train, balance=BalanceConfig(sequence_loss=0.0)),
+        distill=DistillConfig(str(start), keep=8),
+    )
+    sft.run(run, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["teacher"] for row in rows if row["kind"] == "step"]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match=r"train\.balance\.sequence_loss is 0\.0001; distillation"):
+        replace(run, train=plain.train)
+    strange = replace(dense, vocab_size=vocabulary + 1)
+    other = Transformer(strange)
+    other.init_weights(torch.Generator().manual_seed(0))
+    hf.save(other, tmp_path / "other", tokenizer_files=tokenizer_files(str(start)))
+    with pytest.raises(ValueError, match="they must share a vocabulary"):
+        sft.run(replace(run, distill=DistillConfig(str(tmp_path / "other"))), tmp_path / "again")
 
 
 def test_chosen_experts_alone_learn(start: Path, tmp_path: Path) -> None:

@@ -142,6 +142,28 @@ def grpo(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = 
 
 
 @app.command()
+def r1(
+    out: RunFolder = Path("runs/r1"),
+    task: Annotated[str, typer.Option(help="addition or countdown.")] = "addition",
+    scale: Annotated[str, typer.Option(help="laptop: at most half an hour on 2 cores.")] = "laptop",
+    size: Annotated[int | None, typer.Option(help="Digits of an addition, numbers of a countdown.")] = None,
+    start_steps: Annotated[int | None, typer.Option(help="Steps on demonstrations before RL.")] = None,
+    rl_steps: Annotated[int | None, typer.Option(help="Steps of RL.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, problems and answers.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Reasoning RL in small: few demonstrations, then rewards alone, against a control of equal compute."""
+    from shoal.cli.r1 import show
+    from shoal.stages import r1
+
+    if scale != "laptop":
+        raise ValueError(f"--scale is {scale!r}; laptop is the one there is")
+    given = {"size": size, "start_steps": start_steps, "rl_steps": rl_steps}
+    changes = {name: value for name, value in given.items() if value is not None}
+    show(r1.laptop(task, changes), out, seed, _find_device(device))
+
+
+@app.command()
 def chat(
     path: Checkpoint,
     raw: Annotated[bool, typer.Option(help="Continue each line as text, without turns.")] = False,

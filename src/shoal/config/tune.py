@@ -20,6 +20,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _refuse_balance_losses(train: TrainConfig, why: str) -> None:
+    """What an objective does not compute must not be asked for."""
+    for name, value in vars(train.balance).items():
+        _require(
+            name in ("bias_update_speed", "bias_rule", "bias_share", "devices") or value == 0,
+            f"train.balance.{name} is {value}; {why}: set it to 0",
+        )
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (model/lora.py) on every weight whose name ends in one of `targets`."""
@@ -51,6 +60,20 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Distillation on logits (train/distill.py): the loss is with the `keep` best tokens of the checkpoint
+    `teacher`, `soft` of it, and with the text, the rest. Teacher and student share a tokenizer."""
+
+    teacher: str
+    keep: int = 32
+    soft: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1")
+        _require(0 < self.soft <= 1, f"soft is {self.soft}; it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised tuning of the checkpoint `model` on the conversations of `data` (JSON or JSON Lines).
 
@@ -69,6 +92,7 @@ class SFTConfig:
     samples: int = 3  # answers to held-out conversations that are shown at each evaluation
     lora: LoraConfig | None = None
     esft: ExpertsConfig | None = None
+    distill: DistillConfig | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -77,6 +101,8 @@ class SFTConfig:
             self.lora is None or self.esft is None,
             "lora and esft are both there; adapters freeze the experts that esft would train: choose one",
         )
+        if self.distill is not None:
+            _refuse_balance_losses(self.train, "distillation has the teacher's loss alone")
         _require(bool(self.data), "data names no file; give conversations to learn from")
         _require(
             0 < self.holdout_fraction < 1,
@@ -137,6 +163,9 @@ class GRPOConfig:
     `rewards` are "name" or "weight name", of stages/rewards.py or "module:function". A round of rollouts is
     used for `steps_per_round` optimizer steps. The reference policy becomes the present one every
     `refresh_every` steps (0: never). At an evaluation each of `held_out` is answered `pass_k` times.
+
+    With a `teacher`, a checkpoint with the same tokenizer, this is on-policy distillation: what a token is
+    worth is not the reward, which is only reported, but by how much the teacher thinks it more likely.
     """
 
     model: str
@@ -144,6 +173,7 @@ class GRPOConfig:
     rewards: tuple[str, ...]
     train: TrainConfig
     held_out: tuple[str, ...] = ()
+    teacher: str | None = None
     rollout: RolloutConfig = RolloutConfig()
     policy: PolicyConfig = PUBLISHED["grpo"]
     steps_per_round: int = 1
@@ -170,6 +200,11 @@ class GRPOConfig:
             self.refresh_every == 0 or self.policy.kl_weight > 0,
             f"refresh_every is {self.refresh_every}, but policy.kl_weight is 0, which needs no reference",
         )
+        _require(
+            self.teacher is None or (self.policy.kl_weight == 0 and self.rollout.extra_rounds == 0),
+            f"with a teacher, policy.kl_weight ({self.policy.kl_weight}) and rollout.extra_rounds "
+            f"({self.rollout.extra_rounds}) must be 0: nothing else is the reference, and no reward is asked",
+        )
         answers = self.rollout.questions * self.rollout.group
         parts = self.steps_per_round * self.train.accumulation
         _require(
@@ -188,11 +223,7 @@ class GRPOConfig:
             f"train.mtp_loss_weight is {self.train.mtp_loss_weight}; RL does not train prediction modules: "
             f"set it to 0",
         )
-        for name, value in vars(self.train.balance).items():
-            _require(
-                name in ("bias_update_speed", "bias_rule", "bias_share", "devices") or value == 0,
-                f"train.balance.{name} is {value}; RL has the policy's loss alone: set it to 0",
-            )
+        _refuse_balance_losses(self.train, "RL has the policy's loss alone")
         _require(
             self.train.spike_deviations == 0 or self.train.spike_action == "skip",
             "train.spike_action is 'rollback', which goes on with other batches; those of RL follow from the "

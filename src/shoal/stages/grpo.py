@@ -119,6 +119,8 @@ class Rounds:
         self.questions, self.held_out, self.observe = questions, held_out, observe
         self.device = model.head_weight().device
         self.reference = _copy(model) if config.policy.kl_weight else None
+        if config.teacher is not None:
+            self.reference = open_teacher(config.teacher, model)
         self._reference_of = 0  # the step whose weights it has
         self._first = -1  # the step that the round in memory begins with
         self._steps: list[list[PolicyBatch]] = []
@@ -148,6 +150,8 @@ class Rounds:
             [rollout.look_back(self.model, batch, temperature, self.reference) for batch in batches]
             for batches in steps
         ]
+        if config.teacher is not None:
+            steps = [[rollout.follow_teacher(batch) for batch in batches] for batches in steps]
         if config.steps_per_round > 1:
             self._save(step, steps)
         timing = {"sampling": sampled - start, "looking back": time.perf_counter() - sampled}
@@ -326,6 +330,18 @@ def _prompt(problem: Any, tokenizer: Tokenizer, where: str) -> list[int]:
     if isinstance(problem, dict) and "prompt" in problem:
         return tokenizer.encode(problem["prompt"], bos=tokenizer.bos_id is not None)
     raise ValueError(f"{where} has neither 'prompt' nor 'messages'")
+
+
+def open_teacher(path: str, student: Transformer) -> Transformer:
+    """The model to follow, of any family; it must count the student's tokens."""
+    head = student.head_weight()
+    teacher = hf.load(path, device=head.device, dtype=head.dtype, mtp=False)
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"the teacher {path} has {theirs} tokens, the student {ours}; they must share a vocabulary"
+        )
+    return teacher.eval().requires_grad_(False)
 
 
 def _copy(model: Transformer) -> Transformer:

@@ -90,6 +90,19 @@ class Scale:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
+LAPTOP = {
+    "addition": Scale("addition", size=3, demonstrations=600, start_steps=110, max_tokens=48),
+    "countdown": Scale("countdown", size=4, demonstrations=1500, start_steps=200, max_tokens=40),
+}
+
+
+def laptop(task: str, changes: Mapping[str, int]) -> Scale:
+    """The scale of half an hour on two cores, some of it changed."""
+    if task not in LAPTOP:
+        raise ValueError(f"there is no task {task!r}; known are {', '.join(LAPTOP)}")
+    return replace(LAPTOP[task], **changes)
+
+
 @dataclass(frozen=True)
 class Result:
     """The share of held-out problems answered right at once, and its 95% interval."""
@@ -203,7 +216,7 @@ def reinforcement(scale: Scale, model: Path, files: Mapping[str, Path], seed: in
             steps=scale.rl_steps,
             evaluate_every=max(1, scale.rl_steps // 4),
             checkpoint_every=25,
-            optim=OptimConfig("muon", lr=1e-3, weight_decay=0.0, schedule="constant", warmup_steps=5)
+            optim=OptimConfig("muon", lr=2e-4, weight_decay=0.0, schedule="constant", warmup_steps=5)
             if scale.rl_steps > 5
             else RL_TRAIN.optim,
         ),

@@ -234,6 +234,17 @@ def look_back(
     return replace(batch, old_T=old_T, reference_T=reference_T)
 
 
+def follow_teacher(batch: PolicyBatch) -> PolicyBatch:
+    """On-policy distillation: each token is worth log teacher - log policy.
+
+    Its expectation under the policy is minus KL(policy || teacher) at that place, so the policy gradient of
+    it is that of the reverse KL, token by token (the form of V4's last stage, arXiv 2606.19348, and of GKD,
+    arXiv 2306.13649, with lambda 1; sampled, where they may sum over the vocabulary).
+    """
+    assert batch.reference_T is not None and batch.old_T is not None
+    return replace(batch, advantages_T=batch.reference_T - batch.old_T)
+
+
 def answer_log_probs(model: Transformer, batch: PolicyBatch, temperature: float) -> Tensor:
     """(T,): log-probability of each sampled token, 0 at the others."""
     assert batch.targets_T is not None and batch.weights_T is not None

@@ -8,7 +8,7 @@ answered to held-out conversations at each evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,8 +33,10 @@ from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.model.esft import choose_experts, score_experts, trainable_experts
 from shoal.model.lora import add_lora, merge_lora
 from shoal.model.transformer import Transformer
-from shoal.stages.grpo import claim, load_model, tokenizer_files
+from shoal.stages.grpo import claim, load_model, open_teacher, tokenizer_files
+from shoal.train.distill import Distillation, teach
 from shoal.train.metrics import EvaluationReport, Event, MetricsLog, Observer, Phase
+from shoal.train.objective import Objective
 from shoal.train.optim import Trainable
 from shoal.train.trainer import Evaluation, Outcome, Trainer
 
@@ -71,14 +73,16 @@ def run(
     model = load_model(config.model, config.dtype, device)
 
     trainable = prepare(model, config, packer, observe)
+    batches, objective = follow(model, config, packer)
 
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(
         model,
-        packer.batch,
+        batches,
         config.train,
         folder,
         generator=torch.Generator(device).manual_seed(config.seed),
+        objective=objective,
         trainable=trainable,
         evaluation=Evaluation(
             lambda: in_order(material.held_out, config.tokens_per_batch),
@@ -122,6 +126,20 @@ def prepare(
         Phase(f"{mean:.1f} of {scores_LE.shape[1]} experts a layer learn ({min(counts)} to {max(counts)})")
     )
     return trainable_experts(model, chosen)
+
+
+def follow(
+    model: Transformer, config: SFTConfig, packer: SamplePacker
+) -> tuple[Callable[[int], Batch], Objective | None]:
+    """The batches, and what is minimised: with a teacher, its distribution over them."""
+    if config.distill is None:
+        return packer.batch, None
+    settings, device = config.distill, model.head_weight().device
+    teacher = open_teacher(settings.teacher, model)
+    return (
+        lambda index: teach(teacher, to_device(packer.batch(index), device), settings.keep),
+        Distillation(settings.soft),
+    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

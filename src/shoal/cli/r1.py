@@ -1,0 +1,46 @@
+"""`shoal r1`: the whole of reasoning RL in small, and a table of what came of it.
+
+What is run is stages/r1; here it is only started, resumed and shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shoal.cli.view import COMMAND, TrainingView, say
+from shoal.stages import r1
+
+
+def show(scale: r1.Scale, folder: Path, seed: int, device: str) -> None:
+    with TrainingView() as view:
+        results = r1.run(scale, folder, seed, device=device, observe=view)
+    if results is None:
+        say("stopped and saved; the same command goes on")
+        raise typer.Exit(130)
+    table = Table(title=f"{scale.held_out} held-out problems of {scale.task}", title_justify="left")
+    for column in (
+        "model",
+        "right",
+        "95% interval",
+        "tokens an answer",
+        "steps",
+        "tokens' worth of training",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.accuracy:.1%}",
+            f"{result.low:.1%} to {result.high:.1%}",
+            f"{result.length:.0f}",
+            f"{result.steps:,}",
+            f"{result.training_tokens:,}",
+        )
+    Console().print(table)
+    say("rl and control go on from start for as much arithmetic. The control is shown solutions,")
+    say("RL is told only whether it is right.")
+    say(f"Ask it:  {COMMAND} chat {folder / 'rl' / 'export'}")
