@@ -140,7 +140,7 @@ class Rounds:
         if every and step % every < config.steps_per_round:
             self.evaluate(step)
         self._refresh(step)
-        groups = self._sample(step)
+        groups, drawn = self._sample(step)
         sampled = time.perf_counter()
         order = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, DEALING), step) >> 1)
         steps = rollout.batches_of(groups, config, order, self.device)
@@ -158,27 +158,32 @@ class Rounds:
         self._log(
             "rollouts.jsonl",
             step,
-            {"kind": "rollout", "step": step, **rollout.count(groups), "gap": asdict(gap)},
+            {"kind": "rollout", "step": step, **rollout.count(groups), "drawn": drawn, "gap": asdict(gap)},
             timing,
         )
         for fault, example in self.sampler.judge.examples.items():
             self.observe(Phase(f"rewards: {self.sampler.judge.faults[fault]} {fault}; the first: {example}"))
         return steps
 
-    def _sample(self, step: int) -> list[list[rollout.Episode]]:
-        """As many groups as a round has questions; flat ones are sampled anew while that is allowed."""
+    def _sample(self, step: int) -> tuple[list[list[rollout.Episode]], int]:
+        """As many groups as a round has questions; flat ones are sampled anew while that is allowed.
+
+        And how many tokens it took, prompts and what was not used included.
+        """
         config, wanted = self.config, self.config.rollout.questions
         chosen = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, SAMPLING), step) >> 1)
         groups: list[list[rollout.Episode]] = []
         flat: list[list[rollout.Episode]] = []
+        drawn = 0
         for attempt in range(1 + config.rollout.extra_rounds):
             picks = torch.randint(len(self.questions), (wanted,), generator=chosen).tolist()
             seed = hash_pair(hash_pair(config.seed, step), attempt)
             for group in self.sampler.sample([self.questions[i] for i in picks], seed):
+                drawn += sum(len(e.question.ids) + len(e.completion.ids) for e in group)
                 (flat if config.rollout.extra_rounds and rollout.is_flat(group) else groups).append(group)
             if len(groups) >= wanted:
                 break
-        return (groups + flat)[:wanted]
+        return (groups + flat)[:wanted], drawn
 
     def _refresh(self, step: int) -> None:
         """The reference of this step: the weights at the last multiple of `refresh_every`."""

@@ -91,7 +91,7 @@ class Scale:
 
 
 LAPTOP = {
-    "addition": Scale("addition", size=3, demonstrations=600, start_steps=110, max_tokens=48),
+    "addition": Scale("addition", size=3, demonstrations=600, start_steps=130, max_tokens=48),
     "countdown": Scale("countdown", size=4, demonstrations=1500, start_steps=200, max_tokens=40),
 }
 
@@ -142,7 +142,7 @@ def run(
         return None
 
     # 4. The control: the arithmetic of RL, spent on the demonstrations.
-    tokens = rl_tokens(folder / "rl", scale)
+    tokens = rl_tokens(folder / "rl")
     per_step = _tokens(folder / "start") / scale.start_steps
     steps = max(1, round(tokens / per_step))
     observe(Phase(f"control: {steps} more steps on the demonstrations, the arithmetic of RL"))
@@ -216,7 +216,7 @@ def reinforcement(scale: Scale, model: Path, files: Mapping[str, Path], seed: in
             steps=scale.rl_steps,
             evaluate_every=max(1, scale.rl_steps // 4),
             checkpoint_every=25,
-            optim=OptimConfig("muon", lr=2e-4, weight_decay=0.0, schedule="constant", warmup_steps=5)
+            optim=OptimConfig("muon", lr=5e-4, weight_decay=0.0, schedule="constant", warmup_steps=5)
             if scale.rl_steps > 5
             else RL_TRAIN.optim,
         ),
@@ -224,6 +224,7 @@ def reinforcement(scale: Scale, model: Path, files: Mapping[str, Path], seed: in
             questions=scale.questions,
             group=scale.group,
             max_tokens=scale.max_tokens,
+            extra_rounds=2,
             max_sequences=scale.questions * scale.group,
             cache_bytes=1 << 28,
         ),
@@ -233,14 +234,15 @@ def reinforcement(scale: Scale, model: Path, files: Mapping[str, Path], seed: in
     )
 
 
-def rl_tokens(folder: Path, scale: Scale) -> int:
+def rl_tokens(folder: Path) -> int:
     """What RL cost, in tokens of training: 6 FLOPs a parameter and token, of which 2 are the forward pass.
 
-    A sampled token went forward once when drawn, once when looked back on, and once, with its gradient, in
-    training; prompts went with it. Evaluations are not training, and are left out on both sides.
+    A token went forward once when drawn, whether it was used or not; once more when looked back on, and then
+    with its gradient. Evaluations are not training, and are left out on both sides.
     """
-    trained = _tokens(folder)
-    return round(trained * (2 + 2 + 6) / 6)
+    rounds = (json.loads(line) for line in (folder / "rollouts.jsonl").read_text("utf-8").splitlines())
+    drawn = sum(line["drawn"] for line in rounds)
+    return round((2 * drawn + (2 + 6) * _tokens(folder)) / 6)
 
 
 def _tokens(folder: Path) -> int:
