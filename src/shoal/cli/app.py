@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.batch import batch
 from shoal.cli.bench import bench_app
+from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
 from shoal.cli.serve import serve
 
@@ -37,6 +39,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command()(serve)
+app.command()(batch)
+bench_app.command("serve")(bench_serve)
 
 
 class Dtype(StrEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from importlib import metadata
@@ -320,7 +320,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def misread(request: Request, error: RequestValidationError) -> Response:
-        return await known(request, _explain(error))
+        return await known(request, explain(error.errors()))
 
     @app.exception_handler(Exception)
     async def ours(request: Request, error: Exception) -> Response:  # and starlette raises it, for the log
@@ -337,9 +337,8 @@ def _add_errors(app: FastAPI) -> None:
 _NO_FIELDS = frozenset({"body", "str", "int", "constrained-str", "constrained-int"})  # in pydantic's places
 
 
-def _explain(error: RequestValidationError) -> ApiError:
-    """The first thing wrong, in one line."""
-    errors = error.errors()
+def explain(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Of what pydantic found wrong, the first, in one line."""
     # Of a field that may be of several types each has its say; the one whose type it was knows better
     first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
     place = [str(step) for step in first["loc"] if step not in _NO_FIELDS and "[" not in str(step)]
