@@ -165,10 +165,12 @@ class Engine:
         return events
 
     def warm_up(self) -> None:
-        """Do now what would be done the first time only: graphs are recorded, kernels compiled. Worth its
-        time on CUDA, before the first request."""
+        """Do now what would be done the first time only: on CUDA graphs are recorded and kernels compiled, so
+        that nothing is compiled while requests are served. On a CPU there is nothing of the kind."""
         if self.busy:
             raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
+        if self.runner.device.type != "cuda":
+            return
         self.runner.capture()
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
         pages = self.pool.take(self.pool.count_pages(most))
@@ -176,10 +178,12 @@ class Engine:
             for start in {0, min(length, most - length)}:
                 step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
         # A step of prompts and decodes, and each way to sample.
-        step = self.runner.run([Span(pages, 0, [0] * (most // 2), 1), Span(pages, most // 2, [0], 1)])
+        half = max(most // 2, 1)
+        step = self.runner.run([Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)])
         for wish in (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)):
             sampling.draw(step.logits_MV, [Draw(wish, 0, 0), Draw(wish, 1, 0)])
         self.pool.release(pages)
+        self.runner.records.reset_counts()
 
     def stats(self) -> Stats:
         scheduler, drafter = self.scheduler, self._drafter

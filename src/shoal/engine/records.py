@@ -71,6 +71,12 @@ class Records:
         table_1B = torch.tensor([pages], device=self._experts.device)
         return self._gather(self._experts, table_1B)[0, :length].cpu()
 
+    def reset_counts(self) -> None:
+        """Count from here on."""
+        if self._tokens_LE is not None and self._touched_L is not None:
+            self._tokens_LE.zero_()
+            self._touched_L.zero_()
+
     def expert_tokens(self) -> Tensor | None:
         """Tokens that each expert was given (L, E)."""
         return None if self._tokens_LE is None else self._tokens_LE.cpu()
