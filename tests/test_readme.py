@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from shoal.cli.app import app
 from shoal.config.run import load_recipe
+from shoal.config.tune import load_grpo, load_sft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,9 +31,10 @@ def test_every_line_is_one_of_ours() -> None:
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("./shoal")])
 def test_the_command_line_reads(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
+    load = {"sft": load_sft, "grpo": load_grpo}.get(words[0], load_recipe)
     command = get_command(app)
     while isinstance(command, TyperGroup):
         command = command.commands[words.pop(0)]
     given = command.make_context(line, words).params
     if "recipe" in given:
-        load_recipe(ROOT / given["recipe"], given["set_"])
+        load(ROOT / given["recipe"], given["set_"])
