@@ -105,6 +105,7 @@ def test_active_parameters_leave_out_the_unchosen_experts(name: str) -> None:
         ("deepseek-v2", 69_120),
         ("deepseek-v2-lite", 31_104),
         ("deepseek-v3", 70_272),
+        ("deepseek-v3.2", 85_888),
         ("deepseek-llm-67b", 389_120),
         ("deepseek-llm-7b", 491_520),
         ("deepseek-moe-16b", 229_376),
@@ -186,6 +187,40 @@ def test_decoding_flops_are_what_pytorch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(batch).hidden_TD, batch)
     assert counter.get_total_flops() == tokens * flops_per_token(config, context, "decode")
+
+
+def test_decoding_flops_beyond_what_is_read_are_what_pytorch_counts() -> None:
+    """Scores of all 40 positions, attention over 24 of them. The counter sees the weighted sum over index
+    heads as a product too, as we do."""
+    config, context = replace(tiny("deepseek-v3.2"), num_nextn_predict_layers=0), 40
+    model = Transformer(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    pages = torch.zeros(96, context, *config.attention.cache_shape)
+    view = KVView(
+        pages=(pages,) * config.num_cached_layers,
+        slots_T=torch.arange(96) * context + context - 1,
+        block_table_SB=torch.arange(96, dtype=torch.int32).unsqueeze(1),
+        context_lens_S=torch.full((96,), context, dtype=torch.int32),
+        max_context_len=context,
+        has_prefix=True,
+    )
+    batch = replace(_single_tokens(96), kv=view)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(batch).hidden_TD, batch)
+    assert counter.get_total_flops() == 96 * flops_per_token(config, context, "decode")
+
+
+def test_sparse_attention_reads_as_many_as_there_are() -> None:
+    config = tiny("deepseek-v3.2")
+    short, long = (flops_per_token(config, context, "prefill") for context in (24, 25))
+    assert long > short
+    # Tokens 1 to 25 read 1, 2 ... 24 and 24 positions, and score 1 to 25.
+    layers, heads = config.num_hidden_layers, 4
+    read, scored = (sum(range(25)) + 24) / 25, sum(range(26)) / 25
+    attended = 2 * layers * (read * heads * (2 * 32 + 8) + scored * 8 * 17)
+    dense = 2 * layers * 12.5 * heads * (16 + 8 + 16)
+    head = 2 * config.vocab_size * config.hidden_size
+    assert long - short == pytest.approx(attended - dense + head / 25 - head / 24)
 
 
 def _single_tokens(tokens: int) -> Batch:

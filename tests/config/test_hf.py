@@ -288,7 +288,7 @@ def test_refuses_model_types_it_does_not_know() -> None:
     for raw, words in (
         ({}, "None"),
         ({"model_type": "gpt2"}, "Known are llama"),
-        ({"model_type": "deepseek_v32"}, "index"),
+        ({"model_type": "deepseek_v4"}, "compress_ratios"),
     ):
         with pytest.raises(
             ValueError, match=rf"model_type .* is not supported.*{words}|{words} is not supported"

@@ -124,6 +124,12 @@ def _latent_attention(hidden: int, mla: MLAConfig) -> Iterator[Weight]:
     yield _norms(mla.kv_lora_rank)
     yield from _linear(heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
     yield from _linear(hidden, heads * mla.v_head_dim, bias=bias)
+    if mla.indexer is not None and mla.q_lora_rank is not None:
+        scorers, dim = mla.indexer.index_n_heads, mla.indexer.index_head_dim
+        yield from _linear(scorers * dim, mla.q_lora_rank)
+        yield from _linear(dim, hidden)
+        yield _norms(dim, 2)  # a LayerNorm: its weight and its bias
+        yield Weight("attention", (scorers, hidden), storage="plain")
 
 
 def _grouped_attention(hidden: int, gqa: GQAConfig) -> Iterator[Weight]:
@@ -173,6 +179,8 @@ def flops_per_token(
     - `prefill`: forward over a prompt of `context` with nothing cached; the head reads the last token only.
     - `decode`: one more token that sees `context` tokens, itself included. MLA is absorbed: each token seen
       costs a head 2C + R, not N + R + V; the halves of `kv_b_proj`, on the query's side, cost what they did.
+    - With an indexer, a context beyond its `index_topk` is scored whole, and attended to, absorbed, where it
+      chose; a shorter one is attended to whole and not scored.
 
     With `mtp`, each prediction module adds its block and one more pass of the head.
     """
@@ -181,8 +189,7 @@ def flops_per_token(
     modules = config.num_nextn_predict_layers if mtp else 0
     linear = sum(weight.active * weight.numel for weight in weights(config, mtp=mtp) if _multiplies(weight))
     head = (1 + modules) * config.vocab_size * config.hidden_size
-    seen = context if phase == "decode" else (context + 1) / 2
-    pairs = (config.num_hidden_layers + modules) * seen * _pair(config, absorbed=phase == "decode")
+    pairs = (config.num_hidden_layers + modules) * _pairs(config, context, phase)
     if phase == "prefill":
         head /= context
     return 2 * (linear + head + pairs) * (3 if phase == "training" else 1)
@@ -196,6 +203,18 @@ def peak_flops(device: str) -> float | None:
 def _multiplies(weight: Weight) -> bool:
     """Whether every token is multiplied by it. The embedding is looked up; the head is counted apart."""
     return len(weight.shape) == 2 and weight.part not in ("embedding", "head")
+
+
+def _pairs(config: ModelConfig, context: int, phase: Phase) -> float:
+    """Multiply-adds of attention for one token in one layer."""
+    attention, decode = config.attention, phase == "decode"
+    seen = context if decode else (context + 1) / 2
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    if indexer is None or context <= indexer.index_topk:
+        return seen * _pair(config, absorbed=decode)
+    top_k = indexer.index_topk
+    read = top_k if decode else top_k * (1 - (top_k - 1) / (2 * context))  # token t reads min(t, top_k)
+    return seen * indexer.index_n_heads * (indexer.index_head_dim + 1) + read * _pair(config, absorbed=True)
 
 
 def _pair(config: ModelConfig, *, absorbed: bool) -> int:

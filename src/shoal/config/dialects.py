@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from shoal.config.model import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 
 Fields = Mapping[str, Any]
 Values = Mapping[str, tuple[Any, ...]]
@@ -40,6 +40,7 @@ LATENT = (
     "v_head_dim",
     "attention_bias",
 )
+INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,26 @@ def _write_deepseek_v3(config: ModelConfig) -> dict[str, Any]:
     return _write_deepseek_v2(config) | ahead | {"rope_interleave": config.rope.interleaved}
 
 
+def _read_deepseek_v32(fields: Fields) -> tuple[MLAConfig, MoEConfig | None]:
+    if set(fields["layer_types"] or ()) - {"indexed_attention"}:
+        raise ValueError(f"layer_types is {fields['layer_types']}; every layer must be indexed_attention")
+    dense, blocks = fields["first_k_dense_replace"], fields["num_hidden_layers"]
+    kinds = ["dense"] * min(dense, blocks) + ["sparse"] * (blocks - dense)
+    if fields["mlp_layer_types"] not in (None, kinds):
+        raise ValueError(
+            f"mlp_layer_types is {fields['mlp_layer_types']}, but first_k_dense_replace is {dense}; remove it"
+        )
+    mla, moe = _read_deepseek_v3(fields)
+    return dataclasses.replace(mla, indexer=IndexerConfig(**{key: fields[key] for key in INDEXER})), moe
+
+
+def _write_deepseek_v32(config: ModelConfig) -> dict[str, Any]:
+    written, mla = _write_deepseek_v3(config), config.attention
+    if not isinstance(mla, MLAConfig) or mla.indexer is None:
+        raise ValueError("a deepseek_v32 config.json cannot say full attention; use model_type deepseek_v3")
+    return written | {key: getattr(mla.indexer, key) for key in INDEXER}
+
+
 BASE: Fields = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -368,6 +389,17 @@ DEEPSEEK_V3: Fields = {
     "num_nextn_predict_layers": 1,
 }
 
+DEEPSEEK_V32: Fields = {
+    **{key: value for key, value in DEEPSEEK_V3.items() if key != "rope_interleave"},
+    "max_position_embeddings": 163840,
+    "num_nextn_predict_layers": 0,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "layer_types": None,
+    "mlp_layer_types": None,
+}
+
 BIASED: Values = {"attention_bias": (True,)}  # q, k and v always have a bias
 UNBIASED: Values = {"attention_bias": (False,)}
 SOFTMAX: Values = {"scoring_func": ("softmax",)}
@@ -394,5 +426,12 @@ DIALECTS: Mapping[str, Dialect] = {
         _read_deepseek_v3,
         _write_deepseek_v3,
         {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    ),
+    "deepseek_v32": Dialect(
+        "DeepseekV32ForCausalLM",
+        DEEPSEEK_V32,
+        _read_deepseek_v32,
+        _write_deepseek_v32,
+        {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,)},
     ),
 }

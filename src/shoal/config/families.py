@@ -19,6 +19,7 @@ from typing import Literal
 from shoal.config.model import (
     Fp8Blocks,
     GQAConfig,
+    IndexerConfig,
     Llama3Scaling,
     MLAConfig,
     ModelConfig,
@@ -170,6 +171,11 @@ V3 = replace(
     quantization=Fp8Blocks(),
 )
 V31 = replace(V3, quantization=Fp8Blocks(scale_fmt="ue8m0"))
+V32 = replace(
+    V31,
+    model_type="deepseek_v32",
+    attention=MLAConfig(128, 512, 128, 64, 128, q_lora_rank=1536, indexer=IndexerConfig(64, 128, 2048)),
+)
 MOONLIGHT = replace(
     V2_LITE,
     model_type="deepseek_v3",
@@ -321,6 +327,8 @@ ROWS = (
     Family("deepseek-coder-v2-lite", V2_LITE, Figure("16B"), LITE_ACTIVE, CODER),
     Family("deepseek-v3", V3, V3_TOTAL, V3_ACTIVE, "arXiv 2412.19437"),
     Family("deepseek-v3.1", V31, V3_TOTAL, V3_ACTIVE, "model card"),
+    Family("deepseek-v3.2-exp", V32, None, None, "model card"),  # 671B is the name of V3, without indexers
+    Family("deepseek-v3.2", V32, None, None, "arXiv 2512.02556"),
     Family("deepseek-r1", V3, V3_TOTAL, V3_ACTIVE, R1),
     Family("deepseek-r1-zero", V3, V3_TOTAL, V3_ACTIVE, R1),
     Family(
@@ -408,7 +416,8 @@ def _tiny_attention(config: ModelConfig) -> MLAConfig | GQAConfig:
     attention = config.attention
     if isinstance(attention, MLAConfig):
         q_lora_rank = None if attention.q_lora_rank is None else 24
-        return MLAConfig(4, 32, 16, 8, 16, q_lora_rank, attention.attention_bias)
+        indexer = None if attention.indexer is None else IndexerConfig(8, 16, 24)  # fewer than the context
+        return MLAConfig(4, 32, 16, 8, 16, q_lora_rank, attention.attention_bias, indexer)
     heads, shared = attention.num_attention_heads, attention.num_key_value_heads
     return replace(
         attention,

@@ -72,21 +72,21 @@ ALIASES = {  # names that some releases of transformers write
     "num_local_experts": ("num_experts", "n_routed_experts"),
 }
 UNSUPPORTED = {
-    "deepseek_v32": "its attention is sparse: an indexer (index_topk) picks what each query reads",
     "deepseek_v4": "its attention shares compressed keys and values (compress_ratios, o_groups), its "
     "residual is hyper-connected (hc_mult), its gates are sqrtsoftplus or hashed (num_hash_layers), its "
     "SwiGLU is clamped (swiglu_limit) and its experts are FP4 (expert_dtype)",
 }
 
 # What a key holds, where it is not an integer; and what may be null although its default is not.
+LISTED = ("layer_types", "mlp_layer_types")  # a word for each layer
 NUMBER, FLAG, TEXT = ((int, float), "a number"), ((bool,), "true or false"), ((str,), "text")
 KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "routed_scaling_factor", *CAPACITY), NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "norm_topk_prob", "rope_interleave"), FLAG),
-    **dict.fromkeys(("topk_method", "layer_types"), TEXT),
+    **dict.fromkeys(("topk_method", *LISTED), TEXT),
     **dict.fromkeys(TABLES, ((dict,), "a table")),
 }
-LISTS = ("mlp_only_layers", "layer_types")
+LISTS = ("mlp_only_layers", *LISTED)
 OPTIONAL = ("bos_token_id", "eos_token_id", "num_key_value_heads", "q_lora_rank", "sliding_window")
 NULLABLE = (*OPTIONAL, "n_routed_experts", "n_shared_experts", "n_group", "topk_group")
 

@@ -115,8 +115,24 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class IndexerConfig:
+    """DeepSeek sparse attention (V3.2, arXiv 2512.02556, section 2.1): a small scorer of `index_n_heads`
+    heads picks the `index_topk` positions that latent attention reads for a token."""
+
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "index_n_heads", "index_head_dim", "index_topk")
+
+
+@dataclass(frozen=True)
 class MLAConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    With an `indexer` it is sparse: a token reads the positions that the indexer picks.
+    """
 
     num_attention_heads: int
     kv_lora_rank: int
@@ -125,6 +141,7 @@ class MLAConfig:
     v_head_dim: int
     q_lora_rank: int | None = None
     attention_bias: bool = False
+    indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
@@ -135,6 +152,15 @@ class MLAConfig:
         _require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE rotates pairs, so it must be even",
+        )
+        _require(
+            self.indexer is None or self.q_lora_rank is not None,
+            "an indexer reads the query latent, but q_lora_rank is null; give it a rank",
+        )
+        _require(
+            self.indexer is None or self.indexer.index_head_dim >= self.qk_rope_head_dim,
+            f"index_head_dim is {self.indexer and self.indexer.index_head_dim}; the indexer rotates its "
+            f"first qk_rope_head_dim elements, so it must be at least {self.qk_rope_head_dim}",
         )
 
     @property
@@ -147,8 +173,14 @@ class MLAConfig:
 
     @property
     def cache_shape(self) -> tuple[int, ...]:
-        """Elements cached per token and layer: the normalised latent and the rotated shared key."""
-        return (self.kv_lora_rank + self.qk_rope_head_dim,)
+        """Elements cached per token and layer: the normalised latent, the rotated shared key, the indexer's
+        key."""
+        return (self.latent_dim + (self.indexer.index_head_dim if self.indexer else 0),)
+
+    @property
+    def latent_dim(self) -> int:
+        """What attention reads of a cached row."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)

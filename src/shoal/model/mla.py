@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in its two equal forms.
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in its forms.
 
 Keys and values of all heads are projections of one normalised latent of C elements, plus one rotated key of R
 elements that the heads share. Only those C + R elements are cached. With W_UK and W_UV the two halves of
@@ -8,8 +8,8 @@ elements that the heads share. Only those C + R elements are cached. With W_UK a
 - absorbed: q~ = W_UK^T q_nope attends to the latents themselves, o = W_UV (sum of weighted latents). The
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
-
-The softmax scale is that of the N + R dims of the expanded form in both, times YaRN's temperature.
+- selected: with an indexer (dsa.py), absorbed, over the rows that it picks.
+The softmax scale is that of the N + R dims in all, times YaRN's temperature.
 
 Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C latent rank, V value dim.
 """
@@ -21,8 +21,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from shoal.batch import Batch, Chunk
+from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import MLAConfig, ModelConfig
+from shoal.model.dsa import Indexer, Selection
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
@@ -65,10 +66,14 @@ class MLA(nn.Module):
         self.kv_a_layernorm = norm(mla.kv_lora_rank)
         self.kv_b_proj = linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim))
         self.o_proj = linear(heads * mla.v_head_dim, hidden, bias=bias)
+        self.indexer = None
+        if mla.indexer is not None:
+            self.indexer = Indexer(config, mla, mla.indexer, layer, device=device, dtype=dtype)
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
         mla = self.mla
-        q_THQ = self._queries(x_TD).unflatten(-1, (mla.num_attention_heads, -1))
+        low_TX, q_TX = self._queries(x_TD)
+        q_THQ = q_TX.unflatten(-1, (mla.num_attention_heads, -1))
         q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
         kv_TL, turn = self.kv_a_proj_with_mqa(x_TD), {"interleaved": self.interleaved}
         latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
@@ -77,13 +82,20 @@ class MLA(nn.Module):
             q_rope_THR = ops.rope(q_rope_THR, *angles, **turn)
             k_rope_T1R = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn)
         else:
-            norm, pages = self.kv_a_layernorm, batch.kv.pages[self.layer]
+            norm, pages = self.kv_a_layernorm, self._pages(batch.kv)
             q_rope_THR, rows_TL = ops.write_latent_cache(
                 q_rope_THR, kv_TL, norm.weight, norm.eps, *angles, pages, batch.kv.slots_T, **turn
             )
             latent_TC, k_rope_TR = rows_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
             k_rope_T1R = k_rope_TR.unsqueeze(1)
-        if batch.kv is not None and batch.kv.has_prefix:
+        chosen = None if self.indexer is None else self.indexer(x_TD, low_TX, angles, batch)
+        if chosen is not None and chosen.scores_TN is not None:
+            self._teach(chosen, q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
+        if chosen is not None and chosen.rows_TK is not None:
+            rows_TL = torch.cat((latent_TC, k_rope_T1R.squeeze(1)), dim=-1)
+            rows_XL = rows_TL if batch.kv is None else self._pages(batch.kv).flatten(0, 1)
+            o_THV = self.selected(q_nope_THN, q_rope_THR, rows_XL, chosen.rows_TK)
+        elif batch.kv is not None and batch.kv.has_prefix:
             o_THV = self.cached(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
         else:
             o_THV = self.expanded(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
@@ -142,17 +154,24 @@ class MLA(nn.Module):
         prefix, step = chunk.context - chunk.new, max(1, PIECE_KEYS // mla.num_attention_heads)
         for first in range(0, prefix, step):
             last = min(first + step, prefix)
-            rows_NL = ops.read_cache(kv.pages[self.layer], kv.block_table_SB[chunk.sequence], first, last)
+            rows_NL = ops.read_cache(self._pages(kv), kv.block_table_SB[chunk.sequence], first, last)
             latent_NC, k_rope_NR = rows_NL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
             k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR.unsqueeze(1))
             part = ops.attention_part(q_nHQ, k_NHQ, v_NHV, self.scale, False)
             o_nHV, lse_nH = ops.merge_attention(o_nHV, lse_nH, *part)
         return o_nHV.to(q_nHQ.dtype)
 
-    def _queries(self, x_TD: Tensor) -> Tensor:
+    def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries are projected from, and they."""
         if self.mla.q_lora_rank is None:
-            return self.q_proj(x_TD)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+            return x_TD, self.q_proj(x_TD)
+        low_TX = self.q_a_layernorm(self.q_a_proj(x_TD))
+        return low_TX, self.q_b_proj(low_TX)
+
+    def _pages(self, kv: KVView) -> Tensor:
+        """The latent rows of the cache; after them, in the same row, comes the indexer's key."""
+        pages = kv.pages[self.layer]
+        return pages if self.indexer is None else pages[..., : self.mla.latent_dim]
 
     def expanded(
         self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
@@ -166,12 +185,9 @@ class MLA(nn.Module):
         """Attention over the cached latents, this step's tokens included."""
         mla, kv = self.mla, batch.kv
         assert kv is not None
-        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (mla.num_attention_heads, -1))
-        w_uk_HNC, w_uv_HVC = kv_b_HXC.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
-        q_latent_THC = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNC).transpose(0, 1)
         o_THC = ops.latent_attention(
-            torch.cat((q_latent_THC, q_rope_THR), dim=-1),
-            kv.pages[self.layer],
+            self._absorb(q_nope_THN, q_rope_THR),
+            self._pages(kv),
             kv.block_table_SB,
             kv.context_lens_S,
             kv.max_context_len,
@@ -180,7 +196,49 @@ class MLA(nn.Module):
             mla.kv_lora_rank,
             self.scale,
         )
-        return torch.bmm(o_THC.transpose(0, 1), w_uv_HVC.transpose(1, 2)).transpose(0, 1)
+        return self._values(o_THC)
+
+    def selected(self, q_nope_THN: Tensor, q_rope_THR: Tensor, rows_XL: Tensor, rows_TK: Tensor) -> Tensor:
+        """Attention over the latents at `rows_TK` of all that there are."""
+        q_THL = self._absorb(q_nope_THN, q_rope_THR)
+        return self._values(
+            ops.sparse_latent_attention(q_THL, rows_XL, rows_TK, self.mla.kv_lora_rank, self.scale)
+        )
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, N, C) and W_UV (H, V, C)."""
+        mla = self.mla
+        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (mla.num_attention_heads, -1))
+        w_uk_HNC, w_uv_HVC = kv_b_HXC.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
+        return w_uk_HNC, w_uv_HVC
+
+    def _absorb(self, q_nope_THN: Tensor, q_rope_THR: Tensor) -> Tensor:
+        """Queries that meet latents (T, H, C + R)."""
+        q_latent_THC = torch.bmm(q_nope_THN.transpose(0, 1), self._halves()[0]).transpose(0, 1)
+        return torch.cat((q_latent_THC, q_rope_THR), dim=-1)
+
+    def _values(self, o_THC: Tensor) -> Tensor:
+        return torch.bmm(o_THC.transpose(0, 1), self._halves()[1].transpose(1, 2)).transpose(0, 1)
+
+    @torch.no_grad()
+    def _teach(
+        self,
+        chosen: Selection,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        latent_TC: Tensor,
+        k_rope_T1R: Tensor,
+        batch: Batch,
+    ) -> None:
+        """Show the indexer's teacher how attention spreads over what it reads."""
+        assert self.indexer is not None and self.indexer.teacher is not None and chosen.scores_TN is not None
+        q_THL = self._absorb(q_nope_THN, q_rope_THR)
+        k_T1L = torch.cat((latent_TC.unsqueeze(1), k_rope_T1R), dim=-1)
+        mass_TN = ops.attention_mass(
+            q_THL, k_T1L, batch.cu_seqlens_S1, batch.max_seqlen, self.scale, chosen.places_TK
+        )
+        with torch.enable_grad():
+            self.indexer.teacher.observe(chosen.scores_TN, mass_TN)
 
 
 def _between(batch: Batch, first: int, last: int, row: int) -> Batch:

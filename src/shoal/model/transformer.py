@@ -195,10 +195,10 @@ class Transformer(nn.Module):
             ):
                 if isinstance(module, RotaryEmbedding):
                     module.reset()
-                elif isinstance(module, RMSNorm):
-                    tensor.fill_(1.0)
                 elif name in ("bias", "e_score_correction_bias"):
                     tensor.zero_()
+                elif isinstance(module, RMSNorm | nn.LayerNorm):
+                    tensor.fill_(1.0)
                 else:
                     tensor.normal_(std=self.config.initializer_range, generator=generator)
 

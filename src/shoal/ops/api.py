@@ -7,8 +7,8 @@ never guesses.
 
 Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads, Q query/key head dim, V
 value head
-dim, C latent rank, R rope dim, E experts, K experts per token, F expert hidden, P pages, B pages of a
-sequence.
+dim, C latent rank, R rope dim, E experts, K experts per token (of sparse attention: positions), F expert
+hidden, P pages, B pages of a sequence, N positions of a sequence, J index heads, I index head dim.
 """
 
 from __future__ import annotations
@@ -320,6 +320,87 @@ def latent_attention(
         latent_rank,
         scale,
     )
+
+
+def index_scores(
+    q_TJI: Tensor, weights_TJ: Tensor, k_TI: Tensor, cu_seqlens_S1: Tensor, max_seqlen: int
+) -> Tensor:
+    """The lightning indexer (DeepSeek-V3.2, arXiv 2512.02556, eq. 1): scores (T, N), with N = `max_seqlen`.
+
+    scores[t, n] = sum over j of weights[t,j] * relu(q[t,j] . k[n]), n counted from the start of t's sequence;
+    -inf where n comes after t. In float32 whatever the inputs' dtypes. Differentiable in q, weights and k.
+    """
+    return call("index_scores", q_TJI, weights_TJ, k_TI, cu_seqlens_S1, max_seqlen)
+
+
+def paged_index_scores(
+    q_TJI: Tensor,
+    weights_TJ: Tensor,
+    pages: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """`index_scores` of new tokens over a paged cache of index keys, `pages` (P, page_size, I): (T, N), with
+    N = `max_context_len`.
+
+    `pages` may be a view into wider rows. Positions and masking as in `paged_attention`. No gradient.
+    """
+    return call(
+        "paged_index_scores",
+        q_TJI,
+        weights_TJ,
+        pages,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        max_seqlen,
+    )
+
+
+def select_top(scores_TN: Tensor, top_k: int) -> Tensor:
+    """The columns of the `top_k` largest scores of each row, in ascending order: (T, K) int64, K = min(top_k,
+    N).
+
+    Ties go to the smaller column, so what is chosen does not depend on N. A score of -inf is never chosen,
+    NaN counts as one; where fewer remain, -1 fills the end. No gradient.
+    """
+    if top_k < 1:
+        raise ValueError(f"select_top: top_k is {top_k}; a token reads at least one position, use 1 or more")
+    return call("select_top", scores_TN, min(top_k, scores_TN.shape[1]))
+
+
+def sparse_latent_attention(
+    q_THL: Tensor, rows_XL: Tensor, indices_TK: Tensor, latent_rank: int, scale: float
+) -> Tensor:
+    """Absorbed MLA of each token over the rows it names: o_THC, with C = `latent_rank`.
+
+    Rows and queries as in `latent_attention`; `rows_XL` are those of a pack, or of all slots of a cache, and
+    may be a view into wider ones. `indices_TK` (int64) names rows, -1 none; a token names at least one, and
+    none twice. Rows that a token does not name may be NaN and touch nothing of its result. Softmax in
+    float32. Differentiable in q and rows.
+    """
+    return call("sparse_latent_attention", q_THL, rows_XL, indices_TK, latent_rank, scale)
+
+
+def attention_mass(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+    places_TK: Tensor | None = None,
+) -> Tensor:
+    """How causal attention spreads, averaged over heads: (T, N) float32, N = `max_seqlen`, rows sum to 1.
+
+    mass[t, n] is the mean over heads of softmax_n(scale * q . k), 0 where n comes after t. With `places_TK`
+    (of `select_top`) the softmax is over those positions, and the rest is 0. Heads as in `attention`. No
+    gradient.
+    """
+    return call("attention_mass", q_THQ, k_TGQ, cu_seqlens_S1, max_seqlen, scale, places_TK)
 
 
 def linear_cross_entropy(

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing, sampling
+from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing, sampling, sparse
 from shoal.ops.reference import cache as cached
 
 Side = Literal["auto", "reference", "triton"]
@@ -45,6 +45,11 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "read_cache": attention.read_cache,
     "paged_attention": attention.paged_attention,
     "latent_attention": attention.latent_attention,
+    "index_scores": sparse.index_scores,
+    "paged_index_scores": sparse.paged_index_scores,
+    "select_top": sparse.select_top,
+    "sparse_latent_attention": sparse.sparse_latent_attention,
+    "attention_mass": sparse.attention_mass,
     "linear_cross_entropy": loss.linear_cross_entropy,
     "adamw": adamw.adamw,
     "narrow_load": narrow.narrow_load,
