@@ -63,7 +63,7 @@ def test_training_learns_and_says_so(config: RunConfig, finished: Path) -> None:
 
 def test_the_summary_holds_the_model_against_compressors(config: RunConfig, finished: Path) -> None:
     summary = quickstart.summarise(config, finished)
-    text = b"".join(document.text.encode() for document in pretrain.split(config)[1])
+    text = b"".join(document.text.encode() for document in pretrain.split(config)[1][""])
     ids = Tokenizer.load(finished / "export").encode_many([text.decode()], bos=True, eos=True)
     assert 0 < summary.bits_per_byte < summary.baselines.unigram
     assert summary.baselines == baselines(text)

@@ -77,7 +77,7 @@ def test_plot_draws_runs_and_tells_how_each_stands(tmp_path: Path) -> None:
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith(("a ", "longer "))]
     assert [row[1] for row in rows] == ["3", "5"]
-    assert rows[1][2:] == ["5,000", "2.500", "1.500", "500"]
+    assert rows[1][2:] == ["5,000", "2.500", "1.500", "500", "en", "1.250", "zh", "1.750"]
 
 
 def test_a_line_cut_short_is_left_out_and_a_run_without_steps_is_refused(tmp_path: Path) -> None:

@@ -132,3 +132,38 @@ def test_sources_are_mixed_by_weight_and_a_source_without_files_is_named(
     with pytest.raises(ValueError, match=r"data\.sources\.three\.files is empty; name some files: --set"):
         pretrain.run(replace(config, data=empty), tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
+
+
+def test_held_out_text_is_judged_by_domain(config: RunConfig, tmp_path: Path) -> None:
+    [text] = config.data.train
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text).read_text()[::-1] * 2)
+    sources = {"one": SourceConfig((text,), 0.75), "two": SourceConfig((str(other),), 0.25)}
+    judged = replace(config.data, domains={"seen": (text,), "reversed": (str(other),)})
+    mixed = replace(config.data, train=(), sources=sources)
+    for data, names in ((judged, {"seen", "reversed"}), (mixed, {"one", "two"})):
+        run, folder, events = replace(config, data=data), tmp_path / min(names), list[Event]()
+        pretrain.run(run, folder, observe=events.append)
+        last = [event for event in events if isinstance(event, EvaluationReport)][-1]
+        assert last.domains.keys() == names
+        # The whole is the mean of its parts, each weighed by its bytes: sums of float64 in another order.
+        sizes = {name: shard.num_bytes for name, shard in pretrain.open_corpus(folder, run).held_out.items()}
+        whole = sum(last.domains[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        assert last.bits_per_byte == pytest.approx(whole, rel=1e-12)
+        assert load_recipe(folder / "config.toml") == run
+
+
+def test_a_domain_without_text_is_named(config: RunConfig, tmp_path: Path) -> None:
+    def run(domains: dict[str, tuple[str, ...]], validation: tuple[str, ...]) -> None:
+        data = replace(config.data, domains=domains, validation=validation)
+        pretrain.run(replace(config, data=data), tmp_path / "run")
+
+    def refused(domains: dict[str, tuple[str, ...]], message: str, validation: tuple[str, ...] = ()) -> None:
+        with pytest.raises(ValueError, match=message):
+            run(domains, validation)
+        assert not (tmp_path / "run").exists()
+
+    refused({"en": ()}, r"data\.domains\.en is empty; name some files: --set")
+    refused({"en": (str(tmp_path / "none.txt"),)}, r"data\.domains\.en: .*none\.txt")
+    refused({"e n": ("a.txt",)}, "a domain is called 'e n'")
+    refused({"en": ("a.txt",)}, "validation and domains are both given", ("b.txt",))

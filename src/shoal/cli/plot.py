@@ -29,11 +29,12 @@ def show(folders: Sequence[Path], out: Path) -> None:
         held_out = [line for line in lines if line["kind"] == "evaluation"]
         seconds = sum(line["timing"]["seconds"] for line in steps)
         bits = f"{held_out[-1]['bits_per_byte']:.3f}" if held_out else "-"
+        domains = held_out[-1].get("domains", {}) if held_out else {}
+        by_domain = "".join(f"  {domain} {value:.3f}" for domain, value in domains.items())
         rate = steps[-1]["tokens"] / seconds
         tokens, loss = steps[-1]["tokens"], steps[-1]["loss"]
-        print(
-            f"{name:<{width}}  {steps[-1]['step']:>7}  {tokens:>13,}  {loss:>7.3f}  {bits:>9}  {rate:>9,.0f}"
-        )
+        stands = f"{steps[-1]['step']:>7}  {tokens:>13,}  {loss:>7.3f}  {bits:>9}  {rate:>9,.0f}"
+        print(f"{name:<{width}}  {stands}{by_domain}")
     say(f"drawn: {out}")
 
 

@@ -57,8 +57,9 @@ class DataConfig:
     `tokens_per_batch` tokens, and no sequence in it is longer than `seq_len`.
 
     In place of `train`, `sources` names several, each with a weight: every batch has their tokens in that
-    proportion. `fim_rate` is the share of documents to train on that are told as prefix, suffix and middle
-    (DeepSeek-V3: 0.1).
+    proportion, and what is held out of each is judged by its name. `domains` are files or globs to be judged
+    by names of their own, in place of `validation`. `fim_rate` is the share of documents to train on that
+    are told as prefix, suffix and middle (DeepSeek-V3: 0.1).
     """
 
     train: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class DataConfig:
     tokens_per_batch: int = 8192
     seq_len: int = 512
     sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict[str, SourceConfig])
+    domains: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict[str, tuple[str, ...]])
     fim_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -75,11 +77,16 @@ class DataConfig:
             not (self.train and self.sources),
             "train and sources are both given; name the files of train as one of the sources",
         )
-        for name in self.sources:
-            _require(
-                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
-                f"a source is called {name!r}; use letters, digits, - and _",
-            )
+        _require(
+            not (self.validation and self.domains),
+            "validation and domains are both given; name the files of validation as one of the domains",
+        )
+        for kind, names in (("source", self.sources), ("domain", self.domains)):
+            for name in names:
+                _require(
+                    re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+                    f"a {kind} is called {name!r}; use letters, digits, - and _",
+                )
         _require(0 <= self.fim_rate <= 1, f"fim_rate is {self.fim_rate}; it must lie between 0 and 1")
         _require(
             0 < self.holdout_fraction < 1,
@@ -431,14 +438,18 @@ def to_table(config: Any) -> Table:
     table: Table = {}
     for field in dataclasses.fields(config):
         value: Any = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            table[field.name] = to_table(value)
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             parts = cast(dict[str, Any], value)
-            table |= {field.name: {name: to_table(part) for name, part in parts.items()}} if parts else {}
+            table |= {field.name: {name: _plain(part) for name, part in parts.items()}} if parts else {}
         elif value is not None:
-            table[field.name] = list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+            table[field.name] = _plain(value)
     return table
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_table(value)
+    return list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
 
 
 def to_toml(config: Any) -> str:

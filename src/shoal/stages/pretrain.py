@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from shoal.checkpoint import hf
-from shoal.config.run import RunConfig, load_recipe, to_table, to_toml
+from shoal.config.run import DataConfig, RunConfig, load_recipe, to_table, to_toml
 from shoal.data.atomic import write_atomically
 from shoal.data.fim import FIM
 from shoal.data.pack import Mixture, Packer, evaluation_batches
@@ -34,7 +34,7 @@ from shoal.train.trainer import Evaluation, Outcome, Trainer
 
 CONFIG = "config.toml"
 TOKENIZER = "tokenizer"
-SHARDS = ("data/train.shard", "data/held-out.shard")
+SHARDS = ("data/train.shard", "data/held-out.shard")  # of text that has no names
 # What may change when a run goes on: how far it goes, and how often it looks up.
 MAY_CHANGE = {
     "train.steps",
@@ -51,7 +51,10 @@ class Corpus:
 
     tokenizer: Tokenizer
     train: tuple[Shard, ...]  # one a source
-    held_out: Shard
+    held_out: dict[str, Shard]  # by domain; one that has no name is called ""
+
+    def evaluations(self, config: DataConfig) -> dict[str, Evaluation]:
+        return {name: _evaluation(shard, config) for name, shard in self.held_out.items()}
 
 
 def run(
@@ -89,10 +92,7 @@ def run(
         config.train,
         folder,
         generator=generator,
-        evaluation=Evaluation(
-            lambda: evaluation_batches(corpus.held_out, data.tokens_per_batch, data.seq_len),
-            corpus.held_out.num_bytes,
-        ),
+        evaluation=corpus.evaluations(data),
         recipe=to_table(config),
         observe=observe,
     )
@@ -123,8 +123,9 @@ def is_begun(folder: Path, config: RunConfig) -> bool:
 
 
 def open_corpus(folder: Path, config: RunConfig) -> Corpus:
-    train = tuple(Shard.open(folder / shard) for shard in _train_shards(config))
-    return Corpus(Tokenizer.load(folder / TOKENIZER), train, Shard.open(folder / SHARDS[1]))
+    train = tuple(Shard.open(folder / shard) for shard in _train_shards(config.data))
+    held_out = {name: Shard.open(folder / shard) for name, shard in _held_out_shards(config.data).items()}
+    return Corpus(Tokenizer.load(folder / TOKENIZER), train, held_out)
 
 
 def make_corpus(folder: Path, config: RunConfig, observe: Observer) -> Corpus:
@@ -145,30 +146,53 @@ def make_corpus(folder: Path, config: RunConfig, observe: Observer) -> Corpus:
     tokenizer.save(folder / TOKENIZER)
     observe(Phase("turning the text into tokens"))
     fim = FIM(config.data.fim_rate, config.seed)
-    for shard, documents in zip(_train_shards(config), train, strict=True):
+    for shard, documents in zip(_train_shards(config.data), train, strict=True):
         write_shard(folder / shard, tokenize_documents(tokenizer, documents, fim), tokenizer.vocab_size)
-    write_shard(folder / SHARDS[1], tokenize_documents(tokenizer, held_out), tokenizer.vocab_size)
+    for name, shard in _held_out_shards(config.data).items():
+        write_shard(folder / shard, tokenize_documents(tokenizer, held_out[name]), tokenizer.vocab_size)
     return open_corpus(folder, config)
 
 
-def split(config: RunConfig) -> tuple[list[list[Document]], list[Document]]:
-    """The documents to train on, a list a source, and those held out, of every source its share."""
+def split(config: RunConfig) -> tuple[list[list[Document]], dict[str, list[Document]]]:
+    """The documents to train on, a list a source, and those held out, a list a domain."""
     data = config.data
-    if unnamed := [name for name, source in data.sources.items() if not source.files]:
-        key = f"data.sources.{unnamed[0]}.files"
-        raise ValueError(f"{key} is empty; name some files: --set '{key}=[\"*.txt\"]'")
+    unnamed = [f"data.sources.{name}.files" for name, source in data.sources.items() if not source.files]
+    unnamed += [f"data.domains.{name}" for name, files in data.domains.items() if not files]
+    if unnamed:
+        raise ValueError(f"{unnamed[0]} is empty; name some files: --set '{unnamed[0]}=[\"*.txt\"]'")
     if data.sources:
-        sources = [list(read_documents(source.files)) for source in data.sources.values()]
+        sources = {name: list(read_documents(source.files)) for name, source in data.sources.items()}
     else:
-        sources = [list(read_documents(data.train) if data.train else standard_library())]
+        sources = {"": list(read_documents(data.train) if data.train else standard_library())}
+    if data.domains:
+        return list(sources.values()), {name: _read_domain(name, data) for name in data.domains}
     if data.validation:
-        return sources, list(read_documents(data.validation))
-    sides = [split_documents(documents, data.holdout_fraction) for documents in sources]
-    return [train for train, _ in sides], [document for _, held_out in sides for document in held_out]
+        return list(sources.values()), {"": list(read_documents(data.validation))}
+    sides = {name: split_documents(documents, data.holdout_fraction) for name, documents in sources.items()}
+    return [train for train, _ in sides.values()], {name: held_out for name, (_, held_out) in sides.items()}
 
 
-def _train_shards(config: RunConfig) -> list[str]:
-    return [f"data/train-{name}.shard" for name in config.data.sources] or [SHARDS[0]]
+def _read_domain(name: str, data: DataConfig) -> list[Document]:
+    try:
+        return list(read_documents(data.domains[name]))
+    except ValueError as error:
+        raise ValueError(f"data.domains.{name}: {error}") from error
+
+
+def _evaluation(held_out: Shard, data: DataConfig) -> Evaluation:
+    return Evaluation(
+        lambda: evaluation_batches(held_out, data.tokens_per_batch, data.seq_len), held_out.num_bytes
+    )
+
+
+def _train_shards(data: DataConfig) -> list[str]:
+    return [f"data/train-{name}.shard" for name in data.sources] or [SHARDS[0]]
+
+
+def _held_out_shards(data: DataConfig) -> dict[str, str]:
+    """By domain: those that are named, else a share of each source, unless one text serves for all."""
+    names = data.domains or ({} if data.validation else data.sources)
+    return {name: f"data/held-out-{name}.shard" for name in names} or {"": SHARDS[1]}
 
 
 def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
