@@ -118,7 +118,7 @@ def _read_deepseek_moe(fields: Fields, **rule: Any) -> MoEConfig | None:
             "config.json has routed experts but no num_experts_per_tok; say how many a token takes"
         )
     moe = MoEConfig(**said, **rule)
-    if moe.norm_topk_prob and moe.num_experts_per_tok == 1:
+    if moe.norm_topk_prob and moe.num_experts_per_tok == 1 and moe.topk_method != "hash":
         raise ValueError(
             "norm_topk_prob is true with num_experts_per_tok 1; DeepSeek's code leaves a single weight as it "
             "is, transformers makes it 1. Set norm_topk_prob to false"
@@ -212,7 +212,10 @@ def _read_deepseek(fields: Fields) -> tuple[GQAConfig, MoEConfig | None]:
 
 
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
-    written = _write_gqa(config, "attention_bias", "head_dim") | _write_deepseek_moe(config, *CAPACITY)
+    ours = [
+        key for key in DEEPSEEK_GROUPS if config.moe and getattr(config.moe, key) != getattr(MoEConfig, key)
+    ]
+    written = _write_gqa(config, "attention_bias", "head_dim") | _write_deepseek_moe(config, *CAPACITY, *ours)
     if written["head_dim"] * written["num_attention_heads"] == config.hidden_size:
         del written["head_dim"]
     return {key: value for key, value in written.items() if value is not None}
@@ -334,7 +337,7 @@ DEEPSEEK: Fields = {
     "bos_token_id": 100000,
     "eos_token_id": 100001,
     "attention_bias": False,
-    "head_dim": None,  # ours, as are the capacities: written where the original cannot say the model
+    "head_dim": None,  # ours, as are capacities and groups: written where the original cannot say the model
     "n_routed_experts": None,
     "n_shared_experts": None,
     "num_experts_per_tok": None,
@@ -344,6 +347,10 @@ DEEPSEEK: Fields = {
     "norm_topk_prob": False,
     "capacity_factor": None,
     "eval_capacity_factor": None,
+    "topk_method": None,
+    "n_group": None,
+    "topk_group": None,
+    "routed_scaling_factor": None,
 }
 DEEPSEEK_V2: Fields = {
     **LLAMA,

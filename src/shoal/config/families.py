@@ -110,6 +110,11 @@ MOE_2B = replace(
 MOE_2B_DENSE = replace(MOE_2B, model_type="llama", moe=None)
 MOE_2B_SWITCH = replace(MOE_2B, moe=MoEConfig(16, 1, 4 * 856))
 MOE_2B_GSHARD = replace(MOE_2B, moe=MoEConfig(16, 2, 4 * 856, norm_topk_prob=True))
+# The other rules, in the same shape: the Hash layer of the paper's Table 1, whose one expert counts in full;
+# experts that choose; and experts cut into segments, of which a second gate wakes two of four.
+MOE_2B_HASH = replace(MOE_2B, moe=MoEConfig(16, 1, 4 * 856, topk_method="hash", norm_topk_prob=True))
+MOE_2B_CHOICE = replace(MOE_2B, moe=MoEConfig(16, 2, 4 * 856, topk_method="expert_choice"))
+MOE_2B_SEGMENTS = replace(MOE_2B, moe=MoEConfig(64, 4, 856, topk_method="segments", n_group=16, topk_group=2))
 
 # --------------------------------------------------------------------------------------------------
 # DeepSeek-V2, V3 and their kin: latent attention
@@ -318,6 +323,9 @@ ROWS = (
     Family("deepseek-moe-2b-dense", MOE_2B_DENSE, Figure("0.2B"), None, MOE),
     Family("deepseek-moe-2b-switch", MOE_2B_SWITCH, Figure("2.0B"), Figure("0.2B"), MOE),
     Family("deepseek-moe-2b-gshard", MOE_2B_GSHARD, Figure("2.0B"), Figure("0.3B"), MOE),
+    Family("deepseek-moe-2b-hash", MOE_2B_HASH, Figure("2.0B"), Figure("0.2B"), MOE),
+    Family("deepseek-moe-2b-expert-choice", MOE_2B_CHOICE, None, None, "arXiv 2202.09368"),
+    Family("deepseek-moe-2b-segments", MOE_2B_SEGMENTS, None, None, "none; a rule to compare with"),
     Family("deepseek-moe-16b", MOE_16B, Figure("16.4B"), Figure("2.8B"), MOE),
     Family("deepseek-moe-145b", MOE_145B, Figure("144.6B"), Figure("22.2B"), MOE),
     Family("deepseek-v2", V2, V2_TOTAL, V2_ACTIVE, V2_PAPER),
@@ -434,7 +442,7 @@ def _tiny_moe(moe: MoEConfig | None) -> MoEConfig | None:
     return replace(
         moe,
         n_routed_experts=16 if grouped else 8,
-        num_experts_per_tok=min(moe.num_experts_per_tok, 3),
+        num_experts_per_tok=4 if moe.topk_method == "segments" else min(moe.num_experts_per_tok, 3),
         moe_intermediate_size=48,
         first_k_dense_replace=min(moe.first_k_dense_replace, 1),
         n_group=4 if grouped else 1,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 
 def _require(condition: bool, message: str) -> None:
@@ -218,6 +218,9 @@ class GQAConfig:
         return (2, self.num_key_value_heads, self.head_dim)
 
 
+TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc", "hash", "expert_choice", "segments"]
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """The feed-forward of a mixture-of-experts layer and the rule that picks experts for a token.
@@ -225,7 +228,11 @@ class MoEConfig:
     - `scoring_func`: softmax over all routed experts, or a sigmoid of each.
     - `topk_method`: `greedy`; `group_limited_greedy` (V2: keep the `topk_group` groups with the largest
       maximum); `noaux_tc` (V3: selection by score + `e_score_correction_bias`, groups by the sum of their two
-      best).
+      best); `hash` (arXiv 2106.04426: the token's id decides, the gate only weighs); `expert_choice` (arXiv
+      2202.09368: each expert takes the T * K / E tokens of a batch that score it highest, so a token may get
+      none or many, and depends on later ones); `segments` (a group is an expert, cut into segments, and has a
+      gate of its own: `topk_group` experts are chosen, then the best segments in each; weights are the
+      products of both softmaxes).
     - `norm_topk_prob`: divide the chosen weights by their sum. `routed_scaling_factor` multiplies them last.
     - `capacity_factor`: an expert takes at most ceil(factor * T * K / E) of a training batch's T tokens, at
       least 4; first choices come before second, earlier tokens before later; what overflows is dropped
@@ -240,7 +247,7 @@ class MoEConfig:
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
-    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    topk_method: TopkMethod = "greedy"
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = False
@@ -270,7 +277,7 @@ class MoEConfig:
             self.scoring_func in ("softmax", "sigmoid"),
             f"scoring_func is {self.scoring_func!r}; known are 'softmax' and 'sigmoid'",
         )
-        methods = ("greedy", "group_limited_greedy", "noaux_tc")
+        methods = get_args(TopkMethod)
         _require(
             self.topk_method in methods,
             f"topk_method is {self.topk_method!r}; known are {', '.join(methods)}",
@@ -282,15 +289,16 @@ class MoEConfig:
         _require(
             self.topk_group <= self.n_group, f"topk_group {self.topk_group} exceeds n_group {self.n_group}"
         )
+        method = self.topk_method
         reachable = experts // self.n_group * self.topk_group
         _require(
-            self.topk_method == "greedy" or top_k <= reachable,
+            not self.is_grouped or top_k <= reachable,
             f"num_experts_per_tok is {top_k} but topk_group {self.topk_group} of {self.n_group} groups "
             f"leaves only {reachable} experts to choose from",
         )
         _require(
-            self.topk_method != "greedy" or self.n_group == 1,
-            f"topk_method 'greedy' ignores groups, but n_group is {self.n_group}; "
+            self.is_grouped or self.n_group == 1,
+            f"topk_method {method!r} ignores groups, but n_group is {self.n_group}; "
             f"use 'group_limited_greedy' or 'noaux_tc', or set n_group to 1",
         )
         _require(
@@ -298,11 +306,37 @@ class MoEConfig:
             f"topk_method 'noaux_tc' scores a group by its two best experts, but {experts} experts in "
             f"{self.n_group} groups leaves fewer than two in each",
         )
+        _require(
+            method != "segments" or top_k % self.topk_group == 0,
+            f"num_experts_per_tok is {top_k}, not a multiple of topk_group {self.topk_group}; "
+            f"'segments' takes as many segments of each chosen expert",
+        )
+        _require(
+            method not in ("segments", "expert_choice") or self.scoring_func == "softmax",
+            f"topk_method {method!r} is defined on softmax scores, but scoring_func is {self.scoring_func!r}",
+        )
+        _require(
+            method != "expert_choice" or not self.norm_topk_prob,
+            "norm_topk_prob is true, but by 'expert_choice' a token may have no expert; set it to false",
+        )
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)
             _require(
+                value is None or method not in ("hash", "expert_choice"),
+                f"{field} is {value}, but topk_method {method!r} drops nothing; set it to null",
+            )
+            _require(
                 value is None or value > 0, f"{field} is {value}; it must be positive, or null to never drop"
             )
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.topk_method in ("group_limited_greedy", "noaux_tc", "segments")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token's experts depend on no later token."""
+        return self.topk_method != "expert_choice"
 
     @property
     def has_correction_bias(self) -> bool:

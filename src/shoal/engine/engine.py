@@ -63,6 +63,11 @@ class Engine:
         governor: Governor | None = None,
     ) -> None:
         self.config, self.settings, self.vocabulary = model.config, settings, vocabulary
+        if self.config.moe is not None and not self.config.moe.is_causal:
+            raise ValueError(
+                "topk_method is 'expert_choice': which tokens an expert takes depends on later ones, so this "
+                "model cannot write a text token by token; train one with another rule to serve it"
+            )
         on_cuda = model.head_weight().is_cuda
         buckets = default_sizes(settings.max_sequences) if on_cuda else ()
         buckets = buckets if settings.buckets is None else settings.buckets

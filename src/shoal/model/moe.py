@@ -61,6 +61,11 @@ class Gate(nn.Module):
         self.moe = moe
         self.perturb: Callable[[Tensor], Tensor] | None = None  # of the logits, outside evaluation: noise
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, device=device, dtype=dtype))
+        self.expert_weight = None  # of the gate over experts, where `weight` is that over their segments
+        if moe.topk_method == "segments":
+            self.expert_weight = nn.Parameter(
+                torch.empty(moe.n_group, hidden_size, device=device, dtype=dtype)
+            )
         # Float32 whatever the model's dtype: its values differ by less than bfloat16 can hold, and it is no
         # parameter.
         bias = torch.empty(moe.n_routed_experts, device=device, dtype=torch.float32)
@@ -71,16 +76,24 @@ class Gate(nn.Module):
         logits_TE = ops.gate_logits(x_TD, self.weight)
         if self.perturb is not None and self.training:
             logits_TE = self.perturb(logits_TE)
+        if self.expert_weight is not None:
+            logits_TE = join_segments(ops.gate_logits(x_TD, self.expert_weight), logits_TE)
+        given_TK = replay_TK
+        if replay_TK is None and moe.topk_method == "expert_choice":
+            given_TK = choose_tokens(logits_TE.detach(), moe.num_experts_per_tok)
+        elif replay_TK is None and moe.topk_method == "segments":
+            given_TK = choose_segments(logits_TE.detach(), moe)
+        assert given_TK is not None or moe.topk_method != "hash", "the model hashes ids, and hands that in"
         routing = ops.route(
             logits_TE,
-            moe.num_experts_per_tok,
+            moe.num_experts_per_tok if given_TK is None else given_TK.shape[1],
             scoring_func=moe.scoring_func,
             bias_E=self.e_score_correction_bias,
-            n_group=moe.n_group,
-            topk_group=moe.topk_group,
+            n_group=moe.n_group if given_TK is None else 1,
+            topk_group=moe.topk_group if given_TK is None else 1,
             norm_topk_prob=moe.norm_topk_prob,
             routed_scaling_factor=moe.routed_scaling_factor,
-            replay_TK=replay_TK,
+            replay_TK=given_TK,
         )._replace(logits_TE=logits_TE)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if factor is None or replay_TK is not None:
@@ -91,6 +104,48 @@ class Gate(nn.Module):
         return routing._replace(
             experts_TK=kept_TK, weights_TK=routing.weights_TK.masked_fill(kept_TK < 0, 0.0)
         )
+
+
+def hash_experts(ids_T: Tensor, layer: int, moe: MoEConfig) -> Tensor:
+    """Experts (T, K) of tokens by their ids alone, another shuffle in each layer (arXiv 2106.04426, random
+    hashing). With K > 1 they lie E // K apart."""
+    mask, experts, top_k = (1 << 31) - 1, moe.n_routed_experts, moe.num_experts_per_tok
+    # Products of 31 and 31 bits stay within int64. Odd factors, each followed by a fold of the high bits.
+    mixed_T = (ids_T + 1) * 0x9E3779B1 + (layer + 1) * 0x85EBCA77 & mask
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        mixed_T = (mixed_T ^ (mixed_T >> 15)) * factor & mask
+    first_T1 = ((mixed_T ^ (mixed_T >> 16)) % experts).unsqueeze(1)
+    return (first_T1 + torch.arange(top_k, device=ids_T.device) * (experts // top_k)) % experts
+
+
+def choose_tokens(logits_TE: Tensor, top_k: int) -> Tensor:
+    """Each expert's T * K / E best tokens (at least one), as experts of tokens (T, E), -1 where not chosen.
+
+    By softmax over experts (arXiv 2202.09368); ties go to the earlier token. The tokens of a pack compete,
+    whatever their sequence.
+    """
+    tokens, experts = logits_TE.shape
+    places = min(tokens, max(1, tokens * top_k // experts))
+    best_CE = logits_TE.softmax(-1).sort(dim=0, descending=True, stable=True).indices[:places]
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(0, best_CE, True)
+    return torch.arange(experts, device=logits_TE.device).where(chosen_TE, -1)
+
+
+def join_segments(experts_TG: Tensor, segments_TE: Tensor) -> Tensor:
+    """Logits (T, E) whose softmax is that of the experts times that of the segments within each."""
+    within_TGM = segments_TE.unflatten(-1, (experts_TG.shape[-1], -1)).log_softmax(-1)
+    return (experts_TG.log_softmax(-1).unsqueeze(-1) + within_TGM).flatten(-2)
+
+
+def choose_segments(logits_TE: Tensor, moe: MoEConfig) -> Tensor:
+    """Segments (T, K): the best of each of the best experts, by joined logits; ties to the smaller index."""
+    joined_TGM = logits_TE.unflatten(-1, (moe.n_group, -1))
+    size, each = joined_TGM.shape[-1], moe.num_experts_per_tok // moe.topk_group
+    order = {"dim": -1, "descending": True, "stable": True}
+    experts_TX = joined_TGM.logsumexp(-1).sort(**order).indices[:, : moe.topk_group]
+    chosen_TXM = joined_TGM.take_along_dim(experts_TX.unsqueeze(-1), 1)
+    segments_TXY = chosen_TXM.sort(**order).indices[..., :each]
+    return (experts_TX.unsqueeze(-1) * size + segments_TXY).flatten(1)
 
 
 class Experts(nn.Module):

@@ -29,7 +29,7 @@ from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.gqa import GQA
 from shoal.model.layers import MLP, Embedding, Linear, RMSNorm
 from shoal.model.mla import MLA
-from shoal.model.moe import Gate, MoE
+from shoal.model.moe import Gate, MoE, hash_experts
 from shoal.model.rope import Angles, RotaryEmbedding
 from shoal.ops.api import Routing
 
@@ -206,8 +206,10 @@ class Transformer(nn.Module):
         x_TD, y_TD = self.model.embed_tokens(batch.ids_T), None
         angles = self.model.rotary(batch.positions_T)
         routings: list[Routing] = []
-        for block in islice(self.model.layers, self.config.num_hidden_layers):
-            replay_TK = None if batch.routing is None else batch.routing[:, len(routings)]
+        for layer, block in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
+            replay_TK = (
+                self._hashed(batch.ids_T, layer) if batch.routing is None else batch.routing[:, len(routings)]
+            )
             assert isinstance(block, Block)
             x_TD, y_TD, routing = self.call_block(block, x_TD, y_TD, angles, batch, replay_TK)
             if routing is not None:
@@ -225,9 +227,15 @@ class Transformer(nn.Module):
         assert isinstance(module, PredictionModule)
         x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
         angles = self.model.rotary(batch.positions_T)
-        x_TD, y_TD, routing = self.call_block(module, x_TD, None, angles, batch, None)
+        replay_TK = self._hashed(next_ids_T, self.config.num_hidden_layers + depth)
+        x_TD, y_TD, routing = self.call_block(module, x_TD, None, angles, batch, replay_TK)
         hidden_TD = module.shared_head.norm.add(x_TD, y_TD)[1]
         return Output(hidden_TD, () if routing is None else (routing,))
+
+    def _hashed(self, ids_T: Tensor, layer: int) -> Tensor | None:
+        """The experts of a layer that goes by ids alone: the choice is then given to the gate."""
+        moe = self.config.moe
+        return hash_experts(ids_T, layer, moe) if moe is not None and moe.topk_method == "hash" else None
 
     def head_weight(self) -> Tensor:
         """The output matrix (V, D): the embedding where it is tied."""
