@@ -20,6 +20,7 @@ from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
 from shoal.model.transformer import Transformer
 from shoal.train.objective import Reduce, Share, Step, alone
 from shoal.train.optim import Trainable
+from shoal.train.team import Team
 from shoal.train.trainer import Trainer
 from tests.train import parts
 
@@ -77,7 +78,7 @@ def train(
         folder,
         generator=torch.Generator(),
         trainable=trainable,
-        reduce=reduce,
+        team=Team(reduce),
     )
     run.resume()
     run.run()

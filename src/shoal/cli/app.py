@@ -106,7 +106,11 @@ def train(
         list[Track] | None, typer.Option(help="Hand the run to a tracker too (shoal[track]). Repeatable.")
     ] = None,
 ) -> None:
-    """Train a model by a recipe, or go on with a run that was interrupted."""
+    """Train a model by a recipe, or go on with a run that was interrupted. Several processes: by torchrun.
+
+    Ctrl-C and SIGTERM save and stop; the exit code is then 130 and 0.
+    """
+    import os
     from contextlib import ExitStack
 
     from shoal.cli.view import COMMAND, TrainingView, say
@@ -115,14 +119,19 @@ def train(
     from shoal.train.track import together, tracking
 
     config = load_recipe(recipe, set_ or ())
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun: it alone shows
     with ExitStack() as watchers:
-        observers = [watchers.enter_context(tracking(tracker.value, out)) for tracker in track or ()]
-        observers.append(watchers.enter_context(TrainingView()))
+        observers = []
+        if first:
+            observers += [watchers.enter_context(tracking(tracker.value, out)) for tracker in track or ()]
+            observers.append(watchers.enter_context(TrainingView()))
         outcome = pretrain.run(config, out, device=_find_device(device), observe=together(observers))
     if outcome.interrupted:
-        say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
-        raise typer.Exit(130)
-    say(f"done: the model is {out}/export; talk to it with: {COMMAND} chat {out}/export --raw")
+        if first:
+            say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
+        raise typer.Exit(0 if outcome.preempted else 130)
+    if first:
+        say(f"done: the model is {out}/export; talk to it with: {COMMAND} chat {out}/export --raw")
 
 
 @app.command()

@@ -216,11 +216,32 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many processes a run is spread: `data` times `expert` of them, started by torchrun.
+
+    Each reads micro-batches of its own and keeps a part of all weights (FSDP2). With `expert` above 1 experts
+    are spread over that many, and tokens are sent to them. The run stays the same run, whatever the degrees.
+    """
+
+    data: int = 1
+    expert: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.expert
+
+    def __post_init__(self) -> None:
+        for name in ("data", "expert"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, whole. `seed` decides the weights at birth and the order of the data.
 
     `dtype` is that of the weights the model computes with; of bfloat16 ones the optimizer keeps float32
-    copies.
+    copies. The micro-batches of a step are shared among the processes of `parallel`.
     """
 
     model: ModelConfig
@@ -228,8 +249,10 @@ class RunConfig:
     data: DataConfig = DataConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
+        self._check_parallel()
         _require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len is {self.data.seq_len}, beyond the {self.model.max_position_embeddings} positions "
@@ -241,6 +264,38 @@ class RunConfig:
             f"masters; leave it at float32, or set dtype to bfloat16",
         )
         _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+
+    def _check_parallel(self) -> None:
+        """What several processes can do so far; the rest is refused."""
+        ranks, optim, moe = self.parallel.ranks, self.train.optim, self.model.moe
+        if ranks == 1:
+            return
+        told = (
+            f"on the {ranks} processes of parallel.data {self.parallel.data} x expert {self.parallel.expert}"
+        )
+        _require(
+            self.train.accumulation % ranks == 0,
+            f"train.accumulation is {self.train.accumulation} micro-batches a step, which cannot be shared "
+            f"evenly {told}; make it a multiple of {ranks}",
+        )
+        experts = 0 if moe is None else moe.n_routed_experts
+        _require(
+            self.parallel.expert == 1 or (experts > 0 and experts % self.parallel.expert == 0),
+            f"parallel.expert is {self.parallel.expert}, but the model has {experts} experts; it must divide "
+            f"their number",
+        )
+        for key, value, works in (
+            ("train.optim.optimizer", optim.optimizer, ("adamw",)),
+            ("train.optim.in_backward", optim.in_backward, (False,)),
+            ("train.optim.moments", optim.moments, ("float32", "bfloat16")),
+            ("train.recompute", self.train.recompute, ("none",)),
+            ("train.balance.bias_rule", self.train.balance.bias_rule, ("sign",)),
+        ):
+            _require(
+                value in works,
+                f"{key} is {value!r}, which does not work {told} yet; use {' or '.join(map(repr, works))}, "
+                f"or one process",
+            )
 
 
 # Reading: text -> table -> dataclasses

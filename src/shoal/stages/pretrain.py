@@ -2,7 +2,9 @@
 
 Read this second, after model/transformer.py: each part is named here once, in the order it is needed. The
 law: a run is told by its folder. Started again there, it goes on from its last checkpoint on the same tokens;
-a recipe that would make it another run is refused. Until config.toml is there, nothing is begun.
+a recipe that would make it another run is refused. Until config.toml is there, nothing is begun. Over how
+many processes it is spread may change each time: under torchrun all run this file, on one file system, and
+the first of them writes.
 
     config.toml        the resolved recipe         metrics.jsonl            a line a step and an evaluation
     tokenizer/         as transformers reads it    checkpoints/step-000100  to go on from, bit for bit
@@ -11,13 +13,14 @@ a recipe that would make it another run is refused. Until config.toml is there, 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shoal.checkpoint import hf
+from shoal.checkpoint import hf, native
 from shoal.config.run import DataConfig, RunConfig, load_recipe, to_table, to_toml
 from shoal.data.atomic import write_atomically
 from shoal.data.fim import FIM
@@ -30,7 +33,11 @@ from shoal.model.transformer import Transformer
 from shoal.train.balance import add_noise
 from shoal.train.metrics import Observer, Phase
 from shoal.train.recompute import recompute
+from shoal.train.team import ALONE, Team
 from shoal.train.trainer import Evaluation, Outcome, Trainer
+
+if TYPE_CHECKING:
+    from shoal.parallel.mesh import Mesh
 
 CONFIG = "config.toml"
 TOKENIZER = "tokenizer"
@@ -42,6 +49,8 @@ MAY_CHANGE = {
     "train.checkpoint_every",
     "train.keep",
     "train.recompute",
+    "parallel.data",
+    "parallel.expert",
 }
 
 
@@ -65,25 +74,48 @@ def run(
     observe: Observer = lambda event: None,
 ) -> Outcome:
     """Run a recipe in a folder, or go on with the run that is there."""
+    if config.parallel.ranks == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _run(config, folder, torch.device(device), observe, None)
+    from shoal.parallel.mesh import open_mesh  # seconds of torch that one process need not load
+
+    with open_mesh(config.parallel, str(device)) as mesh:
+        assert mesh is not None
+        watch = observe if mesh.rank == 0 else lambda event: None
+        return _run(config, folder, mesh.device, watch, mesh)
+
+
+def _run(
+    config: RunConfig, folder: Path, device: torch.device, observe: Observer, mesh: Mesh | None
+) -> Outcome:
     # 1. The text: a tokenizer, and what it makes of the documents to train on and of those held out.
-    corpus = open_corpus(folder, config) if is_begun(folder, config) else make_corpus(folder, config, observe)
+    first = mesh is None or mesh.rank == 0
+    if first and not is_begun(folder, config):
+        make_corpus(folder, config, observe)
+    if mesh is not None:
+        mesh.gather("the text is there")
+    corpus = open_corpus(folder, config)
     data = config.data
     cut = (data.tokens_per_batch, data.seq_len, config.seed)
     weights = tuple(source.weight for source in data.sources.values())
     packer = Mixture(corpus.train, weights, *cut) if weights else Packer(corpus.train[0], *cut)
 
     # 2. The recipe. With it the folder is this run's.
-    with write_atomically(folder / CONFIG) as file:
-        file.write(to_toml(config).encode())
+    if first:
+        with write_atomically(folder / CONFIG) as file:
+            file.write(to_toml(config).encode())
 
     # 3. The model: built without memory, then given it, then filled. Its control tokens are the tokenizer's.
     tokens = {"bos_token_id": corpus.tokenizer.bos_id, "eos_token_id": corpus.tokenizer.eos_id}
-    model = Transformer(replace(config.model, **tokens), device="meta", dtype=getattr(torch, config.dtype))
+    built = replace(config.model, **tokens)
+    model = Transformer(built, device="meta", dtype=getattr(torch, config.dtype))
     model.allocate(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     model.init_weights(generator)
     add_noise(model, config.train.balance.noise, generator)
     recompute(model, config.train.recompute, [generator])
+    team = ALONE if mesh is None else _spread(model, mesh)
+    if not first:  # the weights are the same everywhere; what is drawn from here on is not
+        generator.manual_seed(generator.initial_seed() + (team.rank << 32))
 
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(
@@ -92,6 +124,7 @@ def run(
         config.train,
         folder,
         generator=generator,
+        team=team,
         evaluation=corpus.evaluations(data),
         recipe=to_table(config),
         observe=observe,
@@ -103,8 +136,23 @@ def run(
     if not outcome.interrupted:
         observe(Phase("writing the model for other tools"))
         files = sorted((folder / TOKENIZER).iterdir())
-        hf.save(model, folder / "export", tokenizer_files=files, overwrite=True)
+        if mesh is not None and first:
+            model = Transformer(built, device="meta", dtype=getattr(torch, config.dtype))
+            model.allocate("cpu")
+            native.load(outcome.checkpoint, {"model": model.state_dict()})
+        if first:
+            hf.save(model, folder / "export", tokenizer_files=files, overwrite=True)
+        if mesh is not None:
+            mesh.gather("the model is there")
     return outcome
+
+
+def _spread(model: Transformer, mesh: Mesh) -> Team:
+    """Cut the model over the mesh, in place."""
+    from shoal.parallel.shard import local, rows, shard
+
+    shard(model, mesh)
+    return Team(mesh.reduce, local, native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh)))
 
 
 def is_begun(folder: Path, config: RunConfig) -> bool:

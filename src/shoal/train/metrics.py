@@ -103,14 +103,20 @@ def to_line(event: StepReport | EvaluationReport | SpikeReport) -> dict[str, Any
 
 
 class MetricsLog:
-    """metrics.jsonl, opened to go on after `step`: later lines, and one cut short by a kill, are dropped."""
+    """metrics.jsonl, opened to go on after `step`: later lines, and one cut short by a kill, are dropped.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Without a path, lines go nowhere: one process of several writes.
+    """
+
+    def __init__(self, path: Path | None, step: int) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._open(step)
 
-    def _open(self, step: int) -> IO[bytes]:
+    def _open(self, step: int) -> IO[bytes] | None:
+        if self.path is None:
+            return None
         kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
         temporary = self.path.with_name(f".{self.path.name}.new")
         with temporary.open("wb") as file:
@@ -122,22 +128,28 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`."""
-        self._file.close()
+        self.close()
         self._file = self._open(step)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Have it on the disk before a checkpoint is: resuming from that will not write it again."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
 def _whole_lines(path: Path) -> list[bytes]:

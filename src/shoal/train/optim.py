@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.config.run import OptimConfig
 from shoal.train.adamw import AdamW
 from shoal.train.muon import Muon
-from shoal.train.slot import Slot
+from shoal.train.slot import Local, Slot, whole
 
 Trainable = Mapping[str, Tensor | None]  # a parameter's name -> the rows that learn (int64), None for all
 
@@ -56,7 +56,13 @@ class Optimizer:
     the rest.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimConfig, trainable: Trainable | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimConfig,
+        trainable: Trainable | None = None,
+        local: Local = whole,  # of a model that is cut over processes
+    ) -> None:
         # named_parameters gives a tied parameter once.
         parameters = dict(model.named_parameters())
         if trainable is None:
@@ -66,7 +72,7 @@ class Optimizer:
         self.settings = settings
         self.parameters = {name: p for name, p in parameters.items() if name in trainable}
         self.slots = {
-            name: Slot.of(name, p, trainable[name], master=settings.master == "float32")
+            name: Slot.of(name, p, trainable[name], master=settings.master == "float32", local=local)
             for name, p in self.parameters.items()
         }
         muon = {
@@ -86,16 +92,17 @@ class Optimizer:
     def gradients(self) -> list[Tensor]:
         """Of what learns, to be measured and clipped in place. Rows that do not learn are zeroed."""
         for slot in self.slots.values():
-            if slot.rows is not None and (grad := slot.parameter.grad) is not None:
+            if slot.rows is not None and (grad := slot.source.grad) is not None:
                 kept = grad.index_select(0, slot.rows)
                 grad.zero_().index_copy_(0, slot.rows, kept)
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+        slots = self.slots.values()
+        return [slot.local(slot.source.grad) for slot in slots if slot.source.grad is not None]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         self.adamw.steps += 1
         for rule, update in ((self.adamw, self.adamw.update), (self.muon, self._update_muon)):
-            if slots := [slot for slot in rule.slots.values() if slot.parameter.grad is not None]:
+            if slots := [slot for slot in rule.slots.values() if slot.source.grad is not None]:
                 update(slots, lr)
 
     def zero_grad(self) -> None:
@@ -141,7 +148,7 @@ class Optimizer:
             self._update_muon([slot], self._lr, factor)
         else:
             self.adamw.update([slot], self._lr, factor)
-        slot.parameter.grad = None
+        slot.source.grad = None
 
     def call_off(self) -> None:
         """No gradient came, and the step did not happen."""

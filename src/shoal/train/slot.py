@@ -2,34 +2,49 @@
 
 Four cases. A float32 parameter moves itself. A narrower one follows a float32 master, or, where none is
 wanted, moves itself by stochastic rounding. Of a stack of which only some rows learn, those have a float32
-master and nothing is kept of the rest. Vectors always have a master: they weigh nothing.
+master and nothing is kept of the rest. Vectors always have a master: they weigh nothing. Of a parameter that
+is cut over processes, a rule sees the rows that are here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+Local = Callable[[Tensor], Tensor]  # what of a tensor is on this process, over the same memory
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The Local of a run of one process."""
+    return tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Slot:
     name: str
-    parameter: Tensor
+    source: Tensor  # the model's parameter, which gets the gradient
+    local: Local
     master: Tensor | None  # float32
     rows: Tensor | None  # int64: those of dimension 0 that learn; None is all
 
     @staticmethod
-    def of(name: str, parameter: Tensor, rows: Tensor | None, *, master: bool) -> Slot:
+    def of(name: str, parameter: Tensor, rows: Tensor | None, *, master: bool, local: Local = whole) -> Slot:
         """`master`: whether a narrow matrix has a float32 one."""
-        p = parameter.detach()
+        p = local(parameter).detach()
         if rows is not None:
             rows = rows.to(p.device)
-            return Slot(name, parameter, p.index_select(0, rows).float(), rows)
+            return Slot(name, parameter, local, p.index_select(0, rows).float(), rows)
         kept = p.dtype != torch.float32 and (master or p.ndim < 2)
-        return Slot(name, parameter, p.float() if kept else None, None)
+        return Slot(name, parameter, local, p.float() if kept else None, None)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The part of it that is here."""
+        return self.local(self.source)
 
     @property
     def target(self) -> Tensor:
@@ -38,7 +53,7 @@ class Slot:
 
     @property
     def is_matrix(self) -> bool:
-        return self.parameter.ndim >= 2
+        return self.source.ndim >= 2
 
     @property
     def key(self) -> int:
@@ -47,8 +62,8 @@ class Slot:
 
     def gradient(self) -> Tensor:
         """Of what learns, in the dtype it came in."""
-        grad = self.parameter.grad
-        assert grad is not None, f"{self.name} has no gradient"
+        assert self.source.grad is not None, f"{self.name} has no gradient"
+        grad = self.local(self.source.grad)
         return grad if self.rows is None else grad.index_select(0, self.rows)
 
     def follow(self) -> None:

@@ -1,4 +1,4 @@
-"""The Trainer: one loop, on one device, from any step to the last.
+"""The Trainer: one loop, from any step to the last, in each process of a run.
 
 A step is: accumulate micro-batches, clip, update the weights, balance the experts, report. The law: what a
 step does depends on the state at its start and on its number, so a run that was stopped, or killed, and
@@ -6,18 +6,19 @@ resumed is bit for bit the run that was not. The state is weights, router biases
 the step, which is also the place in the data: batch i of the run is `batches(i)`.
 
 What is minimised is an Objective's business, and which parameters learn the caller's: frozen ones take no
-gradient and no memory here, nor in checkpoints. A sum over processes is a function passed in (`reduce`).
+gradient and no memory here, nor in checkpoints. Several processes are a Team that is passed in: a step has
+the same micro-batches whatever their number, each takes some of them, and the first tells and writes.
 
-A loss that leaps is skipped or rolled back from, where the recipe says so (guards.py). Ctrl-C and SIGTERM
-finish the step, save, and return. A loss or gradient that is not finite stops the run
-before it touches a weight. Where batches come from and what is done with the model is for the stage;
-watching, for an Observer.
+A loss that leaps is skipped or rolled back from (guards.py). Ctrl-C and SIGTERM finish the step, save, and
+return. A loss or gradient that is not finite stops the run before it touches a weight. Where batches come
+from and what is done with the model is for the stage; watching, for an Observer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ from shoal.train.metrics import (
     bits_per_byte,
     to_line,
 )
-from shoal.train.objective import Objective, Reduce, Step, alone
+from shoal.train.objective import Objective, Step
 from shoal.train.optim import Optimizer, Trainable, learning_rate
+from shoal.train.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Evaluation:
 
 
 MOST_ROLLBACKS = 3  # to one checkpoint
+GENERATORS = "generators"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Outcome:
     step: int
     checkpoint: Path
     interrupted: bool
+    preempted: bool = False  # by SIGTERM, which asks to end well
 
 
 class Trainer:
@@ -86,7 +90,7 @@ class Trainer:
         objective: Objective
         | None = None,  # next token, prediction modules and balance, as settings weigh them
         trainable: Trainable | None = None,  # all that the model has
-        reduce: Reduce = alone,
+        team: Team = ALONE,
         evaluation: Evaluation | Mapping[str, Evaluation] | None = None,  # one text, or several by name
         recipe: Mapping[str, Any] | None = None,
         observe: Observer = lambda event: None,
@@ -104,8 +108,8 @@ class Trainer:
             mtp_weight=settings.mtp_loss_weight,
             auxiliary=Auxiliary.of(settings.balance, model.config.moe),
         )
-        self.reduce = reduce
-        self.optimizer = Optimizer(model, settings.optim, trainable)
+        self.team = team
+        self.optimizer = Optimizer(model, settings.optim, trainable, team.local)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.optimizer.parameters)
         if settings.optim.in_backward:
@@ -115,7 +119,8 @@ class Trainer:
         if self.device.type == "cuda":
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self.peak_flops = peak_flops(name)
+        peak = peak_flops(name)
+        self.peak_flops = None if peak is None else peak * team.ranks
         self.step = 0  # steps done
         self.tokens = 0  # tokens they had
         self.passed_over = 0  # micro-batches that rolling back has left out, all before the next
@@ -127,8 +132,8 @@ class Trainer:
     def run(self) -> Outcome:
         """Train from the present step to the last, or until a signal."""
         self.model.train()
-        with MetricsLog(self.folder / "metrics.jsonl", self.step) as log, Interrupt() as interrupt:
-            while self.step < self.settings.steps and interrupt.signal is None:
+        with self._open_log() as log, Interrupt() as interrupt:
+            while self.step < self.settings.steps and not self._stopped(interrupt):
                 report, load_LE = self.train_step()
                 if self._spike is not None and self.settings.spike_action == "rollback":
                     self._roll_back(log, self._spike)
@@ -141,18 +146,25 @@ class Trainer:
                 if self._due(self.settings.checkpoint_every):
                     self.save(log)
             checkpoint = self.saved or self.save(log)
-        return Outcome(self.step, checkpoint, interrupted=self.step < self.settings.steps)
+            stopped, preempted = self.step < self.settings.steps, interrupt.signal == signal.SIGTERM
+            preempted = self.team.any(stopped and preempted, self.device)
+        return Outcome(self.step, checkpoint, interrupted=stopped, preempted=preempted)
 
     def resume(self) -> bool:
-        """Go back to the newest checkpoint; False where there is none. A damaged one is a ValueError."""
-        native.clear_leftovers(self.folder / "checkpoints")
-        path = native.latest(self.folder / "checkpoints")
+        """Go back to the newest checkpoint; False where there is none. A damaged one is a ValueError.
+
+        Generators are each process's own; one that was not there when it was saved keeps its own.
+        """
+        if self.team.rank == 0:
+            native.clear_leftovers(self.folder / "checkpoints")
+        path = self.team.peers.gather(native.latest(self.folder / "checkpoints"))[0]
         if path is None:
             return False
-        tensors = self._state()
-        state = native.load(path, tensors)
+        state = native.load(path, self._state(), self.team.peers)
+        generators = native.stored(path, GENERATORS)
         for name, generator in self.generators.items():
-            generator.set_state(tensors["generators"][name])
+            if (kept := generators.get(self._own(name, self.team.rank))) is not None:
+                generator.set_state(kept)
         self.step, self.tokens, self.saved = state["step"], state["tokens"], path
         self.passed_over = state.get("passed_over", 0)
         self.guard.restore(state.get("losses", ()))
@@ -164,7 +176,7 @@ class Trainer:
         self.saved = native.save(
             self.folder / "checkpoints",
             self.step,
-            self._state(),
+            {**self._state(), GENERATORS: self._generators()},
             {
                 "step": self.step,
                 "tokens": self.tokens,
@@ -173,6 +185,7 @@ class Trainer:
                 "recipe": self.recipe,
             },
             keep=self.settings.keep,
+            peers=self.team.peers,
         )
         self.observe(CheckpointReport(self.step, self.saved, time.perf_counter() - start))
         return self.saved
@@ -190,10 +203,14 @@ class Trainer:
             self.guard.accept(terms["loss"])
         # 3. Balance.
         moving = self._spike is None and self.step < settings.balance.bias_share * settings.steps
-        load_LE = self.balancer.update(self.reduce, moving=moving)
+        load_LE = self.balancer.update(self.team.reduce, moving=moving)
         # 4. Report.
         tokens = sum(batch.num_tokens for batch in batches)
         flops = sum(self._flops(batch) for batch in batches)
+        if self.team.ranks > 1:
+            told = torch.tensor([tokens, flops], dtype=torch.float64, device=self.device)
+            tokens, flops = self.team.reduce(told).tolist()
+            tokens = round(tokens)
         self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
         violation = tuple(max_violation(load_LE).tolist())
         seconds = time.perf_counter() - start
@@ -218,7 +235,7 @@ class Trainer:
         terms = self._accumulate(batches)
         grads = self.optimizer.gradients()
         # The one wait for the device: what is not finite goes no further.
-        told, grad_norm = self._tell(terms, torch.nn.utils.get_total_norm(grads))
+        told, grad_norm = self._tell(terms, self.team.norm(torch.nn.utils.get_total_norm(grads)))
         self._refuse_nonfinite(told, grad_norm)
         if self._is_spike(told["loss"]):
             self.optimizer.zero_grad()
@@ -253,23 +270,26 @@ class Trainer:
 
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation + self.passed_over
-        return [_move(self.batches(first + i), self.device) for i in range(self.settings.accumulation)]
+        mine = range(first, first + self.settings.accumulation)[self.team.rank :: self.team.ranks]
+        return [_move(self.batches(index), self.device) for index in mine]
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Add up the gradients of the step's micro-batches, and the objective's terms."""
-        step = Step(self.step, self.settings.steps, self.reduce(self.objective.count(batches)))
+        step = Step(self.step, self.settings.steps, self.team.reduce(self.objective.count(batches)))
         shares: list[Mapping[str, Tensor]] = []
         for batch in batches:
             share = self.objective.compute(self.model, batch, step)
             # Inside backward there is no later moment to ask; it costs a wait for the device.
             inside = self.settings.optim.in_backward and self.guard.deviations
-            if not inside or not self._is_spike(self.reduce(share.terms["loss"].clone()).item()):
+            if not inside or not self._is_spike(self.team.reduce(share.terms["loss"].clone()).item()):
                 share.total.backward()
             self.balancer.count(share.experts, share.scores)
             shares.append(share.terms)
         if "loss" not in shares[0]:
             raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")
-        return {name: self.reduce(torch.stack([terms[name] for terms in shares]).sum()) for name in shares[0]}
+        return {
+            name: self.team.reduce(torch.stack([terms[name] for terms in shares]).sum()) for name in shares[0]
+        }
 
     def _refuse_nonfinite(self, terms: Mapping[str, float], grad_norm: float) -> None:
         values = {**terms, "gradient norm": grad_norm}
@@ -313,13 +333,13 @@ class Trainer:
         """A weight, else the gradient nearest to the loss: the backward pass met it first."""
         parameters = self.optimizer.parameters
         for name, p in parameters.items():
-            if not p.isfinite().all():
+            if not self.team.local(p).isfinite().all():
                 return f"the first weight that is not finite is {name}"
         told = "weights are finite; the first gradient that is not, from the loss back, is {}'s"
         if (name := self.optimizer.first_nonfinite()) is not None:
             return told.format(name)
         for name, p in reversed(parameters.items()):
-            if p.grad is not None and not p.grad.isfinite().all():
+            if p.grad is not None and not self.team.local(p.grad).isfinite().all():
                 return told.format(name)
         return "every weight and gradient is finite"
 
@@ -345,14 +365,19 @@ class Trainer:
     def _nats(self, evaluation: Evaluation) -> tuple[float, int]:
         """Of a whole text, and how many tokens they are of."""
         nats, count = 0.0, 0
-        for batch in evaluation.batches():
+        for batch, counts in self.team.share(evaluation.batches()):
             batch = _move(batch, self.device)
             assert batch.weights_T is not None
+            hidden_TD = self.model(batch).hidden_TD
             # Detached: the op makes the gradient of a weight that wants one as it goes.
             head_VD = self.model.head_weight().detach()
-            nats += loss.cross_entropy(self.model(batch).hidden_TD, head_VD, batch).item()
-            count += int(batch.weights_T.count_nonzero())
-        return nats, count
+            if counts:
+                nats += loss.cross_entropy(hidden_TD, head_VD, batch).item()
+                count += int(batch.weights_T.count_nonzero())
+        if self.team.ranks > 1:
+            told = torch.tensor([nats, count], dtype=torch.float64, device=self.device)
+            nats, count = self.team.reduce(told).tolist()
+        return nats, round(count)
 
     def _due(self, every: int) -> bool:
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
@@ -361,14 +386,36 @@ class Trainer:
         log.write(to_line(event))
         self.observe(event)
 
+    def _open_log(self) -> MetricsLog:
+        """The run's own, of the first process; the others' lines go nowhere."""
+        path = self.folder / "metrics.jsonl" if self.team.rank == 0 else None
+        return MetricsLog(path, self.step)
+
+    def _stopped(self, interrupt: Interrupt) -> bool:
+        """Whether a signal came, to any process: they stop after the same step."""
+        return self.team.any(interrupt.signal is not None, self.device)
+
     def _state(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the run's state: the live ones, but for copies of the generators'."""
+        """Every tensor of the run's state but the generators', live: what of each is on this process."""
         frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        kept = {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
         return {
-            "model": {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen},
+            "model": {name: self.team.local(tensor).detach() for name, tensor in kept.items()},
             "optimizer": self.optimizer.state(),
-            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
         }
+
+    def _generators(self) -> dict[str, Tensor]:
+        """The states of every process's."""
+        states = {name: generator.get_state() for name, generator in self.generators.items()}
+        return {
+            self._own(name, rank): state
+            for rank, theirs in enumerate(self.team.peers.gather(states))
+            for name, state in theirs.items()
+        }
+
+    @staticmethod
+    def _own(name: str, rank: int) -> str:
+        return name if rank == 0 else f"{name}.{rank}"
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:

@@ -1,0 +1,95 @@
+"""The mesh: which process of a run does what, by the degrees of a recipe.
+
+One DeviceMesh of two axes, (data, expert). Every process reads micro-batches of its own, on both axes: the
+expert axis cuts the experts, not the data. What is no expert is sharded over all processes; an expert lives
+on one place of the expert axis and is sharded over the data axis (shard.py, expert.py).
+
+The law: the degrees are no part of what a run computes. Sums go over all processes, so a step of n processes
+is the step of one, up to rounding. Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shoal.config.run import ParallelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """The processes of a run, and this one among them."""
+
+    degrees: ParallelConfig
+    device: torch.device  # of this process
+    devices: DeviceMesh  # (data, expert)
+    whole: DeviceMesh  # all processes on one axis
+
+    @property
+    def rank(self) -> int:
+        return self.whole.get_local_rank()
+
+    @property
+    def ranks(self) -> int:
+        return self.whole.size()
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes; the tensor itself is left as it was."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.whole.get_group())
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of each process, by rank, for each: it is pickled, so it comes from this run alone.
+
+        It is also where processes wait for one another.
+        """
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.whole.get_group())
+        return values
+
+
+def started_with(environment: Mapping[str, str]) -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def open_mesh(degrees: ParallelConfig, device: str) -> Iterator[Mesh | None]:
+    """The mesh of the processes that torchrun started, while it is open; None of a process alone.
+
+    `device` is cpu, or cuda: then each process takes the GPU of its number on its machine.
+    """
+    ranks = started_with(os.environ)
+    if ranks != degrees.ranks:
+        raise ValueError(
+            f"{ranks} {'process was' if ranks == 1 else 'processes were'} started, but parallel.data "
+            f"{degrees.data} x parallel.expert {degrees.expert} is {degrees.ranks}; start with torchrun "
+            f"--nproc-per-node {degrees.ranks}, or --set parallel.data={max(1, ranks // degrees.expert)}"
+        )
+    if ranks == 1:
+        yield None
+        return
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield make_mesh(degrees, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(degrees: ParallelConfig, device: torch.device) -> Mesh:
+    """The mesh of a process group that is there."""
+    devices = init_device_mesh(device.type, (degrees.data, degrees.expert), mesh_dim_names=("data", "expert"))
+    return Mesh(degrees, device, devices, devices._flatten("whole"))

@@ -1,0 +1,67 @@
+"""Weights, gradients and optimizer state cut over the processes: FSDP2, a block at a time.
+
+Each process keeps some rows of every parameter. A block's are gathered as it is entered and dropped as it is
+left, forward and backward; its gradients are summed, in float32, to whoever keeps the rows. Embedding, head,
+final norm, and of a prediction module what it uses outside its own forward, stay gathered from the start of
+the forward pass to the end of the backward pass.
+
+The law: gradients are sums over processes, as the objective's shares are, never means. Every element of a
+parameter lives on exactly one process, so the global norm is the root of the summed squares. Buffers (the
+routers' correction biases) are whole everywhere, and move alike, by loads that are summed first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from shoal.model.moe import MoE
+from shoal.model.transformer import PredictionModule, Transformer
+from shoal.parallel.expert import spread_experts
+from shoal.parallel.mesh import Mesh
+
+Rows = tuple[int, int]  # of dimension 0 of a whole tensor: the first that is here, and how many it has
+
+
+def shard(model: Transformer, mesh: Mesh) -> Transformer:
+    """The model, its experts spread over the expert axis and all parameters cut over the mesh."""
+    spread_experts(model, mesh)
+    for block in model.model.layers:
+        # A prediction module joins and norms outside its forward: only what is called whole is cut by itself.
+        parts = (block.self_attn, block.mlp) if isinstance(block, PredictionModule) else (block,)
+        if isinstance(block.mlp, MoE):
+            _cut(block.mlp.experts, mesh.devices["data"])
+        for part in parts:
+            _cut(part, mesh.whole)
+    _cut(model, mesh.whole)
+    return model
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh) -> None:
+    cut = fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    assert isinstance(cut, FSDPModule)
+    cut.set_gradient_divide_factor(1.0)
+    cut.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a parameter or gradient is here, as a plain tensor over the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows(model: Transformer, mesh: Mesh) -> dict[str, Rows]:
+    """Which rows of each parameter's whole this process keeps, by name."""
+    place = mesh.devices.get_local_rank("expert")
+    found: dict[str, Rows] = {}
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor), f"{name} is not sharded"
+        _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        spread = ".mlp.experts." in name
+        before = place * p.shape[0] if spread else 0
+        whole = p.shape[0] * mesh.degrees.expert if spread else p.shape[0]
+        found[name] = (before + offset[0], whole)
+    return found

@@ -1,0 +1,55 @@
+"""What is refused before anything starts, with the value, what works, and how to say it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from shoal.parallel.mesh import open_mesh
+from tests.train import parts
+
+FOUR = ParallelConfig(data=2, expert=2)
+
+
+def run(parallel: ParallelConfig = FOUR, **changes: Any) -> RunConfig:
+    train = replace(TrainConfig(steps=2, accumulation=4), **changes)
+    return RunConfig(parts.config(), train, DataConfig(seq_len=32, tokens_per_batch=64), parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulation": 6}, r"train\.accumulation is 6 .* make it a multiple of 4"),
+        ({"optim": OptimConfig(optimizer="muon")}, r"train\.optim\.optimizer is 'muon'.*use 'adamw'"),
+        ({"optim": OptimConfig(moments="int8")}, r"moments is 'int8'.*'float32' or 'bfloat16'"),
+        ({"recompute": "full"}, r"train\.recompute is 'full'.*'none', or one process"),
+    ],
+)
+def test_what_does_not_work_on_several_is_refused_with_what_does(
+    changes: dict[str, Any], message: str
+) -> None:
+    run()
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+
+
+def test_experts_must_come_out_even() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.expert is 3, but the model has 16 experts"):
+        run(ParallelConfig(1, 3), accumulation=3)
+    with pytest.raises(ValueError, match="expert is 0; it must be at least 1"):
+        ParallelConfig(1, 0)
+
+
+@pytest.mark.parametrize(("started", "fix"), [("1", "--nproc-per-node 4"), ("8", r"--set parallel\.data=4")])
+def test_the_degrees_are_those_that_were_started(
+    started: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with (
+        pytest.raises(ValueError, match=rf"{started} process.* started, but .* is 4; .*{fix}"),
+        open_mesh(ParallelConfig(2, 2), "cpu"),
+    ):
+        pass

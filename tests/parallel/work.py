@@ -1,0 +1,131 @@
+"""What the processes of these tests do. Each function runs in every one of them, with a process group that is
+there; what it returns on each comes back to the test.
+
+The ranks meet over a file, so no port is needed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.batch import Batch
+from shoal.checkpoint import native
+from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, TrainConfig
+from shoal.model.transformer import Transformer
+from shoal.parallel.expert import ExpertDispatcher
+from shoal.parallel.mesh import make_mesh
+from shoal.parallel.shard import local, rows, shard
+from shoal.train.loss import NextToken
+from shoal.train.objective import Step
+from shoal.train.team import Team
+from shoal.train.trainer import Trainer
+from tests.train import parts
+
+BATCHES = 8
+CPU = torch.device("cpu")
+# No two parameters would move apart by rounding alone where Adam divides by a root near 0.
+TRAIN = TrainConfig(
+    steps=4,
+    accumulation=4,
+    checkpoint_every=2,
+    keep=9,
+    optim=OptimConfig(lr=1e-3, eps=1e-3, schedule="constant"),
+    balance=BalanceConfig(sequence_loss=1e-2),
+)
+
+
+def launch(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+    """What `work(*args)` returns in each of so many processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Forked from a server that has read torch and this file once, and has run nothing yet.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        _enter, (work, ranks, folder, args), nprocs=ranks, start_method="forkserver"
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _enter(rank: int, work: Callable[..., Any], ranks: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
+    torch.save(work(*args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spread(degrees: ParallelConfig, model: Transformer) -> Team:
+    """The model over all processes, in place, and what the Trainer is told of them."""
+    mesh = make_mesh(degrees, CPU)
+    shard(model, mesh)
+    return Team(mesh.reduce, local, native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh)))
+
+
+def losses_and_gradients(
+    batches: list[Batch], model: Transformer, team: Team
+) -> tuple[float, dict[str, Tensor]]:
+    """Of one step, and each gradient, of which here are the team's rows."""
+    objective = NextToken(1, mtp_weight=0.3, balance_weight=1e-2)
+    step = Step(0, 1, team.reduce(objective.count(batches)))
+    total = torch.zeros(())
+    for batch in batches:
+        share = objective.compute(model, batch, step)
+        share.total.backward()
+        total += share.total.detach()
+    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return team.reduce(total).item(), grads
+
+
+def every_gradient(degrees: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+    """For each pair of degrees: the loss, and for each parameter its rows here and their gradient."""
+    found = {}
+    for data, expert in degrees:
+        model = parts.model()
+        team = spread(ParallelConfig(data, expert), model)
+        mine = [parts.batch(index) for index in range(team.rank, BATCHES, team.ranks)]
+        loss, grads = losses_and_gradients(mine, model, team)
+        found[data, expert] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
+    return found
+
+
+def train(degrees: ParallelConfig | None, folder: Path, steps: int = TRAIN.steps) -> dict[str, Tensor]:
+    """A run, or the rest of it: the biases of its routers here."""
+    model = parts.model()
+    team = Team() if degrees is None else spread(degrees, model)
+    trainer = Trainer(
+        model, parts.batch, replace(TRAIN, steps=steps), folder, generator=torch.Generator(), team=team
+    )
+    trainer.resume()
+    trainer.run()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "bias" in name}
+
+
+def runs(degrees: ParallelConfig, folder: Path) -> dict[str, Tensor]:
+    """One run straight through, and one in two halves."""
+    biases = train(degrees, folder / "whole")
+    train(degrees, folder / "parts", steps=2)
+    train(degrees, folder / "parts")
+    return biases
+
+
+def goes_on(degrees: ParallelConfig, folder: Path) -> None:
+    train(degrees, folder)
+
+
+def dispatches(cases: list[tuple[Tensor, Tensor, Tensor]], each: int) -> list[Any]:
+    """Of each rank's case: its tokens sent to experts that double, then combined, and how rows travelled."""
+    dispatcher = ExpertDispatcher(dist.group.WORLD, each)  # type: ignore[arg-type]
+    x_TD, experts_TK, weights_TK = (tensor.clone() for tensor in cases[dist.get_rank()])
+    x_TD.requires_grad_()
+    weights_TK.requires_grad_()
+    x_ND, experts_NK, weights_NK, plan = dispatcher.dispatch(x_TD, experts_TK, weights_TK)
+    here_N1 = (weights_NK * (experts_NK >= 0)).sum(1, keepdim=True)
+    y_TD = dispatcher.combine(x_ND * here_N1, plan)
+    y_TD.square().sum().backward()
+    return [y_TD.detach(), x_TD.grad, weights_TK.grad, plan.sent, plan.received, experts_NK]
