@@ -30,6 +30,13 @@ WEATHER: Any = {
         },
     },
 }
+
+
+def blanks(tokenizer: Tokenizer) -> Any:
+    """JSON allows white space without end, and weights without training have no reason to stop."""
+    return {str(i): -100.0 for i, spelled in tokenizer.spelling.bytes_of.items() if not spelled.strip()}
+
+
 FIXED: Any = {"temperature": 0, "max_tokens": 24}
 
 
@@ -136,8 +143,6 @@ def test_completions_score_their_prompt_as_lm_eval_reads_it(
 
 
 def test_an_answer_follows_a_json_schema(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
-    # JSON allows white space without end, and weights without training have no reason to stop.
-    blanks = {str(i): -100.0 for i, spelled in tokenizer.spelling.bytes_of.items() if not spelled.strip()}
     schema = {
         "type": "object",
         "properties": {"name": {"enum": ["a", "b"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -150,7 +155,7 @@ def test_an_answer_follows_a_json_schema(client: openai.OpenAI, tokenizer: Token
             messages=ASK,
             seed=seed,
             max_tokens=100,
-            logit_bias=blanks,  # type: ignore[arg-type]
+            logit_bias=blanks(tokenizer),
             response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
         ).choices[0]
         assert made.finish_reason == "stop"
@@ -191,6 +196,37 @@ def test_a_named_tool_is_called(client: openai.OpenAI, stream: bool) -> None:
         name, arguments, finish = call.function.name, call.function.arguments, made.choices[0].finish_reason
     assert (name, finish) == ("weather", "tool_calls")
     assert json.loads(arguments)["town"] in ("Bonn", "Ulm")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_some_tool_of_several_is_called(client: openai.OpenAI, tokenizer: Tokenizer, stream: bool) -> None:
+    town = {"$defs": {"Town": {"enum": ["Bonn"]}}, "$ref": "#/$defs/Town"}
+    parameters = {
+        "type": "object",
+        "properties": {"at": town},
+        "required": ["at"],
+        "additionalProperties": False,
+    }
+    parameters["$defs"] = town.pop("$defs")
+    clock: Any = {"type": "function", "function": {"name": "clock", "parameters": parameters}}
+    made: Any = client.chat.completions.create(
+        model="tiny",
+        messages=ASK,
+        tools=[WEATHER, clock],
+        tool_choice="required",
+        max_tokens=200,
+        seed=4,
+        stream=stream,
+        logit_bias=blanks(tokenizer),
+    )
+    calls = (
+        [call for chunk in made for call in chunk.choices[0].delta.tool_calls or ()]
+        if stream
+        else made.choices[0].message.tool_calls
+    )
+    assert len(calls) == 1
+    arguments = json.loads(calls[0].function.arguments)
+    assert calls[0].function.name == ("clock" if "at" in arguments else "weather")
 
 
 def test_a_conversation_with_tools_goes_back(client: openai.OpenAI) -> None:

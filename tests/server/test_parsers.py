@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -45,15 +46,19 @@ def call(syntax: CallSyntax, name: str, arguments: str) -> str:
 @given(
     texts,
     st.sampled_from([None, *SYNTAXES]),
-    st.sampled_from([None, "f"]),
+    st.sampled_from([{}, {"forced": "f"}, {"chosen": True}]),
     st.sampled_from([(True, False), (True, True), (False, False)]),
     st.data(),
 )
 def test_however_it_is_cut_it_says_the_same(
-    text: str, syntax: CallSyntax | None, forced: str | None, thinks: tuple[bool, bool], data: st.DataObject
+    text: str,
+    syntax: CallSyntax | None,
+    forced: dict[str, Any],
+    thinks: tuple[bool, bool],
+    data: st.DataObject,
 ) -> None:
     def parser() -> ReplyParser:
-        return ReplyParser(reasons=thinks[0], opened=thinks[1], calls=syntax, forced=forced)
+        return ReplyParser(reasons=thinks[0], opened=thinks[1], calls=syntax, **forced)
 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     for parts in (pairwise([0, *cuts, len(text)]), pairwise(range(len(text) + 1))):
@@ -106,6 +111,13 @@ def test_a_forced_call_is_all_arguments() -> None:
     reasoned = parse(f"why\n{THINK_END}\n\n{{}}", ReplyParser(opened=True, forced="f"))
     assert reasoned == Reply("why", calls=[("f", "{}")])
     assert parse("still thinking", ReplyParser(opened=True, forced="f")) == Reply("still thinking")
+
+
+def test_a_chosen_call_is_told_when_it_is_whole() -> None:
+    text = '{"name": "f", "arguments": {"a": [1, "é"]}}'
+    assert parse(text, ReplyParser(chosen=True)) == Reply(calls=[("f", '{"a": [1, "é"]}')])
+    assert parse(f"why{THINK_END}\n{text}", ReplyParser(opened=True, chosen=True)).reasoning == "why"
+    assert parse(text[:-5], ReplyParser(chosen=True)) == Reply()
 
 
 def test_a_delta_leaves_as_soon_as_it_is_sure() -> None:

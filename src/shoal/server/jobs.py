@@ -44,6 +44,7 @@ def chat_job(request: ChatRequest, prompter: Prompter, info: EngineInfo) -> Job:
         settings.setdefault("thinking", request.reasoning_effort not in ("none", "minimal"))
     prompt = prompter.chat(request.messages, [] if choice == "none" else tools, settings)
     forced, schema = _force(tools, choice)
+    chosen = schema is not None and forced is None
     if schema is not None and (request.response_format or request.structured_outputs):
         raise invalid("a tool call that is forced leaves no room for another format; leave one out")
     grammar = schema or _grammar(request.response_format, request.structured_outputs)
@@ -77,6 +78,7 @@ def chat_job(request: ChatRequest, prompter: Prompter, info: EngineInfo) -> Job:
             opened=prompt.opened,
             calls=prompter.call_syntax if tools and choice != "none" else None,
             forced=forced,
+            chosen=chosen,
         ),
         shown_ids=prompter.shown_ids,
     )
@@ -248,7 +250,7 @@ def _check_size(text: str, name: str) -> str:
 
 
 def _force(tools: Sequence[Tool], choice: object) -> tuple[str | None, Grammar | None]:
-    """The tool that must be called, and the grammar of its arguments."""
+    """The tool that must be called, and the grammar of its arguments; of several, that of any call."""
     if isinstance(choice, NamedTool):
         named = [tool for tool in tools if tool.function.name == choice.function.name]
         if not named:
@@ -256,11 +258,45 @@ def _force(tools: Sequence[Tool], choice: object) -> tuple[str | None, Grammar |
         tool = named[0]
     elif choice == "required":
         if len(tools) > 1:
-            raise invalid(
-                f"tool_choice is required with {len(tools)} tools; name the one to call, or say auto",
-                "tool_choice",
-            )
+            return None, _schema(_any_call(tools), "tools")
         tool = tools[0]
     else:
         return None, None
     return tool.function.name, _schema(tool.function.parameters or {"type": "object"}, "tools")
+
+
+def _any_call(tools: Sequence[Tool]) -> dict[str, Any]:
+    """A schema of one call of any of the tools. Their definitions move to its root, renamed."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for number, tool in enumerate(tools):
+        schema = _rename(tool.function.parameters or {"type": "object"}, f"#/$defs/tool{number}.")
+        for name, definition in schema.pop("$defs", {}).items():
+            definitions[f"tool{number}.{name}"] = definition
+        properties = {"name": {"const": tool.function.name}, "arguments": schema}
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": definitions}
+
+
+def _rename(schema: Any, start: str, depth: int = 0) -> Any:
+    """The same schema, its references to its own definitions begun by `start`."""
+    if depth > MAX_SCHEMA_DEPTH:
+        raise invalid(
+            f"a tool's parameters are nested deeper than {MAX_SCHEMA_DEPTH} levels; flatten them", "tools"
+        )
+    if isinstance(schema, list):
+        return [_rename(each, start, depth + 1) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    renamed = {name: _rename(each, start, depth + 1) for name, each in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/$defs/"):
+        renamed["$ref"] = start + reference.removeprefix("#/$defs/")
+    return renamed

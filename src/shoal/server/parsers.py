@@ -11,11 +11,12 @@ prompt has already opened is left to prompts.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["reasoning", "content", "name", "arguments"]
+Part = Literal["reasoning", "content", "name", "arguments", "choice"]
 
 THINK, THINK_END = "<think>", "</think>"
 CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -112,8 +113,9 @@ class ReplyParser:
     """One reply as it comes.
 
     `reasons`: reasoning is split off. `opened`: the prompt has opened it already. `calls`: the syntax of tool
-    calls, None where no tools were offered, so that their markers are text. `forced`: the prompt and a
-    grammar leave room for the arguments of this one tool only, and the whole answer is those.
+    calls, None where no tools were offered, so that their markers are text. `forced`: a grammar leaves
+    room for the arguments of this one tool only, and the whole answer is those. `chosen`: it leaves room for
+    one object, a `name` and its `arguments`, which is told when it is whole.
     """
 
     def __init__(
@@ -123,14 +125,17 @@ class ReplyParser:
         opened: bool = False,
         calls: CallSyntax | None = None,
         forced: str | None = None,
+        chosen: bool = False,
     ) -> None:
         assert reasons or not opened
-        self._table = _build_table(calls, forced=forced is not None)
+        assert forced is None or not chosen
+        self._table = _build_table(calls, answer="arguments" if forced else "choice" if chosen else "content")
+        self._chosen = ""
         self._forced = forced
         self._held, self._name, self._num_calls, self._in_call = "", "", 0, False
         self._pieces: list[tuple[Part, str]] = []
         self._calls: list[CallDelta] = []
-        plain = "content" if forced is None else "answer"
+        plain = "answer" if forced or chosen else "content"
         self._enter("reasoning" if opened else "opening" if reasons else plain)
 
     @property
@@ -147,7 +152,17 @@ class ReplyParser:
     def flush(self) -> Delta:
         while self._move(final=True):
             pass
+        self._tell_choice()
         return self._take()
+
+    def _tell_choice(self) -> None:
+        try:
+            choice = json.loads(self._chosen)
+        except json.JSONDecodeError:
+            return  # nothing was chosen, or it was cut off
+        if isinstance(choice, dict) and isinstance(choice.get("name"), str):
+            arguments = json.dumps(choice.get("arguments", {}), ensure_ascii=False)
+            self._calls.append(CallDelta(0, choice["name"], arguments))
 
     def _move(self, *, final: bool) -> bool:
         """Take what can be taken of the held text. True if the state changed, so that there may be more."""
@@ -214,6 +229,8 @@ class ReplyParser:
             return
         if state.says == "name":
             self._name += text
+        elif state.says == "choice":
+            self._chosen += text
         elif state.says == "arguments":
             if not self._in_call:
                 self._open_call()
@@ -254,20 +271,20 @@ def parse(text: str, parser: ReplyParser) -> Reply:
     return reply
 
 
-def _build_table(calls: CallSyntax | None, *, forced: bool) -> Table:
-    to_calls = ((CALLS, "calls"),) if calls is not None and not forced else ()
-    answer = State("arguments", trim="\n") if forced else State("content", to_calls)
+def _build_table(calls: CallSyntax | None, *, answer: Part) -> Table:
+    free = answer == "content"
+    to_calls = ((CALLS, "calls"),) if calls is not None and free else ()
     table = {
         "opening": State(
-            answer.says,
+            answer,
             to_calls,
             first=tuple((newlines + THINK, "reasoning") for newlines in ("", "\n", "\n\n")),
         ),
         "reasoning": State("reasoning", ((THINK_END, "answer"), *to_calls), trim="\n", trim_end="\n"),
-        "answer": State(answer.says, to_calls, trim="\n"),
+        "answer": State(answer, to_calls, trim="\n"),
         "content": State("content", to_calls),
     }
-    return {**table, **(_CALLS[calls] if calls is not None and not forced else {})}
+    return {**table, **(_CALLS[calls] if calls is not None and free else {})}
 
 
 def _find(text: str, markers: Iterable[str]) -> tuple[int, str] | None:
