@@ -24,7 +24,9 @@ def batch(
         str | None, typer.Option(help="A Jinja file, or v2, v2.5, v3, r1, v3.1. Default: the checkpoint's.")
     ] = None,
     max_sequences: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
-    cache_gib: Annotated[float, typer.Option(help="Memory for the cache, in GiB.")] = 1.0,
+    cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for the cache, in GiB. Default: what the device leaves.")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")
     ] = "auto",
@@ -54,7 +56,9 @@ def batch(
     if not left:
         return
     folder = hf.find_folder(path, download=download)
-    settings = EngineSettings(cache_bytes=int(cache_gib * 2**30), max_sequences=max_sequences)
+    settings = EngineSettings(
+        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), max_sequences=max_sequences
+    )
     process = EngineProcess(Opening(folder, settings, device, dtype))
     service = Service(
         process=process,

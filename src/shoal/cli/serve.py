@@ -63,7 +63,11 @@ def serve(
     max_sequences: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond that, 429.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 2048,
-    cache_gib: Annotated[float, typer.Option(help="Memory for the cache, in GiB.")] = 1.0,
+    cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for the cache, in GiB. Default: what --memory leaves.")
+    ] = None,
+    memory: Annotated[float, typer.Option(help="Share of the GPU that may be used.")] = 0.9,
+    speculate: Annotated[int, typer.Option(help="Tokens guessed ahead with the model's MTP module.")] = 0,
     prefix_cache: Annotated[bool, typer.Option(help="Remember the beginnings of prompts.")] = True,
     deadline: Annotated[float | None, typer.Option(help="Seconds until an answer is given up.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to those being served.")] = 60.0,
@@ -105,10 +109,12 @@ def serve(
     opening = Opening(
         folder,
         EngineSettings(
-            cache_bytes=int(cache_gib * 2**30),
+            cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             prefix_cache=prefix_cache,
+            memory=memory,
+            speculate=speculate,
         ),
         device,
         dtype,

@@ -138,7 +138,7 @@ async def _serve(
     try:
         await asyncio.wait({*ends, usable}, return_when=asyncio.FIRST_COMPLETED)
         if usable.done():
-            say(f"{settings.model} is ready on {address}")
+            say(f"{process.info.ledger if process.info else ''}\n{settings.model} is ready on {address}")
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if process.failed.done():
             if process.info is None:  # it never served: what is wrong is in the settings or the checkpoint

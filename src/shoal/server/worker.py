@@ -47,17 +47,19 @@ class EngineInfo:
     max_sequences: int
     num_pages: int
     page_size: int
+    ledger: str  # what memory goes where, for a person
 
     @classmethod
     def of(cls, engine: Engine) -> EngineInfo:
         eos = engine.config.eos_token_id
         return cls(
-            max_len=min(engine.config.max_position_embeddings, engine.pool.capacity),
+            max_len=engine.ledger.longest,
             vocab_size=engine.config.vocab_size,
             eos_ids=frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,)),
             max_sequences=engine.settings.max_sequences,
             num_pages=engine.pool.num_pages,
             page_size=engine.settings.page_size,
+            ledger=str(engine.ledger),
         )
 
 
@@ -82,7 +84,7 @@ def work(end: socket.socket, build: Build) -> None:
     try:
         engine = build(report)
         report("warming up", 0, 1)
-        engine.warm_up()
+        _warm_up(engine)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         end.sendall(frame(("failed", f"{error}" or type(error).__name__, isinstance(error, ValueError))))
         return
@@ -91,6 +93,15 @@ def work(end: socket.socket, build: Build) -> None:
         _Loop(end, engine).run()
     except (BrokenPipeError, ConnectionResetError):
         return  # the server is gone, and nobody waits for an answer
+
+
+def _warm_up(engine: Engine) -> None:
+    """What the first request would wait for. A CPU compiles nothing: one answer shows that it can."""
+    if engine.runner.device.type == "cpu":
+        engine.generate([[0]], SamplingParams(max_tokens=1))
+        engine.forget_prefixes()
+    else:
+        engine.warm_up()
 
 
 class _Loop:
