@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.config.cost import step_bytes
 from shoal.config.families import family
 from shoal.engine import Engine, EngineSettings, SamplingParams
-from shoal.engine.ledger import Ledger, draw_up, step_bytes
+from shoal.engine.ledger import Ledger, draw_up
 from shoal.engine.records import count_record_bytes
 from tests.engine.conftest import build
 

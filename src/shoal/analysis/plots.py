@@ -15,10 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from shoal.analysis.planner import Serving
+
 INK, GRID, SERIES = "#1f2933", "#d9dee4", ("#2563eb", "#d97706", "#059669", "#7c3aed")
 
 
-def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
+def tidy(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
@@ -36,11 +38,11 @@ def loss_curve(
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1)
     above.plot(*zip(*training, strict=True), color=SERIES[0], linewidth=1)
-    _tidy(above, "Training loss", "tokens", "nats per token")
+    tidy(above, "Training loss", "tokens", "nats per token")
     below.plot(*zip(*held_out, strict=True), color=SERIES[0], marker="o", markersize=4, label="this model")
     for colour, (name, value) in zip(SERIES[1:], baselines.items(), strict=False):
         below.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=f"{name}: {value:.3f}")
-    _tidy(below, "Held-out text", "tokens", "bits per byte")
+    tidy(below, "Held-out text", "tokens", "bits per byte")
     below.set_ylim(bottom=0)
     below.legend(frameon=False, fontsize=9)
     for axes in (above, below):
@@ -70,10 +72,10 @@ def runs(lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             balance.plot(tokens, worst, color=colour, linewidth=1)
         rates = [line["timing"]["tokens_per_second"] for line in steps]
         speed.plot(tokens, rates, color=colour, linewidth=1)
-    _tidy(loss, "Training loss", "tokens", "nats per token")
-    _tidy(bits, "Held-out text", "tokens", "bits per byte")
-    _tidy(balance, "MaxVio, mean of layers", "tokens", "largest load over the mean, less 1")
-    _tidy(speed, "Speed", "tokens", "tokens a second")
+    tidy(loss, "Training loss", "tokens", "nats per token")
+    tidy(bits, "Held-out text", "tokens", "bits per byte")
+    tidy(balance, "MaxVio, mean of layers", "tokens", "largest load over the mean, less 1")
+    tidy(speed, "Speed", "tokens", "tokens a second")
     speed.set_ylim(bottom=0)
     loss.legend(frameon=False, fontsize=9)
     for axes in (loss, bits, balance, speed):
@@ -92,9 +94,41 @@ def expert_load_map(loads_LE: Mapping[str, Tensor], layers: Sequence[str]) -> Fi
     images = []
     for axes, (name, ratio) in zip(panels, ratios.items(), strict=True):
         images.append(axes.imshow(ratio.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top))
-        _tidy(axes, f"{name} (MaxVio {float((ratio.amax(1) - 1).mean()):.2f})", "expert", "")
+        tidy(axes, f"{name} (MaxVio {float((ratio.amax(1) - 1).mean()):.2f})", "expert", "")
         axes.set_yticks(range(len(layers)), layers)
     figure.colorbar(images[-1], ax=list(panels), label="tokens, as a multiple of the mean")
+    return figure
+
+
+def serving_plan(model: str, gpu: str, serving: Serving) -> Figure:
+    """Memory of a GPU by part; tokens a second by batch, floor and predicted; milliseconds a step."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    parts, rates, steps = figure.subplots(1, 3)
+    memory, gib, left = serving.memory, 2**30, 0.0
+    for colour, (name, size) in zip(
+        SERIES,
+        {"weights": memory.weights, "cache": memory.cache, "activations": memory.activations}.items(),
+        strict=False,
+    ):
+        parts.barh([0], [size / gib], left=left, color=colour, label=name)
+        left += size / gib
+    parts.axvline(memory.limit / gib, color=INK, linestyle="--", linewidth=1, label="may be used")
+    parts.set_yticks([])
+    parts.legend(frameon=False, fontsize=9, loc="upper right")
+    parts.set_ylim(-0.6, 1.2)
+    tidy(parts, f"{model}, {serving.count} x {gpu}", "GiB of a GPU", "")
+    batches = [point.batch for point in serving.ladder]
+    floors = [point.floor_s for point in serving.ladder]
+    predicted = [point.predicted_s for point in serving.ladder]
+    for colour, name, seconds in ((GRID, "floor", floors), (SERIES[0], "predicted", predicted)):
+        each = list(zip(batches, seconds, strict=True))
+        rates.plot(batches, [batch / second for batch, second in each], color=colour, marker="o", label=name)
+        steps.plot(batches, [1e3 * second for second in seconds], color=colour, marker="o", label=name)
+    for axes, title, unit in ((rates, "Decoding", "tokens a second"), (steps, "A step", "milliseconds")):
+        axes.set_xscale("log", base=2)
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=9)
+        tidy(axes, title, "sequences at once", unit)
     return figure
 
 

@@ -22,6 +22,9 @@ from shoal.cli.batch import batch
 from shoal.cli.bench import bench_app
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
+from shoal.cli.experts import experts_app
+from shoal.cli.inspect import inspect
+from shoal.cli.plan import plan
 from shoal.cli.serve import serve
 
 if TYPE_CHECKING:
@@ -38,9 +41,12 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(experts_app, name="experts")
 app.command()(serve)
 app.command()(batch)
 bench_app.command("serve")(bench_serve)
+app.command()(plan)
+app.command()(inspect)
 
 
 class Dtype(StrEnum):
@@ -277,20 +283,6 @@ def convert(
             progress=progress,
         )
     say(f"written to {target}")
-
-
-@app.command()
-def plan(
-    model: Annotated[
-        str, typer.Argument(help="A family (deepseek-v3), a config.json, or a checkpoint folder.")
-    ],
-    context: Annotated[int, typer.Option(help="Tokens of context that attention is counted at.")] = 4096,
-    as_json: AsJson = False,
-) -> None:
-    """What a model costs: parameters, FLOPs per token, cache and weight bytes. Reads no weights."""
-    from shoal.cli.plan import show
-
-    show(model, context, as_json)
 
 
 @app.command()

@@ -9,7 +9,7 @@ Conventions, since papers differ and seldom say:
 - A multiply-add is 2 FLOPs. Products with weights and the two of attention count; norms, softmax, rotations
   and the embedding look-up do not. Backward is twice forward. Experts with a capacity drop no token here.
 
-What is left to others: activations, memory of a run and speed (analysis/planner).
+What is left to others: speed, and what fits on which machine (analysis/planner).
 """
 
 from __future__ import annotations
@@ -244,19 +244,57 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype, *, mtp: bool = True) -
     weights of a row and no zero points. Ragged edges have whole scales.
     """
     blocks = (config.quantization or Fp8Blocks()).weight_block_size
+    return sum(weight.count * stored_bytes(weight, dtype, blocks) for weight in weights(config, mtp=mtp))
+
+
+def stored_bytes(weight: Weight, dtype: WeightDtype, blocks: tuple[int, int] = (128, 128)) -> int:
+    """Bytes of one tensor, as `weight_bytes` counts it."""
     _known(dtype, *BYTES, "fp8", "int4")
+    if weight.storage == "float32":
+        return 4 * weight.numel
+    if weight.storage == "plain" or dtype in BYTES:
+        return BYTES.get(dtype, BYTES["bfloat16"]) * weight.numel
+    rows, columns = weight.shape
+    if dtype == "fp8":
+        return weight.numel + 4 * math.ceil(rows / blocks[0]) * math.ceil(columns / blocks[1])
+    return rows * (math.ceil(columns / 2) + 2 * math.ceil(columns / INT4_GROUP))
 
-    def stored(weight: Weight) -> int:
-        if weight.storage == "float32":
-            return 4 * weight.numel
-        if weight.storage == "plain" or dtype in BYTES:
-            return BYTES.get(dtype, BYTES["bfloat16"]) * weight.numel
-        rows, columns = weight.shape
-        if dtype == "fp8":
-            return weight.numel + 4 * math.ceil(rows / blocks[0]) * math.ceil(columns / blocks[1])
-        return rows * (math.ceil(columns / 2) + 2 * math.ceil(columns / INT4_GROUP))
 
-    return sum(weight.count * stored(weight) for weight in weights(config, mtp=mtp))
+def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
+    """Experts that so many tokens touch in a layer, on average, if each picks its K alike: E(1 - (1-K/E)^T).
+
+    Skewed routers touch fewer.
+    """
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
+def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+    """What a step of serving holds at its fullest beside weights and cache, `drawn` of its tokens drawn from.
+
+    Summed tensor by tensor in the widest layer; an upper bound by a little, since PyTorch frees as it goes.
+    """
+    attention, moe = config.attention, config.moe
+    # 1. Elements a token in the widest of: attention, routed experts with the shared ones, a dense layer.
+    if isinstance(attention, MLAConfig):
+        heads = attention.num_attention_heads
+        query, value = attention.qk_head_dim, attention.v_head_dim
+        row = attention.kv_lora_rank + attention.qk_rope_head_dim
+        expanded = heads * (3 * query + attention.qk_nope_head_dim + 2 * value) + 2 * row
+        absorbed = heads * (query + row + 2 * attention.kv_lora_rank + value) + 2 * row
+        attending = max(expanded, absorbed)
+    else:
+        width = attention.num_attention_heads + 2 * attention.num_key_value_heads
+        attending = attention.head_dim * (2 * width + attention.num_attention_heads)
+    feeding = 3 * config.intermediate_size
+    if moe is not None:
+        routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
+        feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
+    layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
+    # 2. The rows that are drawn from: logits, in float32 thrice, and their cumulative sum in float64.
+    drawing = (
+        drawn * config.vocab_size * (dtype_bytes + 3 * 4 + 8) + tokens * config.hidden_size * dtype_bytes
+    )
+    return max(layer, drawing)
 
 
 def _known(dtype: str, *choices: str) -> str:

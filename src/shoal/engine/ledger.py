@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.config.model import MLAConfig, ModelConfig
+from shoal.config.cost import step_bytes
+from shoal.config.model import ModelConfig
 from shoal.engine.buckets import default_contexts
 from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import count_page_bytes
@@ -119,32 +120,6 @@ def _remedy(config: ModelConfig, room: int, affordable: int, max_sequences: int,
     if tokens < max_sequences:
         return f"lower max_batch_tokens and max_sequences to {tokens}"
     return f"lower max_batch_tokens to {tokens}"
-
-
-def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
-    """What a step of so many tokens holds at its fullest, `drawn` of them drawn from."""
-    attention, moe = config.attention, config.moe
-    # 1. Elements a token in the widest of: attention, routed experts with the shared ones, a dense layer.
-    if isinstance(attention, MLAConfig):
-        heads = attention.num_attention_heads
-        query, value = attention.qk_head_dim, attention.v_head_dim
-        row = attention.kv_lora_rank + attention.qk_rope_head_dim
-        expanded = heads * (3 * query + attention.qk_nope_head_dim + 2 * value) + 2 * row
-        absorbed = heads * (query + row + 2 * attention.kv_lora_rank + value) + 2 * row
-        attending = max(expanded, absorbed)
-    else:
-        width = attention.num_attention_heads + 2 * attention.num_key_value_heads
-        attending = attention.head_dim * (2 * width + attention.num_attention_heads)
-    feeding = 3 * config.intermediate_size
-    if moe is not None:
-        routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
-        feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
-    layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
-    # 2. The rows that are drawn from: logits, in float32 thrice, and their cumulative sum in float64.
-    drawing = (
-        drawn * config.vocab_size * (dtype_bytes + 3 * 4 + 8) + tokens * config.hidden_size * dtype_bytes
-    )
-    return max(layer, drawing)
 
 
 def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
