@@ -101,6 +101,14 @@ def test_expert_parallel_splits_experts_and_keeps_the_rest() -> None:
         assert plan.memory.weights == pytest.approx(whole / 8)
 
 
+def test_sparse_attention_reads_what_it_picks() -> None:
+    """V3.2: 2,048 rows of 576 and every key of 128, in 61 layers, where V3 reads every row."""
+    sparse = family("deepseek-v3.2").config
+    load = Load(prompt=65535, output=2, weights="fp8")
+    point = decode_point(sparse, H200, 8, load, 8, "expert parallel", 8)
+    assert point.cache_bytes == 61 * 2 * (2048 * 576 + 65536 * 128)
+
+
 def test_training_scales_with_tokens_and_not_with_gpus() -> None:
     one = plan_training(LITE, H200, 8, 1e12)
     two = plan_training(LITE, H200, 16, 2e12)

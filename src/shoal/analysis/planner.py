@@ -18,7 +18,7 @@ from typing import Literal
 from shoal.config import cost
 from shoal.config.cost import WeightDtype
 from shoal.config.hardware import NODE, Gpu
-from shoal.config.model import GQAConfig, ModelConfig
+from shoal.config.model import GQAConfig, MLAConfig, ModelConfig
 
 Layout = Literal["whole", "expert parallel", "tensor parallel"]
 
@@ -218,7 +218,7 @@ def decode_point(
             weights += stored * experts / config.moe.n_routed_experts / degree
         elif weight.part != "embedding" or config.tie_word_embeddings:
             weights += stored / slices
-    cache = own * load.context * _cache_bytes(config, load, slices)
+    cache = own * _looked_back_on(config, load, slices)
     flops = own / slices * cost.flops_per_token(config, round(load.context), "decode")
     link = gpu.link if degree <= NODE else gpu.network
     return Point(
@@ -312,6 +312,16 @@ def _cache_bytes(config: ModelConfig, load: Load, slices: int) -> float:
     whole = cost.kv_bytes_per_token(config, "bfloat16") * load.cache_bits / 16
     attention = config.attention
     return whole / min(slices, attention.num_key_value_heads) if isinstance(attention, GQAConfig) else whole
+
+
+def _looked_back_on(config: ModelConfig, load: Load, slices: int) -> float:
+    """Bytes of its cache that a token reads: all, or with an indexer its keys and the rows that it picks."""
+    attention, whole = config.attention, _cache_bytes(config, load, slices)
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    if indexer is None or load.context <= indexer.index_topk:
+        return load.context * whole
+    keys = indexer.index_head_dim / attention.cache_shape[0]  # of a row of the cache
+    return whole * (load.context * keys + indexer.index_topk * (1 - keys))
 
 
 def _sent(config: ModelConfig, degree: int, tokens: int, load: Load, layout: Layout) -> float:

@@ -114,7 +114,7 @@ def serving_plan(model: str, gpu: str, serving: Serving) -> Figure:
         left += size / gib
     parts.axvline(memory.limit / gib, color=INK, linestyle="--", linewidth=1, label="may be used")
     parts.set_yticks([])
-    parts.legend(frameon=False, fontsize=9, loc="upper right")
+    parts.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
     parts.set_ylim(-0.6, 1.2)
     tidy(parts, f"{model}, {serving.count} x {gpu}", "GiB of a GPU", "")
     batches = [point.batch for point in serving.ladder]
