@@ -1,7 +1,7 @@
 """The quickstart's model on this CPU: training and cached decoding, beside transformers and the machine's own
 limit.
 
-    uv run python benchmarks/cpu.py [--threads N] [--rounds N]
+    uv run python benchmarks/cpu.py [--threads N] [--rounds N] [--only training|decoding]
 
 Same shape, weights of the same birth, same random tokens, float32 on both sides. Transformers runs with each
 of its `experts_implementation`s and the fastest counts. Ours and theirs take turns and each ratio is taken
@@ -208,34 +208,33 @@ def resident_peak() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure_training(rounds: int) -> list[dict[str, Any]]:
     step_tokens = SEQUENCES * LENGTH
-    train_flops = step_tokens * cost.flops_per_token(CONFIG, LENGTH, "training")
-    rows = [
-        row(
-            "training step",
-            step_tokens,
-            train_flops,
-            {
-                "shoal": timed(our_training()),
-                **{f"transformers {name}": timed(their_training(name)) for name in IMPLEMENTATIONS},
-            },
-            rounds,
-        )
-    ]
+    flops = step_tokens * cost.flops_per_token(CONFIG, LENGTH, "training")
+    theirs = {f"transformers {name}": timed(their_training(name)) for name in IMPLEMENTATIONS}
+    result = row("training step", step_tokens, flops, {"shoal": timed(our_training()), **theirs}, rounds)
+    with_mtp = compare({"without": timed(our_training()), "with": timed(our_training(MODEL))}, rounds)
+    slower = statistics.median(b / a for a, b in zip(with_mtp["without"], with_mtp["with"], strict=True))
+    mtp = {"what": "training step with MTP, time against without", "ratio": round(slower, 2)}
+    return [result | compare_memory("training", result["peer"]), mtp]
+
+
+def measure_decoding(rounds: int) -> list[dict[str, Any]]:
+    rows = []
     for sequences in (1, 8):
         flops = sequences * cost.flops_per_token(CONFIG, PROMPT + NEW // 2, "decode")
         theirs = {f"transformers {name}": their_decoding(sequences, name) for name in DECODING}
         sides = {"shoal": our_decoding(sequences), **theirs}
         rows.append(row(f"decoding, batch {sequences}", sequences, flops, sides, rounds))
-    for result, what in ((rows[0], "training"), (rows[2], "decoding")):
-        peer = result["peer"].split()[1]
-        ours, theirs = peak_memory(f"shoal {what}"), peak_memory(f"transformers {what} {peer}")
-        result |= {"shoal MiB": ours >> 20, "transformers MiB": theirs >> 20}
-    with_mtp = compare({"without": timed(our_training()), "with": timed(our_training(MODEL))}, rounds)
-    slower = statistics.median(b / a for a, b in zip(with_mtp["without"], with_mtp["with"], strict=True))
-    rows.append({"what": "training step with MTP, time against without", "ratio": round(slower, 2)})
-    return rows
+    return [*rows[:-1], rows[-1] | compare_memory("decoding", rows[-1]["peer"])]
+
+
+def compare_memory(what: str, peer: str) -> dict[str, int]:
+    ours, theirs = peak_memory(f"shoal {what}"), peak_memory(f"transformers {what} {peer.split()[1]}")
+    return {"shoal MiB": ours >> 20, "transformers MiB": theirs >> 20}
+
+
+MEASURES = {"training": measure_training, "decoding": measure_decoding}
 
 
 def main() -> None:
@@ -244,13 +243,15 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=tuple(MEASURES))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.memory:
         print_peak_memory(arguments.memory)
         return
-    rows = measure(arguments.rounds)
+    names = [arguments.only] if arguments.only else list(MEASURES)
+    rows = [result for name in names for result in MEASURES[name](arguments.rounds)]
     for result in rows:
         print(json.dumps(result))
     where = (

@@ -29,7 +29,9 @@ EXPERTS = (
 
 
 def test_every_op_has_a_reference_and_every_reference_an_op() -> None:
-    assert set(dispatch.REFERENCE) == OPS
+    """But half a block in one kernel, whose reference is the modules (tests/model/test_few_rows.py)."""
+    assert set(dispatch.REFERENCE).isdisjoint(dispatch.steps())
+    assert set(dispatch.REFERENCE) | set(dispatch.steps()) == OPS
 
 
 def test_every_kernel_serves_an_op() -> None:

@@ -44,6 +44,14 @@ def count_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, *,
     return layers * page_size * math.prod(config.attention.cache_shape) * dtype.itemsize
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU of memory that the system clears, and gives, when it is first written: a large cache costs
+    what is used of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 class Span(NamedTuple):
     """Tokens of one sequence that go through the model: the next of a pick, or those of a draft."""
 
@@ -81,8 +89,7 @@ class Runner:
         shape = (num_pages + 1, page_size, *config.attention.cache_shape)
         self.model, self.device, self.page_size = model, head.device, page_size
         self.pages = tuple(
-            torch.zeros(shape, dtype=head.dtype, device=head.device)
-            for _ in range(config.num_hidden_layers + (num_drafts > 0))
+            _zeros(shape, head.dtype, head.device) for _ in range(config.num_hidden_layers + (num_drafts > 0))
         )
         self.records = Records(config, num_pages, page_size, head.device)
         self._width = 1 + num_drafts

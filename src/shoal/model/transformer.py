@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from shoal.batch import Batch
 from shoal.config.model import MLAConfig, ModelConfig
+from shoal.model.few_rows import few_rows
 from shoal.model.gqa import GQA
 from shoal.model.layers import MLP, Embedding, Linear, RMSNorm
 from shoal.model.mla import MLA
 from shoal.model.moe import Gate, MoE, hash_experts
 from shoal.model.rope import Angles, RotaryEmbedding
+from shoal.ops import api as ops
 from shoal.ops.api import Routing
 
 
@@ -203,6 +205,8 @@ class Transformer(nn.Module):
                     tensor.normal_(std=self.config.initializer_range, generator=generator)
 
     def forward(self, batch: Batch) -> Output:
+        if (done := few_rows(self, batch)) is not None:
+            return Output(*done)
         x_TD, y_TD = self.model.embed_tokens(batch.ids_T), None
         angles = self.model.rotary(batch.positions_T)
         routings: list[Routing] = []
@@ -244,7 +248,8 @@ class Transformer(nn.Module):
     def logits(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """(S, V) for the rows the batch asks for, or (T, V) for all."""
         rows = hidden_TD if batch.last_S is None else hidden_TD.index_select(0, batch.last_S)
-        return F.linear(rows, self.head_weight())
+        logits = ops.head_step(rows, self.head_weight())
+        return F.linear(rows, self.head_weight()) if logits is None else logits
 
     def gates(self) -> list[Gate]:
         """The gate of each layer that routes, in order: blocks first, then prediction modules."""

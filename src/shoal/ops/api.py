@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.ops.dispatch import call
+from shoal.ops.dispatch import call, fuse
 
 
 class Routing(NamedTuple):
@@ -57,6 +57,46 @@ class Sampled(NamedTuple):
 
     tokens_S: Tensor  # int64
     logprobs_S: Tensor  # float32, of the unpenalised logits at temperature 1
+
+
+class LatentWeights(NamedTuple):
+    """What MLA holds (model/mla.py), for `latent_step`."""
+
+    q_a_LD: Tensor | None  # None: queries come from x by q_b alone
+    q_a_bias_L: Tensor | None
+    q_norm_L: Tensor | None
+    q_b: Tensor  # (H (N + R), L or D)
+    kv_a: Tensor  # (C + R, D)
+    kv_a_bias: Tensor | None
+    kv_norm_C: Tensor
+    kv_b: Tensor  # (H (N + V), C)
+    o: Tensor  # (D, H V)
+    o_bias_D: Tensor | None
+
+
+class GroupedWeights(NamedTuple):
+    """What GQA holds (model/gqa.py), for `grouped_step`."""
+
+    q: Tensor  # (H Q, D)
+    k: Tensor  # (G Q, D)
+    v: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    o: Tensor  # (D, H Q)
+    o_bias_D: Tensor | None
+    q_norm: Tensor | None  # over a head (Q) or over all (H Q)
+    k_norm: Tensor | None
+
+
+class ExpertWeights(NamedTuple):
+    """What MoE holds (model/moe.py), for `moe_step`."""
+
+    gate_ED: Tensor
+    bias_E: Tensor | None
+    gate_up_E2FD: Tensor
+    down_EDF: Tensor
+    shared: tuple[Tensor, Tensor, Tensor] | None  # gate, up and down of the shared experts
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -401,6 +441,143 @@ def attention_mass(
     gradient.
     """
     return call("attention_mass", q_THQ, k_TGQ, cu_seqlens_S1, max_seqlen, scale, places_TK)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Half a block as one kernel, for a few rows, where calls cost more than arithmetic. These have no
+# reference here: what they equal is the modules that they stand for, and where no kernel takes a call they
+# return None.
+
+
+def latent_step(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    norm_eps: float,
+    weights: LatentWeights,
+    latent_eps: float,
+    head_dims: tuple[int, int, int, int],
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    *,
+    interleaved: bool,
+) -> Tensor | None:
+    """x + MLA(norm(x)) in its absorbed form, the new rows of the cache written: (T, D), or None.
+
+    `head_dims` is (H, N, R, V). The cache as in `latent_attention`. No gradient.
+    """
+    return fuse(
+        "latent_step",
+        x_TD,
+        norm_D,
+        norm_eps,
+        weights,
+        latent_eps,
+        head_dims,
+        cos_TR2,
+        sin_TR2,
+        pages,
+        slots_T,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        scale,
+        interleaved,
+    )
+
+
+def grouped_step(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    norm_eps: float,
+    weights: GroupedWeights,
+    cos_TQ2: Tensor,
+    sin_TQ2: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    *,
+    interleaved: bool,
+) -> Tensor | None:
+    """x + GQA(norm(x)), the new rows of the cache written: (T, D), or None. q's and k's norms share the eps.
+
+    The cache as in `paged_attention`, which tells the heads. No gradient.
+    """
+    return fuse(
+        "grouped_step",
+        x_TD,
+        norm_D,
+        norm_eps,
+        weights,
+        cos_TQ2,
+        sin_TQ2,
+        pages,
+        slots_T,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        scale,
+        interleaved,
+    )
+
+
+def mlp_step(
+    x_TD: Tensor, norm_D: Tensor, norm_eps: float, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor
+) -> Tensor | None:
+    """x + down(silu(gate(norm(x))) * up(norm(x))): (T, D), or None. No gradient."""
+    return fuse("mlp_step", x_TD, norm_D, norm_eps, gate_ID, up_ID, down_DI)
+
+
+def moe_step(
+    x_TD: Tensor,
+    norm_D: Tensor,
+    norm_eps: float,
+    weights: ExpertWeights,
+    top_k: int,
+    *,
+    scoring_func: Literal["softmax", "sigmoid"],
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Routing] | None:
+    """x + MoE(norm(x)), routed as in `route`, and the routing: (T, D), or None. No gradient."""
+    done = fuse(
+        "moe_step",
+        x_TD,
+        norm_D,
+        norm_eps,
+        weights,
+        top_k,
+        scoring_func,
+        n_group,
+        topk_group,
+        norm_topk_prob,
+        routed_scaling_factor,
+    )
+    return None if done is None else (done[0], Routing(*done[1:]))
+
+
+def norm_step(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
+    """`rms_norm`, or None. No gradient."""
+    return fuse("norm_step", x_TD, weight_D, eps)
+
+
+def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor | None:
+    """x W^T: (T, V), or None. No gradient."""
+    return fuse("head_step", x_TD, weight_VD)
 
 
 def linear_cross_entropy(

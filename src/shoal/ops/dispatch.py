@@ -1,12 +1,13 @@
 """Which implementation of an op runs: one table, one override, one `explain()`.
 
 The reference serves every device; a Triton kernel is chosen on CUDA where one exists and takes the call.
+Half a block of few rows on a CPU has kernels of its own and no reference (`fuse`): the modules are that.
 `using` forces one side for a block of code (tests compare the two with it), and the environment variable
-SHOAL_OPS does so for a whole process. Only this file names `ops.reference` or `ops.triton`.
+SHOAL_OPS does so for a whole process. Only this file names `ops.reference`, `ops.triton` or `ops.cpu`.
 
 Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every kernel that a row's result
 be the same, bit for bit, whatever else is in the batch. Most are so by nature; one that is not says how it
-would be.
+would be; those of few rows on a CPU are not, and stand back.
 """
 
 from __future__ import annotations
@@ -177,6 +178,43 @@ def call(op: str, x: Tensor, *arguments: Any) -> Any:
         if side == "triton":
             raise ValueError(f"{op}: {reason}; use the side auto or reference")
     return REFERENCE[op](x, *arguments)
+
+
+@cache
+def steps() -> dict[str, Kernel]:
+    """Half a block in one kernel, on a CPU. No references: the modules that they stand for are that."""
+    from shoal.ops.cpu import attention as cpu_attention
+    from shoal.ops.cpu import experts, rows
+
+    return {
+        "latent_step": Kernel(cpu_attention.latent_step, cpu_attention.latent_refusal),
+        "grouped_step": Kernel(cpu_attention.grouped_step, cpu_attention.grouped_refusal),
+        "mlp_step": Kernel(experts.mlp_step, experts.mlp_refusal),
+        "moe_step": Kernel(experts.moe_step, experts.moe_refusal),
+        "norm_step": Kernel(rows.norm_step, rows.norm_refusal),
+        "head_step": Kernel(rows.head_step, rows.head_refusal),
+    }
+
+
+def fuse(op: str, x: Tensor, *arguments: Any) -> Any:
+    """Run `op` as one kernel, or None where there is none that takes the call: the caller spells it out."""
+    if not x.is_cpu or _side.get() != "auto" or _invariant.get():
+        return None
+    kernel = steps()[op]
+    return kernel.run(x, *arguments) if kernel.refusal(x, *arguments) is None else None
+
+
+def explain_fused(op: str, x: Tensor, *arguments: Any) -> str:
+    """Whether `fuse` would run `op`, and why."""
+    if not x.is_cpu:
+        reason = f"the tensors are on {x.device}"
+    elif _side.get() != "auto":
+        reason = f"the side {_side.get()} is asked for"
+    elif _invariant.get():
+        reason = "a row's sums depend on how many rows there are, and batch-invariant mode is on"
+    else:
+        reason = steps()[op].refusal(x, *arguments)
+    return f"{op}: cpu" if reason is None else f"{op}: spelled out, since {reason}"
 
 
 def explain(op: str, x: Tensor, *arguments: Any) -> str:

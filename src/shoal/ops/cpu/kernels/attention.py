@@ -1,0 +1,263 @@
+"""A block's attention half for a few new tokens over the paged cache: x + W_o attention(norm(x)), one kernel.
+
+`latent_step` is MLA absorbed (`model/mla.py`), `grouped_step` is GQA (`model/gqa.py`). The cache rows of all
+new tokens are written first, so a token finds itself among what it may see; then each token of each sequence
+goes over its own positions, page by page. A return other than 0 says which index was outside of its table
+(`ops/cpu/attention.py` has the words), for here nothing can be raised.
+
+Shape letters as in the modules; L is the query's latent rank (0: none), B pages of a sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shoal.ops.cpu.kernels.rows import (
+    F32,
+    I32,
+    I64,
+    add_bias,
+    add_rows,
+    boolean,
+    entry,
+    f32,
+    i64,
+    kernel,
+    norm_rows,
+    product,
+    rotate,
+    softmax,
+    void,
+)
+
+BAD_SLOT, BAD_CONTEXT, BAD_PAGE = 1, 2, 3
+
+LATENT = i64(
+    *(F32, i64, i64, F32, f32),  # x_TD, norm and its eps
+    *(F32, F32, F32, F32),  # q_a (L, D), its bias, norm, q_b (H (N + R), L or D)
+    *(F32, F32, F32, F32),  # kv_a (C + R, D), its bias, norm, kv_b (H (N + V), C)
+    *(F32, F32, i64, f32),  # o (D, H V), its bias; whether there are biases; eps of the latent norms
+    *(F32, F32, i64),  # cos_TR2, sin_TR2, whether interleaved
+    *(F32, i64, i64, I64),  # pages, how many, their size, slots_T
+    *(I32, I32, I32, i64, i64, i64),  # block_table_SB, context_lens_S, cu_seqlens_S1, S, B, longest context
+    *(i64, i64, i64, i64, i64, i64),  # L, H, N, R, V, C
+    *(f32, F32, F32),  # scale, scratch, out_TD
+)
+GROUPED = i64(
+    *(F32, i64, i64, F32, f32),  # x_TD, norm and its eps
+    *(F32, F32, F32, F32, F32, F32, i64),  # q, k, v and their biases; whether there are biases
+    *(F32, F32, i64),  # o and its bias, whether there is one
+    *(F32, F32, i64, f32),  # norms of q and k; 0 none, 1 over a head, 2 over all; their eps
+    *(F32, F32, i64),  # cos_TQ2, sin_TQ2, whether interleaved
+    *(F32, i64, i64, I64),  # pages, how many, their size, slots_T
+    *(I32, I32, I32, i64, i64, i64),  # block_table_SB, context_lens_S, cu_seqlens_S1, S, B, longest context
+    *(i64, i64, i64),  # H, G, Q
+    *(f32, F32, F32),  # scale, scratch, out_TD
+)
+
+
+@kernel(void(F32, i64, i64, i64, F32, i64, i64, i64, I32, i64, i64, i64, i64, F32, i64))
+def weigh(
+    scores, s0, s_stride, heads, pages, first, page_stride, width, table, t0, page_size, row, seen, o, o0
+):
+    """o[h] = sum over positions p of scores[h, p] times `width` elements of p's row, from element `first`."""
+    for i in range(heads * width):
+        o[o0 + i] = np.float32(0)
+    at = np.int64(0)
+    for p in range(seen):
+        if p % page_size == 0:
+            at = np.int64(table[t0 + p // page_size]) * page_stride + first
+        for h in range(heads):
+            v = scores[s0 + h * s_stride + p]
+            for c in range(width):
+                o[o0 + h * width + c] += v * pages[at + c]
+        at += row
+
+
+@kernel(void(F32, i64, i64, i64, F32, i64, i64, i64, I32, i64, i64, i64, i64, F32, i64, i64))
+def score(
+    q,
+    q0,
+    q_stride,
+    heads,
+    pages,
+    first,
+    page_stride,
+    width,
+    table,
+    t0,
+    page_size,
+    row,
+    seen,
+    scores,
+    s0,
+    s_stride,
+):
+    """scores[h, p] = q[h] . `width` elements of p's row, from element `first`."""
+    at = np.int64(0)
+    for p in range(seen):
+        if p % page_size == 0:
+            at = np.int64(table[t0 + p // page_size]) * page_stride + first
+        product(q, q0, q_stride, heads, pages, at, 1, width, scores, s0 + p, s_stride)
+        at += row
+
+
+@kernel(boolean(I32, i64, i64, i64))
+def are_pages(table, t0, count, num_pages):
+    good = True
+    for i in range(count):
+        good = good and 0 <= table[t0 + i] < num_pages
+    return good
+
+
+@entry(LATENT)
+def latent_step(
+    x, T, D, in_norm, in_eps, q_a, q_a_bias, q_norm, q_b, kv_a, kv_a_bias, kv_norm, kv_b, o, o_bias,
+    biased, eps, cos, sin, interleaved, pages, num_pages, page_size, slots, table, contexts, boundaries, S, B,
+    longest, L, H, N, R, V, C, scale, scratch, out,
+):  # fmt: skip
+    Q, row, pairs = N + R, C + R, R // 2
+    # Scratch: x normalised, q, the cache's rows, the query's latents, o; then of one token q~, its scores and
+    # its weighted latents.
+    q0 = T * D
+    kv0 = q0 + T * H * Q
+    latent0 = kv0 + T * row
+    o0 = latent0 + T * L
+    absorbed0 = o0 + T * H * V
+    scores0 = absorbed0 + H * row
+    seen0 = scores0 + H * longest
+    # 1. Queries, and the new rows of the cache.
+    norm_rows(x, 0, T, in_norm, D, in_eps, scratch, 0)
+    if L:
+        product(scratch, 0, D, T, q_a, 0, L, D, scratch, latent0, L)
+        if biased:
+            add_bias(q_a_bias, scratch, latent0, T, L)
+        norm_rows(scratch, latent0, T, q_norm, L, eps, scratch, latent0)
+        product(scratch, latent0, L, T, q_b, 0, H * Q, L, scratch, q0, H * Q)
+    else:
+        product(scratch, 0, D, T, q_b, 0, H * Q, D, scratch, q0, H * Q)
+    product(scratch, 0, D, T, kv_a, 0, row, D, scratch, kv0, row)
+    if biased:
+        add_bias(kv_a_bias, scratch, kv0, T, row)
+    for t in range(T):
+        at, slot = kv0 + t * row, slots[t]
+        if slot < 0 or slot >= num_pages * page_size:
+            return BAD_SLOT
+        norm_rows(scratch, at, 1, kv_norm, C, eps, scratch, at)
+        rotate(scratch, at + C, pairs, cos, sin, t * pairs, interleaved)
+        for i in range(row):
+            pages[slot * row + i] = scratch[at + i]
+    for s in range(S):
+        first, end = np.int64(boundaries[s]), np.int64(boundaries[s + 1])
+        if first < 0 or end > T or contexts[s] > longest or contexts[s] > B * page_size:
+            return BAD_CONTEXT
+        if not are_pages(table, s * B, (contexts[s] + page_size - 1) // page_size, num_pages):
+            return BAD_PAGE
+        for t in range(first, end):
+            seen = np.int64(contexts[s]) - (end - 1 - t)
+            if seen < 1:
+                return BAD_CONTEXT
+            # 2. Into the latent space: q~ = W_uk^T q_nope, beside the rotated part, both scaled.
+            for h in range(H):
+                q, to, w = q0 + (t * H + h) * Q, absorbed0 + h * row, h * (N + V) * C
+                for c in range(C):
+                    scratch[to + c] = np.float32(0)
+                for n in range(N):
+                    v = scratch[q + n] * scale
+                    for c in range(C):
+                        scratch[to + c] += v * kv_b[w + n * C + c]
+                rotate(scratch, q + N, pairs, cos, sin, t * pairs, interleaved)
+                for i in range(R):
+                    scratch[to + C + i] = scratch[q + N + i] * scale
+            # 3. Scores, 4. softmax, 5. the sum of latents, 6. out of the latent space.
+            score(
+                scratch, absorbed0, row, H, pages, 0, page_size * row, row, table, s * B, page_size, row,
+                seen, scratch, scores0, longest,
+            )  # fmt: skip
+            for h in range(H):
+                softmax(scratch, scores0 + h * longest, seen)
+            weigh(
+                scratch, scores0, longest, H, pages, 0, page_size * row, C, table, s * B, page_size, row,
+                seen, scratch, seen0,
+            )  # fmt: skip
+            for h in range(H):
+                to, w = o0 + (t * H + h) * V, (h * (N + V) + N) * C
+                product(scratch, seen0 + h * C, C, 1, kv_b, w, V, C, scratch, to, V)
+    # 7. Out, onto x.
+    product(scratch, o0, H * V, T, o, 0, D, H * V, out, 0, D)
+    if biased:
+        add_bias(o_bias, out, 0, T, D)
+    add_rows(x, out, T * D)
+    return 0
+
+
+@entry(GROUPED)
+def grouped_step(
+    x, T, D, in_norm, in_eps, q_w, k_w, v_w, q_bias, k_bias, v_bias, biased, o, o_bias, o_biased, q_norm,
+    k_norm, normed, eps, cos, sin, interleaved, pages, num_pages, page_size, slots, table, contexts,
+    boundaries, S, B, longest, H, G, Q, scale, scratch, out,
+):  # fmt: skip
+    row, pairs, shared = 2 * G * Q, Q // 2, H // G
+    # Scratch: x normalised, q, k, v, o, and the scores of one token.
+    q0 = T * D
+    k0 = q0 + T * H * Q
+    v0 = k0 + T * G * Q
+    o0 = v0 + T * G * Q
+    scores0 = o0 + T * H * Q
+    # 1. Queries, keys, values, and the new rows of the cache.
+    norm_rows(x, 0, T, in_norm, D, in_eps, scratch, 0)
+    product(scratch, 0, D, T, q_w, 0, H * Q, D, scratch, q0, H * Q)
+    product(scratch, 0, D, T, k_w, 0, G * Q, D, scratch, k0, G * Q)
+    product(scratch, 0, D, T, v_w, 0, G * Q, D, scratch, v0, G * Q)
+    if biased:
+        add_bias(q_bias, scratch, q0, T, H * Q)
+        add_bias(k_bias, scratch, k0, T, G * Q)
+        add_bias(v_bias, scratch, v0, T, G * Q)
+    if normed == 1:
+        norm_rows(scratch, q0, T * H, q_norm, Q, eps, scratch, q0)
+        norm_rows(scratch, k0, T * G, k_norm, Q, eps, scratch, k0)
+    elif normed == 2:
+        norm_rows(scratch, q0, T, q_norm, H * Q, eps, scratch, q0)
+        norm_rows(scratch, k0, T, k_norm, G * Q, eps, scratch, k0)
+    for t in range(T):
+        slot = slots[t]
+        if slot < 0 or slot >= num_pages * page_size:
+            return BAD_SLOT
+        for h in range(H):
+            rotate(scratch, q0 + (t * H + h) * Q, pairs, cos, sin, t * pairs, interleaved)
+        for g in range(G):
+            rotate(scratch, k0 + (t * G + g) * Q, pairs, cos, sin, t * pairs, interleaved)
+        for i in range(G * Q):
+            pages[slot * row + i] = scratch[k0 + t * G * Q + i]
+            pages[slot * row + G * Q + i] = scratch[v0 + t * G * Q + i]
+        for i in range(H * Q):
+            scratch[q0 + t * H * Q + i] *= scale
+    for s in range(S):
+        first, end = np.int64(boundaries[s]), np.int64(boundaries[s + 1])
+        if first < 0 or end > T or contexts[s] > longest or contexts[s] > B * page_size:
+            return BAD_CONTEXT
+        if not are_pages(table, s * B, (contexts[s] + page_size - 1) // page_size, num_pages):
+            return BAD_PAGE
+        for t in range(first, end):
+            seen = np.int64(contexts[s]) - (end - 1 - t)
+            if seen < 1:
+                return BAD_CONTEXT
+            # 2. Scores, 3. softmax, 4. the sum of values: the query heads of a key head together.
+            for g in range(G):
+                q = q0 + (t * H + g * shared) * Q
+                score(
+                    scratch, q, Q, shared, pages, g * Q, page_size * row, Q, table, s * B, page_size, row,
+                    seen, scratch, scores0, longest,
+                )  # fmt: skip
+                for h in range(shared):
+                    softmax(scratch, scores0 + h * longest, seen)
+                weigh(
+                    scratch, scores0, longest, shared, pages, (G + g) * Q, page_size * row, Q, table, s * B,
+                    page_size, row, seen, scratch, o0 + (t * H + g * shared) * Q,
+                )  # fmt: skip
+    # 5. Out, onto x.
+    product(scratch, o0, H * Q, T, o, 0, D, H * Q, out, 0, D)
+    if o_biased:
+        add_bias(o_bias, out, 0, T, D)
+    add_rows(x, out, T * D)
+    return 0

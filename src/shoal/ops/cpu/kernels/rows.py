@@ -1,0 +1,183 @@
+"""What the CPU kernels are made of: products, norms, SwiGLU and rotation of a few rows, in numba's Python.
+
+Imported to be compiled, never to run. Memory is raw, as in C: a pointer and the index of the first element.
+So nothing is allocated, counted or able to raise, and the object file needs nothing but libc's memset and
+memcpy. Sums may be reordered and products fused (`FASTMATH`), which is what lets LLVM use whole vectors; NaN
+and infinity keep their meaning.
+
+The argument for `product`: with one to eight rows it is bound by the weights' way from the caches or from
+memory, so they are read in order, and once for four rows of x.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cfunc, njit, types
+
+FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+
+f32, i64, boolean, void = types.float32, types.int64, types.boolean, types.void
+F32, I32, I64 = types.CPointer(f32), types.CPointer(types.int32), types.CPointer(i64)
+
+
+def kernel(signature):
+    """Compile for these types alone: numba would make one more of each for a constant among the arguments."""
+    return njit(signature, fastmath=FASTMATH, error_model="numpy", boundscheck=False)
+
+
+def entry(signature):
+    """A kernel that is called from outside, by C's rules."""
+    return cfunc(signature, fastmath=FASTMATH, error_model="numpy", boundscheck=False)
+
+
+@kernel(void(F32, i64, i64, i64, F32, i64, i64, i64, F32, i64, i64))
+def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
+    """y[r, i] = sum over j of w[i, j] x[r, j]."""
+    r = np.int64(0)
+    while r + 4 <= rows:
+        xa = x0 + r * x_stride
+        xb, xc, xd = xa + x_stride, xa + 2 * x_stride, xa + 3 * x_stride
+        ya = y0 + r * y_stride
+        for i in range(outputs):
+            a = b = c = d = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                v = w[at + j]
+                a += v * x[xa + j]
+                b += v * x[xb + j]
+                c += v * x[xc + j]
+                d += v * x[xd + j]
+            y[ya + i] = a
+            y[ya + y_stride + i] = b
+            y[ya + 2 * y_stride + i] = c
+            y[ya + 3 * y_stride + i] = d
+        r += 4
+    while r + 2 <= rows:
+        xa = x0 + r * x_stride
+        xb = xa + x_stride
+        ya = y0 + r * y_stride
+        for i in range(outputs):
+            a = b = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                v = w[at + j]
+                a += v * x[xa + j]
+                b += v * x[xb + j]
+            y[ya + i] = a
+            y[ya + y_stride + i] = b
+        r += 2
+    if r < rows:
+        xa = x0 + r * x_stride
+        ya = y0 + r * y_stride
+        for i in range(outputs):
+            a = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                a += w[at + j] * x[xa + j]
+            y[ya + i] = a
+
+
+@kernel(void(F32, F32, i64, i64, i64))
+def add_bias(bias, y, y0, rows, outputs):
+    for r in range(rows):
+        for i in range(outputs):
+            y[y0 + r * outputs + i] += bias[i]
+
+
+@kernel(void(F32, F32, i64))
+def add_rows(x, y, count):
+    """y += x: the residual."""
+    for i in range(count):
+        y[i] += x[i]
+
+
+@kernel(void(F32, i64, F32, i64, f32, F32, i64))
+def norm(x, x0, weight, dim, eps, y, y0):
+    """RMSNorm of one row; y may be x."""
+    total = np.float32(0)
+    for i in range(dim):
+        total += x[x0 + i] * x[x0 + i]
+    scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(dim) + eps))
+    for i in range(dim):
+        y[y0 + i] = x[x0 + i] * scale * weight[i]
+
+
+@kernel(void(F32, i64, i64, F32, i64, f32, F32, i64))
+def norm_rows(x, x0, rows, weight, dim, eps, y, y0):
+    for r in range(rows):
+        norm(x, x0 + r * dim, weight, dim, eps, y, y0 + r * dim)
+
+
+@kernel(f32(f32))
+def exp(x):
+    """e^x within 2 units in the last place, in steps that vectorise.
+
+    x = n ln 2 + r, a polynomial of r (the coefficients of Cephes' expf), and n into the exponent. x is held
+    to [-87, 88], where e^x is a normal number: 1e-38 stands for all that is smaller. NaN stays NaN.
+    """
+    if x < np.float32(-87):
+        x = np.float32(-87)
+    if x > np.float32(88):
+        x = np.float32(88)
+    turns = x * np.float32(1.44269504)
+    n = np.int32(turns + np.float32(0.5) if turns >= np.float32(0) else turns - np.float32(0.5))
+    r = x - np.float32(n) * np.float32(0.693359375) + np.float32(n) * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@kernel(void(F32, i64, i64))
+def softmax(x, x0, count):
+    """In place."""
+    top = x[x0]
+    for i in range(1, count):
+        top = max(top, x[x0 + i])
+    total = np.float32(0)
+    for i in range(count):
+        e = exp(x[x0 + i] - top)
+        x[x0 + i] = e
+        total += e
+    scale = np.float32(1) / total
+    for i in range(count):
+        x[x0 + i] *= scale
+
+
+@kernel(void(F32, i64, F32, i64, i64))
+def swiglu(gate, g0, up, u0, dim):
+    """silu(gate) * up in the place of the gate."""
+    for i in range(dim):
+        g = gate[g0 + i]
+        gate[g0 + i] = g / (np.float32(1) + exp(-g)) * up[u0 + i]
+
+
+@kernel(void(F32, i64, i64, F32, F32, i64, i64))
+def rotate(x, x0, pairs, cos, sin, angle0, interleaved):
+    """Rotate one head in place: pairs (0, 1), (2, 3) ... if interleaved, else (i, i + pairs)."""
+    near = 2 if interleaved else 1
+    far = 1 if interleaved else pairs
+    for i in range(pairs):
+        at = x0 + near * i
+        a, b = x[at], x[at + far]
+        c, s = cos[angle0 + i], sin[angle0 + i]
+        x[at] = a * c - b * s
+        x[at + far] = b * c + a * s
+
+
+@entry(i64(F32, i64, i64, F32, f32, F32))
+def norm_step(x, T, D, weight, eps, out):
+    norm_rows(x, 0, T, weight, D, eps, out, 0)
+    return 0
+
+
+@entry(i64(F32, i64, i64, F32, i64, F32))
+def head_step(x, T, D, weight, V, out):
+    product(x, 0, D, T, weight, 0, V, D, out, 0, V)
+    return 0

@@ -1,0 +1,118 @@
+"""The compiled CPU kernels of this machine: found in the cache, or compiled into it, and loaded.
+
+The object file lies beside the sources where that folder can be written, else in the user's cache, and is
+named by a hash of the sources, of LLVM's and numba's versions and of the processor: nothing is ever out of
+date, and two machines may share a folder. The first use on a machine takes some seconds, in a process of its
+own; from then on 20 ms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal.ops.cpu.link import Code
+
+_NEVER = ("numba_", "NRT_", "Py")  # what numba would call if a kernel could raise
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_TYPES = {  # the signatures of `kernels/`, as ctypes has them
+    "latent_step": (
+        *(_P, _I, _I, _P, _F, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _F, _P, _P, _I),
+        *(_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _F, _P, _P),
+    ),
+    "grouped_step": (
+        *(_P, _I, _I, _P, _F, _P, _P, _P, _P, _P, _P, _I, _P, _P, _I, _P, _P, _I, _F, _P, _P, _I),
+        *(_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P),
+    ),
+    "mlp_step": (_P, _I, _I, _P, _F, _P, _P, _P, _I, _P, _P),
+    "moe_step": (
+        *(_P, _I, _I, _P, _F, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F),
+        *(_P, _P, _I, _P, _P, _P, _I, _P, _P, _P, _P, _P, _P),
+    ),
+    "norm_step": (_P, _I, _I, _P, _F, _P),
+    "head_step": (_P, _I, _I, _P, _I, _P),
+}
+
+
+def supported() -> bool:
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def _folder() -> Path:
+    beside = Path(__file__).parent / "__pycache__"
+    if os.access(beside if beside.exists() else beside.parent, os.W_OK):
+        return beside
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "shoal"
+
+
+def _processor() -> bytes:
+    """What code is made for: the name and the features of the first processor."""
+    lines = Path("/proc/cpuinfo").read_bytes().partition(b"\n\n")[0].splitlines()
+    told = (b"vendor_id", b"cpu family", b"model", b"stepping", b"flags")
+    return b"|".join(line for line in lines if line.startswith(told))
+
+
+def object_path() -> Path:
+    """Where this machine's kernels are, or will be."""
+    here = Path(__file__).parent
+    sources = sorted([*(here / "kernels").glob("*.py"), here / "compile.py"])
+    parts = [source.read_bytes() for source in sources]
+    parts += [version("numba").encode(), version("llvmlite").encode(), _processor()]
+    return _folder() / f"kernels-{sha256(b'|'.join(parts)).hexdigest()[:16]}.o"
+
+
+def compile_kernels(path: Path) -> None:
+    """Some seconds, told on stderr. RuntimeError with the compiler's last words if it fails."""
+    sys.stderr.write("shoal: compiling kernels for this processor: some seconds, once for this machine\n")
+    command = [sys.executable, "-m", "shoal.ops.cpu.compile", str(path)]
+    found = str(Path(__file__).parents[3])  # this very package, however the parent found it
+    paths = os.pathsep.join(filter(None, (found, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the CPU kernels did not compile: {done.stderr.strip().splitlines()[-1:]}")
+
+
+@cache
+def _code() -> Code:
+    path = object_path()
+    if not path.exists():
+        compile_kernels(path)
+    libc = ctypes.CDLL(None)
+
+    def resolve(name: str) -> int:
+        function = getattr(libc, "abort" if name.startswith(_NEVER) else name)
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    return Code(path.read_bytes(), resolve)
+
+
+@cache
+def refusal() -> str | None:
+    """Why this machine has no kernels; compiles them if it has none yet."""
+    if not supported():
+        return f"kernels are for x86-64 under Linux, and this is {platform.machine()} under {sys.platform}"
+    try:
+        _code()
+    except (RuntimeError, OSError, AttributeError) as error:
+        warnings.warn(f"{error}; decoding goes on by PyTorch, slower", RuntimeWarning, stacklevel=2)
+        return str(error)
+    return None
+
+
+@cache
+def kernel(name: str) -> Callable[..., int]:
+    """A kernel by name. The interpreter's lock is released while it runs."""
+    return ctypes.CFUNCTYPE(_I, *_TYPES[name])(_code()[name])
