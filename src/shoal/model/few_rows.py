@@ -172,7 +172,7 @@ def _mix(mlp: MoE, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Routing] | None
         if not _are_plain(*linears):
             return None
         of_shared = tuple(map(_weight, linears))
-    stacks = experts._parameters
+    stacks: Any = experts._parameters
     return ops.moe_step(
         x_TD,
         _weight(norm),
