@@ -132,6 +132,25 @@ def serving_plan(model: str, gpu: str, serving: Serving) -> Figure:
     return figure
 
 
+def needle_map(
+    found: Mapping[str, Sequence[Sequence[float]]], lengths: Sequence[int], depths: Sequence[float]
+) -> Figure:
+    """The share of needles found, a panel a model: a column a context's length, a row a depth."""
+    width = 1.2 + len(found) * (1.0 + 0.6 * len(lengths))
+    figure = Figure(figsize=(max(6.0, width), 1.8 + 0.35 * len(depths)), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    images = []
+    for axes, (name, rows) in zip(panels, found.items(), strict=True):
+        columns = list(zip(*rows, strict=True))
+        images.append(axes.imshow(columns, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1))
+        mean = sum(map(sum, rows)) / (len(lengths) * len(depths))
+        tidy(axes, f"{name}: {mean:.0%}", "tokens", "depth" if axes is panels[0] else "")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    figure.colorbar(images[-1], ax=list(panels), label="share of needles found")
+    return figure
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG; the file appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from shoal.checkpoint.folder import replacing
 from shoal.checkpoint.names import EMBEDDING, Piece, published
 from shoal.checkpoint.shards import INDEX, PICKLES, Progress, refuse_pickle, write_shards
-from shoal.checkpoint.source import CONFIG, in_memory, open_source
+from shoal.checkpoint.source import CONFIG, Source, in_memory, open_source
 from shoal.config.hf import to_hf
 from shoal.config.model import ModelConfig
 from shoal.model.transformer import Transformer
@@ -68,7 +68,32 @@ def load(
     """
     source = open_source(find_folder(path_or_id, download=download), dtype=dtype, mtp=mtp)
     source.model.allocate(device)
-    state = source.model.state_dict()
+    _copy(source, source.model, progress)
+    return source.model
+
+
+def fill(model: Transformer, path_or_id: str | Path, *, progress: Progress | None = None) -> None:
+    """The weights of a checkpoint into a model that is made like it: all but its angles and context may not
+    differ. Weights take the model's dtype."""
+    mtp = model.config.num_nextn_predict_layers > 0
+    source = open_source(find_folder(path_or_id), dtype=model.head_weight().dtype, mtp=mtp)
+    ours, theirs = model.state_dict(), source.model.state_dict()
+    differ = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
+    if differ:
+        name = min(differ)
+        raise ValueError(
+            f"{path_or_id} holds another model: {name} is {_shape(theirs, name)} there and "
+            f"{_shape(ours, name)} here; make the model by the checkpoint's config"
+        )
+    _copy(source, model, progress)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
+
+
+def _copy(source: Source, model: Transformer, progress: Progress | None) -> None:
+    state = model.state_dict()
     own = {piece.stored: piece for piece in source.pieces if piece.role == "own"}
     in_file_order = [own[name] for name in source.shards.table if name in own]
     done = 0
@@ -78,7 +103,6 @@ def load(
         done += part.nbytes
         if progress is not None:
             progress(number, len(own), done)
-    return source.model
 
 
 def save(

@@ -141,6 +141,15 @@ def train(
 
 
 @app.command()
+def extend(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Continue a checkpoint at a longer context (YaRN), with a needle test before and after."""
+    from shoal.cli.extend import show
+    from shoal.config.extend import load_extend
+
+    show(load_extend(recipe, set_ or ()), out, _find_device(device))
+
+
+@app.command()
 def sft(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
     """Tune a checkpoint on conversations by a recipe."""
     from shoal.cli.tune import show

@@ -110,6 +110,22 @@ def report(
 
 
 @app.command()
+def recall(
+    out: Annotated[Path, typer.Argument(help="The .jsonl to write.")],
+    documents: Annotated[int, typer.Option(help="How many.")] = 4000,
+    characters: Annotated[int, typer.Option(help="Of each, at least.")] = 3500,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Write text in which facts come again, for a small model to learn looking back (recipes/extend)."""
+    from shoal.data.atomic import write_atomically
+    from shoal.data.recall import recall_documents
+
+    with write_atomically(out) as file:
+        for document in recall_documents(documents, characters, seed):
+            file.write(json.dumps({"text": document.text}).encode() + b"\n")
+
+
+@app.command()
 def tokenizer(
     files: Files,
     out: Annotated[Path, typer.Option(help="The folder to write.")],

@@ -14,6 +14,7 @@ the first of them writes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,26 +67,42 @@ class Corpus:
         return {name: _evaluation(shard, config) for name, shard in self.held_out.items()}
 
 
+Fill = Callable[[Transformer, torch.Generator], None]  # gives a model its first weights
+
+
+def at_birth(_: Corpus) -> Fill:
+    return Transformer.init_weights
+
+
 def run(
     config: RunConfig,
     folder: Path,
     *,
     device: torch.device | str = "cpu",
     observe: Observer = lambda event: None,
+    start: Callable[[Corpus], Fill] = at_birth,
 ) -> Outcome:
-    """Run a recipe in a folder, or go on with the run that is there."""
+    """Run a recipe in a folder, or go on with the run that is there.
+
+    `start` may look at the text, and refuse it, before the folder is this run's.
+    """
     if config.parallel.ranks == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _run(config, folder, torch.device(device), observe, None)
+        return _run(config, folder, torch.device(device), observe, None, start)
     from shoal.parallel.mesh import open_mesh  # seconds of torch that one process need not load
 
     with open_mesh(config.parallel, str(device)) as mesh:
         assert mesh is not None
         watch = observe if mesh.rank == 0 else lambda event: None
-        return _run(config, folder, mesh.device, watch, mesh)
+        return _run(config, folder, mesh.device, watch, mesh, start)
 
 
 def _run(
-    config: RunConfig, folder: Path, device: torch.device, observe: Observer, mesh: Mesh | None
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    observe: Observer,
+    mesh: Mesh | None,
+    start: Callable[[Corpus], Fill],
 ) -> Outcome:
     # 1. The text: a tokenizer, and what it makes of the documents to train on and of those held out.
     first = mesh is None or mesh.rank == 0
@@ -99,6 +116,8 @@ def _run(
     weights = tuple(source.weight for source in data.sources.values())
     packer = Mixture(corpus.train, weights, *cut) if weights else Packer(corpus.train[0], *cut)
 
+    fill = start(corpus)
+
     # 2. The recipe. With it the folder is this run's.
     if first:
         with write_atomically(folder / CONFIG) as file:
@@ -110,7 +129,7 @@ def _run(
     model = Transformer(built, device="meta", dtype=getattr(torch, config.dtype))
     model.allocate(device)
     generator = torch.Generator(device).manual_seed(config.seed)
-    model.init_weights(generator)
+    fill(model, generator)
     add_noise(model, config.train.balance.noise, generator)
     recompute(model, config.train.recompute, [generator])
     team = ALONE if mesh is None else _spread(model, mesh)
