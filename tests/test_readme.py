@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from shoal.cli.app import app
+from shoal.config.extend import load_extend
 from shoal.config.run import load_recipe
 from shoal.config.tune import load_grpo, load_sft
 
@@ -31,7 +32,7 @@ def test_every_line_is_one_of_ours() -> None:
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("./shoal")])
 def test_the_command_line_reads(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
-    load = {"sft": load_sft, "grpo": load_grpo}.get(words[0], load_recipe)
+    load = {"sft": load_sft, "grpo": load_grpo, "extend": load_extend}.get(words[0], load_recipe)
     command = get_command(app)
     while isinstance(command, TyperGroup):
         command = command.commands[words.pop(0)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from shoal.config.families import tiny
 from shoal.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from shoal.parallel.mesh import open_mesh
 from tests.train import parts
@@ -34,6 +35,22 @@ def test_what_does_not_work_on_several_is_refused_with_what_does(
     run()
     with pytest.raises(ValueError, match=message):
         run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("deepseek-v3.2", r"attention has an indexer, which does not work on the 4 processes"),
+        ("deepseek-moe-2b-hash", r"topk_method is 'hash'.*'noaux_tc', or one process"),
+        ("deepseek-moe-2b-expert-choice", r"topk_method is 'expert_choice'"),
+        ("deepseek-moe-2b-segments", r"topk_method is 'segments'"),
+    ],
+)
+def test_models_that_were_not_held_to_one_process_are_refused(family: str, message: str) -> None:
+    data = DataConfig(seq_len=32, tokens_per_batch=64)
+    RunConfig(tiny(family), TrainConfig(steps=2, accumulation=4), data)
+    with pytest.raises(ValueError, match=message):
+        RunConfig(tiny(family), TrainConfig(steps=2, accumulation=4), data, parallel=FOUR)
 
 
 def test_experts_must_come_out_even() -> None:

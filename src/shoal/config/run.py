@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from shoal.config import families
-from shoal.config.model import ModelConfig
+from shoal.config.model import MLAConfig, ModelConfig
 
 Table = dict[str, Any]
 Recompute = Literal["none", "selective", "full"]
@@ -284,7 +284,13 @@ class RunConfig:
             f"parallel.expert is {self.parallel.expert}, but the model has {experts} experts; it must divide "
             f"their number",
         )
+        indexed = isinstance(self.model.attention, MLAConfig) and self.model.attention.indexer is not None
+        _require(
+            not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one"
+        )
+        method = "greedy" if moe is None else moe.topk_method
         for key, value, works in (
+            ("model.moe.topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc")),
             ("train.optim.optimizer", optim.optimizer, ("adamw",)),
             ("train.optim.in_backward", optim.in_backward, (False,)),
             ("train.optim.moments", optim.moments, ("float32", "bfloat16")),
