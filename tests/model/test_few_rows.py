@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.batch import Batch
 from shoal.config.families import tiny
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.few_rows import few_rows
 from shoal.model.layers import Linear
 from shoal.model.transformer import Output, Transformer
 from shoal.ops import dispatch
+from shoal.ops.api import Routing
 from shoal.stages.quickstart import MODEL
 from tests.model.parts import Cache, Ids, draw_ids, fill
 
@@ -58,6 +60,11 @@ def odd(config: ModelConfig) -> ModelConfig:
 CONFIGS = {name: tiny(name) for name in FAMILIES} | {"odd": odd(tiny("deepseek-v3")), "quickstart": MODEL}
 
 
+def by_kernels(model: Transformer, batch: Batch) -> tuple[Tensor, tuple[Routing, ...]] | None:
+    decoder = model.model
+    return few_rows(model, decoder.embed_tokens(batch.ids_T), decoder.rotary(batch.positions_T), batch)
+
+
 def build(config: ModelConfig) -> Transformer:
     model = Transformer(config)
     fill(model)
@@ -76,7 +83,7 @@ def step(model: Transformer, rows: dict[int, int], side: dispatch.Side) -> tuple
         batch = cache.feed({s: ids[s][len(prompts[s]) :][:count] for s, count in rows.items()})
         with dispatch.using(side):
             if side == "auto":
-                assert few_rows(model, batch) is not None
+                assert by_kernels(model, batch) is not None
             return model(batch), cache
 
 
@@ -148,7 +155,7 @@ def refusals(change: str) -> Tensor | None:
     if change == "mode":
         model.train()
     with torch.enable_grad() if change == "gradients" else torch.inference_mode():
-        done = few_rows(model, batch)
+        done = by_kernels(model, batch)
     return None if done is None else done[0]
 
 
@@ -166,7 +173,7 @@ def test_capacity_is_left_to_the_modules() -> None:
         gate.moe = moe
     cache = Cache(model.config, 1)
     with torch.inference_mode():
-        assert few_rows(model, cache.feed({0: [1, 2]})) is None
+        assert by_kernels(model, cache.feed({0: [1, 2]})) is None
 
 
 def test_the_door_says_why() -> None:

@@ -33,13 +33,16 @@ _FEED = ("gate_proj", "up_proj", "down_proj")
 _ROUTED_BY = ("greedy", "group_limited_greedy", "noaux_tc")  # the rules of choice that the kernel knows
 
 
-def few_rows(model: Transformer, batch: Batch) -> tuple[Tensor, tuple[Routing, ...]] | None:
-    """Hidden states after the final norm and the routing, as `Transformer.forward` has them, or None."""
+def few_rows(
+    model: Transformer, x_TD: Tensor, angles: Angles, batch: Batch
+) -> tuple[Tensor, tuple[Routing, ...]] | None:
+    """Hidden states after the final norm and the routing, as `Transformer.forward` has them, or None.
+
+    `x_TD` are the embedded tokens; they are left as they were.
+    """
     if batch.kv is None or batch.routing is not None or model.training:
         return None
     decoder = model.model
-    x_TD = decoder.embed_tokens(batch.ids_T)
-    angles = decoder.rotary(batch.positions_T)
     routings: list[Routing] = []
     for block in islice(decoder.layers, model.config.num_hidden_layers):
         parts = _parts(block)

@@ -205,10 +205,10 @@ class Transformer(nn.Module):
                     tensor.normal_(std=self.config.initializer_range, generator=generator)
 
     def forward(self, batch: Batch) -> Output:
-        if (done := few_rows(self, batch)) is not None:
-            return Output(*done)
         x_TD, y_TD = self.model.embed_tokens(batch.ids_T), None
         angles = self.model.rotary(batch.positions_T)
+        if (done := few_rows(self, x_TD, angles, batch)) is not None:
+            return Output(*done)
         routings: list[Routing] = []
         for layer, block in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
             replay_TK = (
