@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
-from shoal.checkpoint import hf
 from shoal.cli import main
-from shoal.config.families import tiny
-from shoal.data.tokenizer import train_tokenizer
-from shoal.model.transformer import Transformer
-
-TEXT = "def add(a, b):\n    return a + b\n" * 40
+from tests.tiny_checkpoint import write_checkpoint
 
 
 class Result(NamedTuple):
@@ -46,16 +39,7 @@ def shoal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny V3 with a tokenizer, its weights large enough that its predictions are not flat."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer([TEXT, "".join(map(chr, range(32, 1000)))], 320)
-    tokenizer.save(folder / "tokenizer")
-    config = replace(tiny("deepseek-v3"), initializer_range=0.2, bos_token_id=0, eos_token_id=1)
-    model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    files = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    hf.save(model, folder / "model", tokenizer_files=files)
-    return folder / "model"
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def refusal(result: Result) -> str:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from shoal.checkpoint import hf
-from tests.cli.conftest import TEXT, Shoal, refusal
+from tests.cli.conftest import Shoal, refusal
+from tests.tiny_checkpoint import TEXT
 
 
 @pytest.fixture

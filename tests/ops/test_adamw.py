@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -14,15 +13,11 @@ from shoal.ops.api import Moments
 from shoal.ops.reference import adamw as reference
 from shoal.ops.reference import narrow
 from shoal.ops.triton import adamw as triton_adamw
+from tests.ops.parts import DEVICE, GPU, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 interpreted = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    runs_triton,
+    scalars_in_arrays,
 ]
 SIZES = (1, 63, 257, 4097, 100_000) if GPU else (1, 63, 257, 1100)
 STEP = torch.tensor(3.0, device=DEVICE)

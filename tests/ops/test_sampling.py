@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from typing import NamedTuple
 
 import pytest
@@ -19,21 +18,18 @@ from torch import Tensor
 
 from shoal.ops import api as ops
 from shoal.ops import dispatch
+from tests.ops.parts import DEVICE, GPU, on_gpu, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.usefixtures("poison"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # its NaN and infinities are meant
 ]
 SIDES = [
     "reference",
     pytest.param(
         "triton",
-        marks=pytest.mark.skipif(not GPU and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"),
+        marks=runs_triton,
     ),
 ]
 CLOSE = 2.0**-19
@@ -142,7 +138,7 @@ def test_a_token_is_the_one_the_contract_draws(side: dispatch.Side, vocab: int, 
 
 
 @pytest.mark.parametrize("cap", [4, 64])
-@pytest.mark.skipif(not GPU and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1")
+@runs_triton
 def test_a_search_ends_whatever_it_can_hold(cap: int) -> None:
     """All equal, two values, one value but for the best: more in the range than fit, down to the last bit."""
     from shoal.ops.triton import sampling
@@ -262,7 +258,7 @@ def test_penalised_scores_are_drawn_from_and_the_models_own_are_reported(side: d
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@on_gpu
 def test_it_runs_in_a_graph_without_the_host() -> None:
     rows = [WISHES[i % len(WISHES)] for i in range(64)]
     logits_SV = _logits(64, 129_280).to(DEVICE)

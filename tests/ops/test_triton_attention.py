@@ -9,7 +9,6 @@ On a GPU the sizes are real; elsewhere Triton's interpreter (TRITON_INTERPRET=1)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,20 +20,14 @@ from shoal.ops import dispatch
 from shoal.ops.reference import attention as reference
 from shoal.ops.triton import attention
 from shoal.ops.triton.attention import HOPPER, PORTABLE, Plan, Tile
+from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter cannot multiply bfloat16
 pytestmark = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    runs_triton,
     pytest.mark.usefixtures("poison"),
     pytest.mark.filterwarnings("ignore:cuDNN Attention defaults to a non-deterministic"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
 ]
-on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 DTYPES = (HALF, torch.float32)
 PACKS = {
     "one token": [1],

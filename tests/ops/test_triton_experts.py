@@ -10,7 +10,6 @@ On a GPU the sizes are real; elsewhere Triton's interpreter (TRITON_INTERPRET=1)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,19 +20,13 @@ from torch import Tensor
 
 from shoal.ops.reference import experts as reference
 from shoal.ops.triton import expert_plan, experts
+from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter cannot multiply bfloat16
 pytestmark = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    runs_triton,
     pytest.mark.usefixtures("poison"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
 ]
-on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 ROWS = (1, 63, 257) if GPU else (1, 19)
 DTYPES = (HALF, torch.float32)

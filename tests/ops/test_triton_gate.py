@@ -7,24 +7,17 @@ the operand's dtype of such a sum over three parts that hold the float32 gradien
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from shoal.ops.triton import gate
+from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter cannot multiply bfloat16
 pytestmark = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    runs_triton,
     pytest.mark.usefixtures("poison"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
 ]
 SHAPES = ((64, 2048), (256, 7168), (160, 5120), (30, 1000)) if GPU else ((5, 300),)
 ROWS = (0, 1, 63, 257, 515) if GPU else (0, 1, 17)

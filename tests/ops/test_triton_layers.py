@@ -10,7 +10,6 @@ exponential and square root some 2^-21.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,20 +21,15 @@ from shoal.ops.reference import attention as reference_attention
 from shoal.ops.reference import cache as reference_cache
 from shoal.ops.reference import layers as reference
 from shoal.ops.triton import cache, norms, rotary, swiglu
+from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter truncates to bfloat16 where a GPU rounds
 DTYPES = (HALF, torch.float32)
 ROWS = (0, 1, 63, 257) if GPU else (0, 1, 7)
 EPS = 1e-5
 pytestmark = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    runs_triton,
     pytest.mark.usefixtures("poison"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
 ]
 
 
@@ -276,7 +270,7 @@ def test_refusals_name_the_value() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@on_gpu
 def test_past_two_billion_elements() -> None:
     x = torch.randn(300_000, 7168, device=DEVICE, dtype=HALF)
     weight_D = _random(7168, dtype=HALF)

@@ -8,25 +8,18 @@ and the rounding of p - onehot, u more, with one for the weight of the token and
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.ops.triton import loss
+from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-HALF = torch.bfloat16 if GPU else torch.float16  # the interpreter truncates to bfloat16
 pytestmark = [
-    pytest.mark.skipif(
-        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
-    ),
+    runs_triton,
     pytest.mark.usefixtures("poison"),
-    # Triton 3.6's interpreter keeps scalars in arrays of one element.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0"),
+    scalars_in_arrays,
 ]
 DIM, VOCAB = (96, 20_011) if GPU else (12, 301)
 ROWS = (0, 1, 63, 257) if GPU else (0, 1, 7)
@@ -122,7 +115,7 @@ def test_refusals_name_the_value() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@on_gpu
 def test_a_real_vocabulary_in_a_tenth_of_eagers_memory() -> None:
     """V3's vocabulary and 4096 tokens, where the logits in float32 alone are 2.1 GB."""
     T, V, D = 4096, 129_280, 512

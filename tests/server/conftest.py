@@ -14,21 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import torch
 
-from shoal.checkpoint import hf
-from shoal.config.families import tiny
 from shoal.data.text import Tokenizer
-from shoal.data.tokenizer import train_tokenizer
-from shoal.model.transformer import Transformer
+from tests.tiny_checkpoint import write_checkpoint
 
-TEXT = "def add(a, b):\n    return a + b\n" * 40
 MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
 
 
@@ -78,16 +73,7 @@ Start = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny V3 with a tokenizer, its weights large enough that its predictions are not flat."""
-    folder = tmp_path_factory.mktemp("served")
-    tokenizer = train_tokenizer([TEXT, "".join(map(chr, range(32, 1000)))], 320)
-    tokenizer.save(folder / "tokenizer")
-    config = replace(tiny("deepseek-v3"), initializer_range=0.2, bos_token_id=0, eos_token_id=1)
-    model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    files = [folder / "tokenizer" / name for name in ("tokenizer.json", "tokenizer_config.json")]
-    hf.save(model, folder / "tiny", tokenizer_files=files)
-    return folder / "tiny"
+    return write_checkpoint(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="session")

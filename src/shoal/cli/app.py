@@ -22,6 +22,7 @@ from shoal.cli.batch import batch
 from shoal.cli.bench import bench_app
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
+from shoal.cli.device import Device, find_device
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
 from shoal.cli.plan import plan
@@ -67,7 +68,6 @@ File = Annotated[Path | None, typer.Option(help="Read the text from a file.")]
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ has some.")]
 RunFolder = Annotated[Path, typer.Option("--out", help="The run's folder; one that is there goes on.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: a.b=c. Repeatable.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
 ComputeDtype = Annotated[Dtype | None, typer.Option(help="Compute in this dtype, not the checkpoint's.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the best token.")]
 TopP = Annotated[float, typer.Option(help="Keep the fewest tokens that reach this probability.")]
@@ -131,7 +131,7 @@ def train(
         if first:
             observers += [watchers.enter_context(tracking(tracker.value, out)) for tracker in track or ()]
             observers.append(watchers.enter_context(TrainingView()))
-        outcome = pretrain.run(config, out, device=_find_device(device), observe=together(observers))
+        outcome = pretrain.run(config, out, device=find_device(device), observe=together(observers))
     if outcome.interrupted:
         if first:
             say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
@@ -146,7 +146,7 @@ def extend(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device 
     from shoal.cli.extend import show
     from shoal.config.extend import load_extend
 
-    show(load_extend(recipe, set_ or ()), out, _find_device(device))
+    show(load_extend(recipe, set_ or ()), out, find_device(device))
 
 
 @app.command()
@@ -156,7 +156,7 @@ def sft(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "
     from shoal.config.tune import load_sft
     from shoal.stages import sft
 
-    show(sft.run, load_sft(recipe, set_ or ()), out, _find_device(device))
+    show(sft.run, load_sft(recipe, set_ or ()), out, find_device(device))
 
 
 @app.command()
@@ -166,7 +166,7 @@ def grpo(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = 
     from shoal.config.tune import load_grpo
     from shoal.stages import grpo
 
-    show(grpo.run, load_grpo(recipe, set_ or ()), out, _find_device(device))
+    show(grpo.run, load_grpo(recipe, set_ or ()), out, find_device(device))
 
 
 @app.command()
@@ -188,7 +188,7 @@ def r1(
         raise ValueError(f"--scale is {scale!r}; laptop is the one there is")
     given = {"size": size, "start_steps": start_steps, "rl_steps": rl_steps}
     changes = {name: value for name, value in given.items() if value is not None}
-    show(r1.laptop(task, changes), out, seed, _find_device(device))
+    show(r1.laptop(task, changes), out, seed, find_device(device))
 
 
 @app.command()
@@ -318,18 +318,10 @@ def _open(path: str, device: str, dtype: Dtype | None, download: bool) -> tuple[
     folder = hf.find_folder(path, download=download)
     with loading("loading") as progress:
         model = hf.load(
-            folder, device=_find_device(device), dtype=_torch_dtype(dtype), mtp=False, progress=progress
+            folder, device=find_device(device), dtype=_torch_dtype(dtype), mtp=False, progress=progress
         )
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return Engine(model.eval(), EngineSettings()), tokenizer
-
-
-def _find_device(device: str) -> str:
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _torch_dtype(dtype: Dtype | None) -> Any:

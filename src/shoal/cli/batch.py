@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.device import Device
+
 if TYPE_CHECKING:
     from shoal.server.app import Service
     from shoal.server.batch import Line
@@ -27,9 +29,7 @@ def batch(
     cache_gib: Annotated[
         float | None, typer.Option(help="Memory for the cache, in GiB. Default: what the device leaves.")
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")
-    ] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
 ) -> None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.device import Device, find_device
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,6 @@ Texts = Annotated[
 Limit = Annotated[int, typer.Option(help="Tokens of each text to read.")]
 Scores = Annotated[Path | None, typer.Option(help="What `experts score --out` wrote, or a file of ESFT's.")]
 ScoreBy = Annotated[By, typer.Option(help="Score by gate values or by share of the choices.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what the folder holds, if it is of the same kind.")]
 
@@ -319,7 +320,6 @@ def _open(
     need_text: bool = False,
 ) -> _Opened:
     from shoal.checkpoint import hf
-    from shoal.cli.app import _find_device
     from shoal.cli.texts import read_texts
     from shoal.cli.view import loading
     from shoal.data.text import Tokenizer
@@ -328,7 +328,7 @@ def _open(
         raise ValueError("this is measured on a text: give --text FILES")
     folder = hf.find_folder(path)
     with loading("loading") as progress:
-        model = hf.load(folder, device=_find_device(device), mtp=mtp, progress=progress).eval()
+        model = hf.load(folder, device=find_device(device), mtp=mtp, progress=progress).eval()
     if not text:
         return _Opened(folder, model, [])
     seq_len = min(2048, model.config.max_position_embeddings)

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.device import Device, find_device
+
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
@@ -23,9 +25,7 @@ def inspect(
     ),
     limit: Annotated[int, typer.Option(help="Tokens of each domain to read.")] = 32768,
     sample: Annotated[int, typer.Option(help="Tokens of each domain to show one by one.")] = 128,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU if there is one.")
-    ] = "auto",
+    device: Device = "auto",
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON too (docs/json.md).")] = False,
 ) -> None:
@@ -33,7 +33,6 @@ def inspect(
     from shoal.analysis import observe, report
     from shoal.analysis.experts import routed
     from shoal.checkpoint import hf
-    from shoal.cli.app import _find_device
     from shoal.cli.texts import read_texts
     from shoal.cli.view import loading, say
     from shoal.data.atomic import write_atomically
@@ -44,7 +43,7 @@ def inspect(
     folder = hf.find_folder(path, download=download)
     tokenizer = Tokenizer.load(folder)
     with loading("loading") as progress:
-        model = hf.load(folder, device=_find_device(device), mtp=False, progress=progress).eval()
+        model = hf.load(folder, device=find_device(device), mtp=False, progress=progress).eval()
     if model.config.moe is None:
         raise ValueError(f"{path} routes nothing, so there is nothing to inspect; name a model with experts")
     texts = read_texts(text, tokenizer, limit=limit, seq_len=min(2048, model.config.max_position_embeddings))

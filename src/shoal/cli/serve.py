@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.device import Device
+
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
 
@@ -73,9 +75,7 @@ def serve(
     drain: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to those being served.")] = 60.0,
     max_body_mib: Annotated[float, typer.Option(help="The largest request, in MiB.")] = 16.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")
-    ] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
 ) -> None:

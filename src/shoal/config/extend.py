@@ -15,12 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.config.model import GQAConfig, ModelConfig, YarnScaling
+from shoal.config.require import require
 from shoal.config.run import DataConfig, TrainConfig, build, load_table
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,18 @@ class NeedleConfig:
     digits: int = 4
 
     def __post_init__(self) -> None:
-        _require(bool(self.lengths), "lengths names none; give the contexts to test, in tokens")
-        _require(
+        require(bool(self.lengths), "lengths names none; give the contexts to test, in tokens")
+        require(
             list(self.lengths) == sorted(set(self.lengths)),
             f"lengths are {self.lengths}; name each once, the shortest first",
         )
         for name, least in (("depths", 2), ("trials", 1), ("letters", 1), ("digits", 1)):
             value = getattr(self, name)
-            _require(value >= least, f"{name} is {value}; it must be at least {least}")
+            require(value >= least, f"{name} is {value}; it must be at least {least}")
         for name, words in (("fact", ("key", "value")), ("question", ("key",)), ("answer", ("value",))):
             for word in words:
                 text = getattr(self, name)
-                _require(f"{{{word}}}" in text, f"{name} is {text!r}; it must have {{{word}}} in it")
+                require(f"{{{word}}}" in text, f"{name} is {text!r}; it must have {{{word}}} in it")
 
 
 @dataclass(frozen=True)
@@ -73,13 +69,13 @@ class ExtendConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.data.tokenizer is None,
             f"data.tokenizer is {self.data.tokenizer!r}, but a model goes on with its own; leave it out",
         )
         if self.needle is not None:
             longest = self.needle.lengths[-1]
-            _require(
+            require(
                 self.yarn is None or longest <= self.yarn.factor * self.yarn.original_max_position_embeddings,
                 f"needle.lengths go to {longest}, beyond yarn.factor times the original length; lower them",
             )
@@ -94,7 +90,7 @@ def stretch(model: ModelConfig, yarn: YarnScaling | None) -> ModelConfig:
     if yarn is None:
         return model
     original, present = yarn.original_max_position_embeddings, model.rope.scaling
-    _require(
+    require(
         present is None or isinstance(present, YarnScaling),
         f"the model has a {type(present).__name__}, and YaRN stretches plain angles; leave yarn out",
     )
@@ -103,12 +99,12 @@ def stretch(model: ModelConfig, yarn: YarnScaling | None) -> ModelConfig:
         if isinstance(present, YarnScaling)
         else model.max_position_embeddings
     )
-    _require(
+    require(
         original == known if isinstance(present, YarnScaling) else original <= known,
         f"yarn.original_max_position_embeddings is {original}, but the model was made for {known} positions; "
         f"say {known}",
     )
-    _require(
+    require(
         not isinstance(model.attention, GQAConfig) or (yarn.mscale is None and yarn.mscale_all_dim is None),
         "yarn.mscale and mscale_all_dim scale the softmax of MLA, and this model has GQA; leave them out",
     )

@@ -14,16 +14,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from shoal.config.require import require
 
 
 def _require_positive(part: object, *fields: str) -> None:
     for field in fields:
         value = getattr(part, field)
-        _require(value > 0, f"{type(part).__name__}.{field} is {value}; it must be positive")
+        require(value > 0, f"{type(part).__name__}.{field} is {value}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,11 @@ class YarnScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.factor >= 1.0, f"YaRN factor is {self.factor}; it stretches a context, so it is at least 1"
         )
         _require_positive(self, "original_max_position_embeddings", "beta_fast", "beta_slow")
-        _require(
+        require(
             self.beta_fast > self.beta_slow,
             f"YaRN beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}",
         )
@@ -84,7 +81,7 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         _require_positive(self, "factor", "original_max_position_embeddings", "low_freq_factor")
-        _require(
+        require(
             self.high_freq_factor > self.low_freq_factor,
             f"Llama-3 scaling: high_freq_factor {self.high_freq_factor} must exceed "
             f"low_freq_factor {self.low_freq_factor}",
@@ -146,18 +143,18 @@ class MLAConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
         _require_positive(self, "qk_rope_head_dim")
-        _require(
+        require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank is {self.q_lora_rank}; use null"
         )
-        _require(
+        require(
             self.qk_rope_head_dim % 2 == 0,
             f"qk_rope_head_dim is {self.qk_rope_head_dim}; RoPE rotates pairs, so it must be even",
         )
-        _require(
+        require(
             self.indexer is None or self.q_lora_rank is not None,
             "an indexer reads the query latent, but q_lora_rank is null; give it a rank",
         )
-        _require(
+        require(
             self.indexer is None or self.indexer.index_head_dim >= self.qk_rope_head_dim,
             f"index_head_dim is {self.indexer and self.indexer.index_head_dim}; the indexer rotates its "
             f"first qk_rope_head_dim elements, so it must be at least {self.qk_rope_head_dim}",
@@ -199,12 +196,12 @@ class GQAConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_attention_heads", "num_key_value_heads", "head_dim")
-        _require(
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads {self.num_attention_heads} is not divisible by "
             f"num_key_value_heads {self.num_key_value_heads}; make it a multiple",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even"
         )
 
@@ -261,71 +258,71 @@ class MoEConfig:
         )
         _require_positive(self, "n_group", "topk_group", "routed_scaling_factor")
         experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        _require(
+        require(
             self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; it cannot be negative"
         )
-        _require(
+        require(
             self.first_k_dense_replace >= 0,
             f"first_k_dense_replace is {self.first_k_dense_replace}; it cannot be negative",
         )
-        _require(
+        require(
             top_k <= experts,
             f"num_experts_per_tok is {top_k} but there are {experts} routed experts; "
             f"set it to at most {experts}, or n_routed_experts to at least {top_k}",
         )
-        _require(
+        require(
             self.scoring_func in ("softmax", "sigmoid"),
             f"scoring_func is {self.scoring_func!r}; known are 'softmax' and 'sigmoid'",
         )
         methods = get_args(TopkMethod)
-        _require(
+        require(
             self.topk_method in methods,
             f"topk_method is {self.topk_method!r}; known are {', '.join(methods)}",
         )
-        _require(
+        require(
             experts % self.n_group == 0,
             f"n_routed_experts {experts} is not divisible by n_group {self.n_group}; groups are equal blocks",
         )
-        _require(
+        require(
             self.topk_group <= self.n_group, f"topk_group {self.topk_group} exceeds n_group {self.n_group}"
         )
         method = self.topk_method
         reachable = experts // self.n_group * self.topk_group
-        _require(
+        require(
             not self.is_grouped or top_k <= reachable,
             f"num_experts_per_tok is {top_k} but topk_group {self.topk_group} of {self.n_group} groups "
             f"leaves only {reachable} experts to choose from",
         )
-        _require(
+        require(
             self.is_grouped or self.n_group == 1,
             f"topk_method {method!r} ignores groups, but n_group is {self.n_group}; "
             f"use 'group_limited_greedy' or 'noaux_tc', or set n_group to 1",
         )
-        _require(
+        require(
             self.topk_method != "noaux_tc" or experts // self.n_group >= 2,
             f"topk_method 'noaux_tc' scores a group by its two best experts, but {experts} experts in "
             f"{self.n_group} groups leaves fewer than two in each",
         )
-        _require(
+        require(
             method != "segments" or top_k % self.topk_group == 0,
             f"num_experts_per_tok is {top_k}, not a multiple of topk_group {self.topk_group}; "
             f"'segments' takes as many segments of each chosen expert",
         )
-        _require(
+        require(
             method not in ("segments", "expert_choice") or self.scoring_func == "softmax",
             f"topk_method {method!r} is defined on softmax scores, but scoring_func is {self.scoring_func!r}",
         )
-        _require(
+        require(
             method != "expert_choice" or not self.norm_topk_prob,
             "norm_topk_prob is true, but by 'expert_choice' a token may have no expert; set it to false",
         )
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)
-            _require(
+            require(
                 value is None or method not in ("hash", "expert_choice"),
                 f"{field} is {value}, but topk_method {method!r} drops nothing; set it to null",
             )
-            _require(
+            require(
                 value is None or value > 0, f"{field} is {value}; it must be positive, or null to never drop"
             )
 
@@ -356,7 +353,7 @@ class Fp8Blocks:
     scale_fmt: Literal["ue8m0"] | None = None
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             min(self.weight_block_size) > 0,
             f"weight_block_size is {self.weight_block_size}; use positive sizes",
         )
@@ -393,20 +390,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
         _require_positive(self, "rms_norm_eps", "initializer_range")
-        _require(self.num_nextn_predict_layers >= 0, "num_nextn_predict_layers cannot be negative")
-        _require(
+        require(self.num_nextn_predict_layers >= 0, "num_nextn_predict_layers cannot be negative")
+        require(
             self.intermediate_size > 0 or self.num_dense_layers == 0,
             f"intermediate_size is {self.intermediate_size}, but {self.num_dense_layers} layers are dense",
         )
         moe = self.moe
-        _require(
+        require(
             moe is None or moe.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace is {moe and moe.first_k_dense_replace}, "
             f"more than num_hidden_layers {self.num_hidden_layers}",
         )
         for name, token in (("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id)):
             for value in token if isinstance(token, tuple) else (token,):
-                _require(
+                require(
                     value is None or 0 <= value < self.vocab_size,
                     f"{name} is {value}, outside the vocabulary of {self.vocab_size}",
                 )

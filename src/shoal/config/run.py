@@ -25,15 +25,11 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_
 
 from shoal.config import families
 from shoal.config.model import MLAConfig, ModelConfig
+from shoal.config.require import require
 
 Table = dict[str, Any]
 Recompute = Literal["none", "selective", "full"]
 T = TypeVar("T")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class SourceConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(0 < self.weight < math.inf, f"weight is {self.weight}; it must be positive and finite")
+        require(0 < self.weight < math.inf, f"weight is {self.weight}; it must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -73,27 +69,27 @@ class DataConfig:
     fim_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.train and self.sources),
             "train and sources are both given; name the files of train as one of the sources",
         )
-        _require(
+        require(
             not (self.validation and self.domains),
             "validation and domains are both given; name the files of validation as one of the domains",
         )
         for kind, names in (("source", self.sources), ("domain", self.domains)):
             for name in names:
-                _require(
+                require(
                     re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
                     f"a {kind} is called {name!r}; use letters, digits, - and _",
                 )
-        _require(0 <= self.fim_rate <= 1, f"fim_rate is {self.fim_rate}; it must lie between 0 and 1")
-        _require(
+        require(0 <= self.fim_rate <= 1, f"fim_rate is {self.fim_rate}; it must lie between 0 and 1")
+        require(
             0 < self.holdout_fraction < 1,
             f"holdout_fraction is {self.holdout_fraction}; it must lie between 0 and 1",
         )
-        _require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a sequence needs 2 tokens to predict one")
-        _require(
+        require(self.seq_len >= 2, f"seq_len is {self.seq_len}; a sequence needs 2 tokens to predict one")
+        require(
             self.tokens_per_batch >= self.seq_len,
             f"tokens_per_batch is {self.tokens_per_batch}, less than one sequence of seq_len {self.seq_len}",
         )
@@ -130,11 +126,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; each lies in [0, 1)")
-        _require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it cannot be negative")
-        _require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it cannot be negative")
-        _require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a fraction of lr, between 0 and 1")
+            require(0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
+        require(all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; each lies in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it cannot be negative")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it cannot be negative")
+        require(0 <= self.floor <= 1, f"floor is {self.floor}; it is a fraction of lr, between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -168,10 +164,8 @@ class BalanceConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, str):
-                _require(value >= 0, f"{field.name} is {value}; it cannot be negative, and 0 turns it off")
-        _require(
-            self.bias_share <= 1, f"bias_share is {self.bias_share}; it is a share of the run, at most 1"
-        )
+                require(value >= 0, f"{field.name} is {value}; it cannot be negative, and 0 turns it off")
+        require(self.bias_share <= 1, f"bias_share is {self.bias_share}; it is a share of the run, at most 1")
 
 
 @dataclass(frozen=True)
@@ -200,16 +194,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("accumulation", 1), ("keep", 1)):
             value = getattr(self, name)
-            _require(value >= least, f"{name} is {value}; it must be at least {least}")
+            require(value >= least, f"{name} is {value}; it must be at least {least}")
         for name in ("evaluate_every", "checkpoint_every", "mtp_loss_weight", "spike_deviations"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
-        _require(
+            require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+        require(
             self.accumulation == 1 or not self.optim.in_backward,
             f"accumulation is {self.accumulation}, but optim.in_backward frees a gradient before the next "
             f"micro-batch could add to it; set one of them to 1 or false",
         )
-        _require(
+        require(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps is {self.optim.warmup_steps}, more than the run's {self.steps} steps",
         )
@@ -233,7 +227,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("data", "expert"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
+            require(value >= 1, f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -253,17 +247,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_parallel()
-        _require(
+        require(
             self.data.seq_len <= self.model.max_position_embeddings,
             f"data.seq_len is {self.data.seq_len}, beyond the {self.model.max_position_embeddings} positions "
             f"of the model; lower it or raise model.max_position_embeddings",
         )
-        _require(
+        require(
             self.dtype == "bfloat16" or self.train.optim.master == "float32",
             f"train.optim.master is {self.train.optim.master}, but weights of dtype float32 are their own "
             f"masters; leave it at float32, or set dtype to bfloat16",
         )
-        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+        require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 
     def _check_parallel(self) -> None:
         """What several processes can do so far; the rest is refused."""
@@ -273,21 +267,19 @@ class RunConfig:
         told = (
             f"on the {ranks} processes of parallel.data {self.parallel.data} x expert {self.parallel.expert}"
         )
-        _require(
+        require(
             self.train.accumulation % ranks == 0,
             f"train.accumulation is {self.train.accumulation} micro-batches a step, which cannot be shared "
             f"evenly {told}; make it a multiple of {ranks}",
         )
         experts = 0 if moe is None else moe.n_routed_experts
-        _require(
+        require(
             self.parallel.expert == 1 or (experts > 0 and experts % self.parallel.expert == 0),
             f"parallel.expert is {self.parallel.expert}, but the model has {experts} experts; it must divide "
             f"their number",
         )
         indexed = isinstance(self.model.attention, MLAConfig) and self.model.attention.indexer is not None
-        _require(
-            not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one"
-        )
+        require(not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one")
         method = "greedy" if moe is None else moe.topk_method
         for key, value, works in (
             ("model.moe.topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc")),
@@ -297,7 +289,7 @@ class RunConfig:
             ("train.recompute", self.train.recompute, ("none",)),
             ("train.balance.bias_rule", self.train.balance.bias_rule, ("sign",)),
         ):
-            _require(
+            require(
                 value in works,
                 f"{key} is {value!r}, which does not work {told} yet; use {' or '.join(map(repr, works))}, "
                 f"or one process",
@@ -343,7 +335,7 @@ def build(kind: type[T], table: Mapping[str, Any], source: str) -> T:
 def _parse_override(override: str) -> Table:
     """`a.b=c` as {a: {b: c}}. c is read as TOML where it is TOML, else taken as a string."""
     key, equals, text = override.partition("=")
-    _require(bool(equals) and bool(key.strip()), f"--set {override}: write it as a.b=value")
+    require(bool(equals) and bool(key.strip()), f"--set {override}: write it as a.b=value")
     value: Any = text
     with suppress(tomllib.TOMLDecodeError):
         value = tomllib.loads(f"value = {text}")["value"]
@@ -374,10 +366,10 @@ def _resolve_model(table: Table, source: str) -> Table:
     """Put the fields of the named family under those that are written."""
     family, tiny = table.pop("family", None), table.pop("tiny", False)
     if family is None:
-        _require(tiny is False, f"{source}: model.tiny needs model.family, the model to make small")
+        require(tiny is False, f"{source}: model.tiny needs model.family, the model to make small")
         return table
-    _require(isinstance(family, str), f"{source}: model.family is {family!r}; it must be a string")
-    _require(isinstance(tiny, bool), f"{source}: model.tiny is {tiny!r}; it must be true or false")
+    require(isinstance(family, str), f"{source}: model.family is {family!r}; it must be a string")
+    require(isinstance(tiny, bool), f"{source}: model.tiny is {tiny!r}; it must be true or false")
     try:
         config = families.tiny(family) if tiny else families.family(family).config
     except ValueError as error:
@@ -402,7 +394,7 @@ def _change(config: Any, table: Table) -> Table:
 def _build(kind: type, table: Any, where: str, source: str) -> Any:
     """An instance of the dataclass `kind` from a table, every key known and every value of its type."""
     place = f"{source}: {where or 'the recipe'}"
-    _require(_is_table(table), f"{place} is {table!r}; it must be a table")
+    require(_is_table(table), f"{place} is {table!r}; it must be a table")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in table:
         if key not in fields:

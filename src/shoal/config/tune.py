@@ -7,23 +7,19 @@ ignored. A policy's variant brings its paper's settings; what is written beside 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from shoal.config.policy import PUBLISHED, PolicyConfig
+from shoal.config.require import require
 from shoal.config.run import BalanceConfig, OptimConfig, Table, TrainConfig, build, load_table, to_table
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def _refuse_balance_losses(train: TrainConfig, why: str) -> None:
     """What an objective does not compute must not be asked for."""
     for name, value in vars(train.balance).items():
-        _require(
+        require(
             name in ("bias_update_speed", "bias_rule", "bias_share", "devices") or value == 0,
             f"train.balance.{name} is {value}; {why}: set it to 0",
         )
@@ -38,9 +34,9 @@ class LoraConfig:
     alpha: float = 32.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.targets), "targets names no weight; for example kv_b_proj, experts.down_proj")
-        _require(self.rank >= 1, f"rank is {self.rank}; it must be at least 1")
-        _require(self.alpha > 0, f"alpha is {self.alpha}; it must be above 0")
+        require(bool(self.targets), "targets names no weight; for example kv_b_proj, experts.down_proj")
+        require(self.rank >= 1, f"rank is {self.rank}; it must be at least 1")
+        require(self.alpha > 0, f"alpha is {self.alpha}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ class ExpertsConfig:
     batches: int = 32
 
     def __post_init__(self) -> None:
-        _require(0 < self.share <= 1, f"share is {self.share}; it must be above 0 and at most 1")
-        _require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1")
+        require(0 < self.share <= 1, f"share is {self.share}; it must be above 0 and at most 1")
+        require(self.batches >= 1, f"batches is {self.batches}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class DistillConfig:
     soft: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1")
-        _require(0 < self.soft <= 1, f"soft is {self.soft}; it must be above 0 and at most 1")
+        require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1")
+        require(0 < self.soft <= 1, f"soft is {self.soft}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -97,24 +93,24 @@ class SFTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.lora is None or self.esft is None,
             "lora and esft are both there; adapters freeze the experts that esft would train: choose one",
         )
         if self.distill is not None:
             _refuse_balance_losses(self.train, "distillation has the teacher's loss alone")
-        _require(bool(self.data), "data names no file; give conversations to learn from")
-        _require(
+        require(bool(self.data), "data names no file; give conversations to learn from")
+        require(
             0 < self.holdout_fraction < 1,
             f"holdout_fraction is {self.holdout_fraction}; it must lie between 0 and 1",
         )
-        _require(
+        require(
             2 <= self.seq_len <= self.tokens_per_batch,
             f"seq_len is {self.seq_len} and tokens_per_batch {self.tokens_per_batch}; a conversation has 2 "
             f"tokens at least, and a batch holds one",
         )
-        _require(self.samples >= 0, f"samples is {self.samples}; it cannot be negative")
-        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+        require(self.samples >= 0, f"samples is {self.samples}; it cannot be negative")
+        require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -142,14 +138,14 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         for name in ("questions", "max_tokens", "cache_bytes", "max_sequences"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
-        _require(self.group >= 2, f"group is {self.group}; an answer is compared with others, so at least 2")
-        _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 to explore")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        require(self.group >= 2, f"group is {self.group}; an answer is compared with others, so at least 2")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 to explore")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         for name in ("top_k", "extra_rounds"):
             value = getattr(self, name)
-            _require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
-        _require(
+            require(value >= 0, f"{name} is {value}; it cannot be negative, and 0 turns it off")
+        require(
             not self.keep_sampling or self.top_k > 0,
             "keep_sampling needs top_k: that many tokens are remembered at each position",
         )
@@ -185,52 +181,52 @@ class GRPOConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _require(bool(self.problems), "problems names no file; give questions to answer")
+        require(bool(self.problems), "problems names no file; give questions to answer")
         self.weights()
         for name in ("steps_per_round", "pass_k"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name} is {value}; it must be at least 1")
-        _require(self.refresh_every >= 0, f"refresh_every is {self.refresh_every}; it cannot be negative")
-        _require(
+            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        require(self.refresh_every >= 0, f"refresh_every is {self.refresh_every}; it cannot be negative")
+        require(
             self.refresh_every % self.steps_per_round == 0,
             f"refresh_every is {self.refresh_every}, no multiple of steps_per_round {self.steps_per_round}: "
             f"the reference changes between rounds",
         )
-        _require(
+        require(
             self.refresh_every == 0 or self.policy.kl_weight > 0,
             f"refresh_every is {self.refresh_every}, but policy.kl_weight is 0, which needs no reference",
         )
-        _require(
+        require(
             self.teacher is None or (self.policy.kl_weight == 0 and self.rollout.extra_rounds == 0),
             f"with a teacher, policy.kl_weight ({self.policy.kl_weight}) and rollout.extra_rounds "
             f"({self.rollout.extra_rounds}) must be 0: nothing else is the reference, and no reward is asked",
         )
         answers = self.rollout.questions * self.rollout.group
         parts = self.steps_per_round * self.train.accumulation
-        _require(
+        require(
             answers % parts == 0,
             f"a round has {answers} answers (rollout.questions times rollout.group), which steps_per_round "
             f"{self.steps_per_round} times train.accumulation {self.train.accumulation} does not divide",
         )
         plain = self.rollout.temperature == 1 and self.rollout.top_p == 1 and self.rollout.top_k == 0
-        _require(
+        require(
             self.policy.importance_cap == 0 or plain,
             f"policy.importance_cap is {self.policy.importance_cap}, which compares what was sampled from; "
             f"the engine tells log-probabilities before temperature, top_p and top_k: set these to 1, 1, 0",
         )
-        _require(
+        require(
             self.train.mtp_loss_weight == 0,
             f"train.mtp_loss_weight is {self.train.mtp_loss_weight}; RL does not train prediction modules: "
             f"set it to 0",
         )
         _refuse_balance_losses(self.train, "RL has the policy's loss alone")
-        _require(
+        require(
             self.train.spike_deviations == 0 or self.train.spike_action == "skip",
             "train.spike_action is 'rollback', which goes on with other batches; those of RL follow from the "
             "weights: choose 'skip'",
         )
-        _require(self.reward_seconds > 0, f"reward_seconds is {self.reward_seconds}; it must be above 0")
-        _require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+        require(self.reward_seconds > 0, f"reward_seconds is {self.reward_seconds}; it must be above 0")
+        require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 
     def weights(self) -> dict[str, float]:
         """The rewards by name."""
@@ -241,7 +237,7 @@ class GRPOConfig:
                 weights[name] = float(weight[0]) if weight else 1.0
             except ValueError:
                 raise ValueError(f"reward {reward!r} does not read 'weight name', as '0.1 layout'") from None
-        _require(bool(weights), "rewards names none; an answer needs one to be told good from bad")
+        require(bool(weights), "rewards names none; an answer needs one to be told good from bad")
         return weights
 
 
@@ -278,8 +274,3 @@ def grpo_from_table(table: Table, source: str) -> GRPOConfig:
                 base[part] |= written
         table["train"] = {**base, **{k: v for k, v in train.items() if k not in ("optim", "balance")}}  # type: ignore[reportUnknownVariableType]
     return build(GRPOConfig, table, source)
-
-
-def at_step(config: GRPOConfig, steps: int) -> GRPOConfig:
-    """The same run with another number of steps."""
-    return replace(config, train=replace(config.train, steps=steps))

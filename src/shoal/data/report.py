@@ -15,7 +15,6 @@ from typing import Any
 from shoal.data.read import Document, Reading
 
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 400
-KEPT = ""
 
 
 @dataclass(frozen=True)

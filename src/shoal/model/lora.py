@@ -55,9 +55,7 @@ def add_lora(
     found: dict[str, int] = dict.fromkeys(targets, 0)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        for tensor in (
-            ("weight",) if isinstance(module, Linear) else STACKED if isinstance(module, Experts) else ()
-        ):
+        for tensor in _adaptable(module):
             whole = name if tensor == "weight" else f"{name}.{tensor}"
             target = next((target for target in targets if f".{whole}".endswith(f".{target}")), None)
             if target is not None:

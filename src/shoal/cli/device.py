@@ -1,0 +1,20 @@
+"""The device that a command runs on: its option, and what `auto` comes to.
+
+torch is loaded only to answer `auto`, inside the command, so that `--help` needs none.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
+
+
+def find_device(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
