@@ -27,6 +27,7 @@ from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
 from shoal.cli.plan import plan
 from shoal.cli.serve import serve
+from shoal.cli.verify import verify
 
 if TYPE_CHECKING:
     from shoal.data.text import Tokenizer
@@ -48,6 +49,7 @@ app.command()(batch)
 bench_app.command("serve")(bench_serve)
 app.command()(plan)
 app.command()(inspect)
+app.command()(verify)
 
 
 class Dtype(StrEnum):
