@@ -20,6 +20,7 @@ import typer
 
 from shoal.cli.batch import batch
 from shoal.cli.bench import bench_app
+from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
 from shoal.cli.device import Device, find_device
@@ -47,6 +48,8 @@ app.add_typer(experts_app, name="experts")
 app.command()(serve)
 app.command()(batch)
 bench_app.command("serve")(bench_serve)
+bench_app.command()(latency)
+bench_app.command()(throughput)
 app.command()(plan)
 app.command()(inspect)
 app.command()(verify)

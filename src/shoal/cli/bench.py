@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-bench_app = typer.Typer(help="Measure this machine: kernels.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure this machine: kernels, the engine, a running server.", no_args_is_help=True
+)
 
 
 @bench_app.command("kernels")

@@ -16,6 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
+from shoal.cli import baseline as baselines
+from shoal.cli.baseline import Baseline
+
 
 @dataclass
 class Load:
@@ -39,19 +42,18 @@ def serve(
     vocabulary: Annotated[int, typer.Option(help="Prompts are drawn from ids 100 up to this one.")] = 10000,
     key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY", help="The API key.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    baseline: Baseline = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")] = False,
 ) -> None:
     """Load a running server: tokens a second, time to first token, and between tokens."""
     for name, value in (("streams", streams), ("requests", requests), ("prompt", prompt), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
+    settings = {"bench": "serve", "streams": streams, "requests": requests, "prompt": prompt}
+    settings |= {"tokens": tokens, "vocabulary": vocabulary, "seed": seed}
+    earlier = baselines.read(baseline, settings)
     load = asyncio.run(measure(url, streams, requests, prompt, tokens, vocabulary, key, seed))
-    result = summarise(load)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for name, value in result.items():
-        print(f"{name:<28}{value:>12,.3f}" if isinstance(value, float) else f"{name:<28}{value:>12,}")
+    baselines.show({"settings": settings, **summarise(load)}, earlier, as_json)
 
 
 async def measure(
