@@ -7,13 +7,14 @@ Choices are compared as they are: scores of these weights lie far apart against 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.engine import Engine, EngineSettings, Event, SamplingParams
 from shoal.model.transformer import Transformer
 from tests.engine.conftest import TOLERANCE, Uncached, build
 
@@ -22,9 +23,15 @@ WISH = SamplingParams(temperature=0, max_tokens=12, routing=True)
 MOE = ["deepseek-v3", "deepseek-v2-lite", "qwen3-30b-a3b"]
 
 
+class Pass(NamedTuple):
+    experts_TLK: Tensor
+    logits_TV: Tensor
+    weights_TLK: Tensor
+
+
 @torch.inference_mode()
-def plain_pass(model: Transformer, ids: list[int], routing: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The experts (T, L, K) and the logits (T, V) of one pass without a cache."""
+def plain_pass(model: Transformer, ids: list[int], routing: Tensor | None = None) -> Pass:
+    """One pass without a cache."""
     batch = Batch(
         ids_T=torch.tensor(ids),
         positions_T=torch.arange(len(ids)),
@@ -33,8 +40,10 @@ def plain_pass(model: Transformer, ids: list[int], routing: Tensor | None = None
         routing=routing,
     )
     output = model(batch)
-    experts_TLK = torch.stack([layer.experts_TK for layer in output.routing], 1)
-    return experts_TLK, model.logits(output.hidden_TD, batch)
+    experts_TLK, weights_TLK = (
+        torch.stack([layer[column] for layer in output.routing], 1) for column in (0, 1)
+    )
+    return Pass(experts_TLK, model.logits(output.hidden_TD, batch), weights_TLK)
 
 
 WAYS = {
@@ -54,15 +63,58 @@ def test_the_record_is_that_of_a_plain_pass(family: str, way: str, prompts: list
         for ids, done in zip(prompts, engine.generate(prompts, WISH), strict=True):
             text = [*ids, *done.ids]
             assert done.routing is not None
-            expected, logits = plain_pass(model, text[:-1])
+            expected, logits, _ = plain_pass(model, text[:-1])
             assert done.routing.dtype == torch.int16
             assert torch.equal(done.routing.long(), expected)
-            replayed, same = plain_pass(model, text[:-1], routing=done.routing.long())
+            replayed, same, _ = plain_pass(model, text[:-1], routing=done.routing.long())
             assert torch.equal(replayed, expected)
             torch.testing.assert_close(same, logits, rtol=0, atol=TOLERANCE)
     assert engine.stats().prompt_positions_cached > 0
     if way.startswith("few"):
         assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_told_token_by_token_is_the_record(way: str, prompts: list[list[int]]) -> None:
+    """From any position of the prompt on, no row twice, none left out but that of the last token; and the
+    weights are those of the pass, to float16's half unit in the last place."""
+    model = build("deepseek-v3")
+    engine = Engine(model, replace(WAYS[way], record_weights=True))
+    for _ in range(2):  # the second time most of each prompt is found in the cache
+        starts = [index % (len(ids) + 1) for index, ids in enumerate(prompts)]
+        asked = [
+            engine.add(ids, SamplingParams(temperature=0, max_tokens=12, routing_from=start))
+            for ids, start in zip(prompts, starts, strict=True)
+        ]
+        events: dict[int, list[Event]] = {request: [] for request in asked}
+        while engine.busy:
+            for event in engine.step():
+                events[event.request].append(event)
+        for ids, start, request in zip(prompts, starts, asked, strict=True):
+            told = [event.routed for event in events[request] if event.routed is not None]
+            text = ids + [event.token for event in events[request] if event.token is not None]
+            assert [each.start for each in told] == [
+                start + sum(len(each.experts) for each in told[:place]) for place in range(len(told))
+            ]
+            expected = plain_pass(model, text[:-1])
+            assert torch.equal(
+                torch.cat([each.experts for each in told]).long(), expected.experts_TLK[start:]
+            )
+            kept = torch.cat([each.weights for each in told if each.weights is not None]).float()
+            torch.testing.assert_close(kept, expected.weights_TLK[start:], rtol=2**-11, atol=TOLERANCE)
+    if way.startswith("few"):
+        assert engine.stats().preemptions > 0
+
+
+def test_without_weights_kept_none_are_told() -> None:
+    engine = Engine(build("deepseek-v3"), PLAIN)
+    request = engine.add([1, 2, 3], replace(WISH, routing=False, routing_from=0, max_tokens=1))
+    (event,) = engine.step()
+    assert event.request == request
+    assert event.routed is not None
+    assert event.routed.weights is None
+    with pytest.raises(ValueError, match=r"routing_from is 4; .* 0 to 3"):
+        engine.add([1, 2, 3], SamplingParams(routing_from=4))
 
 
 def test_counts_are_those_of_the_records(prompts: list[list[int]]) -> None:
@@ -99,8 +151,10 @@ def test_a_request_that_is_cancelled_has_the_record_of_what_was_computed() -> No
 
 def test_a_model_that_routes_nothing_has_no_record() -> None:
     engine = Engine(build("r1-distill-qwen-1.5b"), PLAIN)
-    with pytest.raises(ValueError, match="routing is True, but this model routes nothing"):
+    with pytest.raises(ValueError, match="this model routes nothing"):
         engine.add([1], WISH)
+    with pytest.raises(ValueError, match="this model routes nothing"):
+        engine.add([1], SamplingParams(routing_from=0))
     assert engine.stats().expert_tokens is None
 
 

@@ -129,6 +129,23 @@ def test_penalties_stops_and_records_hold_under_speculation(prompts: list[list[i
         assert torch.equal(done.routing, plain.routing)
 
 
+def test_what_is_told_token_by_token_has_no_wrong_guess_in_it(prompts: list[list[int]]) -> None:
+    model = clairvoyant(SOMETIMES)
+    wish = SamplingParams(temperature=0, max_tokens=20, routing=True)
+    plain = Engine(model, PLAIN).generate(prompts, wish)
+    engine, told = Engine(model, replace(PLAIN, speculate=3)), [[] for _ in prompts]
+    for ids in prompts:
+        engine.add(ids, replace(wish, routing_from=1))
+    while engine.busy:
+        for event in engine.step():
+            if event.routed is not None:
+                told[event.request].append(event.routed.experts)
+    for parts, done in zip(told, plain, strict=True):
+        assert done.routing is not None
+        assert torch.equal(torch.cat(parts), done.routing[1:])
+    assert 0 < sum(engine.stats().accepted) < sum(engine.stats().drafted)
+
+
 def test_cancels_and_full_pages_leave_nothing_behind_while_guessing() -> None:
     """Random lengths, priorities and cancels over few pages, which drafts want too."""
     draw = random.Random(0)

@@ -6,11 +6,13 @@ was generated, what a grammar allows is what comes.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
@@ -323,3 +325,39 @@ def test_metrics_agree_with_usage(server: Any, client: openai.OpenAI) -> None:
     assert after[0] - before[0] == usage.prompt_tokens
     assert after[1] - before[1] == usage.completion_tokens
     assert after[2] > before[2]
+
+
+def rows(told: dict[str, Any], what: str) -> np.ndarray:
+    kind = "<i2" if what == "experts" else "<f2"
+    return np.frombuffer(base64.b64decode(told[what]), kind).reshape(told["shape"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_experts_of_a_stream_are_those_of_the_whole(http: httpx.Client, path: str) -> None:
+    """Each position of prompt and answer but the last token's, from the one asked for on."""
+    ask: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "return_routed_experts": True}
+    ask |= {"messages": ASK} if "chat" in path else {"prompt": "What is 2 + 2?"}
+    answer = http.post(path, json=ask).raise_for_status().json()
+    (choice,), usage = answer["choices"], answer["usage"]
+    whole = rows(choice["routed_experts"], "experts")
+    assert len(whole) == usage["total_tokens"] - 1
+    assert choice["routed_experts"]["weights"] is None  # not kept unless the server is told to
+    streamed = []
+    with http.stream("POST", path, json=ask | {"stream": True, "routed_experts_start_len": 3}) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                streamed += [
+                    (each["routed_experts"]["start"], rows(each["routed_experts"], "experts"))
+                    for each in json.loads(line[6:])["choices"]
+                    if "routed_experts" in each
+                ]
+    assert streamed[0][0] == 3
+    assert len(streamed) > 1
+    assert np.array_equal(np.concatenate([part for _, part in streamed]), whole[3:])
+    for wrong, why in (
+        ({"routed_experts_start_len": usage["prompt_tokens"] + 1}, "start within it"),
+        ({"routed_experts_start_len": 1, "return_routed_experts": False}, "needs return_routed_experts"),
+    ):
+        refused = http.post(path, json=ask | wrong)
+        assert refused.status_code == 400
+        assert why in refused.json()["error"]["message"]

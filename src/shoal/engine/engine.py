@@ -26,7 +26,7 @@ from torch import Tensor
 from shoal.engine import grammar, ledger, sampling, staging
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_lengths
-from shoal.engine.events import Completion, Event, complete
+from shoal.engine.events import Completion, Event, Routed, complete
 from shoal.engine.grammar import Grammars, Matcher, Vocabulary
 from shoal.engine.runner import Runner, Span, Step
 from shoal.engine.sampling import Draw, History, Sample, hash_pair
@@ -49,6 +49,7 @@ class Flight:
     samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
     scores: list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
     read: list[Sequence]  # prompts that wanted no more than to be read
+    routed: dict[int, tuple[int, staging.Parcel]]  # by request: where its positions from one on were sent
 
 
 class Engine:
@@ -89,6 +90,7 @@ class Engine:
             buckets=buckets,
             contexts=default_contexts(self.ledger.longest),
             num_drafts=settings.speculate,
+            record_weights=settings.record_weights,
         )
         self._drafter = None
         if settings.speculate:
@@ -118,8 +120,12 @@ class Engine:
         for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs or 0)):
             if count > self.config.vocab_size:
                 raise ValueError(f"{name} is {count}; the vocabulary has {self.config.vocab_size} tokens")
-        if params.routing and self.config.moe is None:
-            raise ValueError("routing is True, but this model routes nothing; leave it out")
+        if (params.routing or params.routing_from is not None) and self.config.moe is None:
+            raise ValueError("the experts are asked for, but this model routes nothing; do not ask for them")
+        if params.routing_from is not None and not 0 <= params.routing_from <= len(ids):
+            raise ValueError(
+                f"routing_from is {params.routing_from}; it must be a position of the prompt, 0 to {len(ids)}"
+            )
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         request = self._num_requests
         sequence = Sequence(
@@ -130,6 +136,7 @@ class Engine:
             stop_ids=stop_ids,
             max_len=len(ids) + self._count_wanted(len(ids), params),
             matcher=self._match(params, stop_ids),
+            num_routed=params.routing_from or 0,
         )
         self.scheduler.add(sequence)
         self._live[request] = sequence
@@ -335,10 +342,11 @@ class Engine:
         samples = self._draw(drawn, picks, step) if drawn else None
         scores = self._score(picks, step)
         read = [pick.sequence for pick in picks if pick.reads_all]
+        routed = self._collect_routed(picks)
         starts = [pick.sequence.num_computed for pick in picks]
         self.scheduler.launch(picks)
         self._steps += 1
-        return Flight(picks, starts, step, drawn, samples, scores, read)
+        return Flight(picks, starts, step, drawn, samples, scores, read, routed)
 
     def _guesses(self) -> bool:
         """Whether guessing ahead pays, for as many as decode now."""
@@ -381,6 +389,19 @@ class Engine:
             row += pick.num_tokens
         return scores
 
+    def _collect_routed(self, picks: list[Pick]) -> dict[int, tuple[int, staging.Parcel]]:
+        """Send home where positions were sent that have not been told, of those that get a token and ask."""
+        parcels = {}
+        for pick in picks:
+            sequence, start = pick.sequence, pick.sequence.num_routed
+            end = sequence.num_computed + pick.num_tokens
+            wanted = sequence.params.routing_from is not None and (pick.samples or pick.reads_all)
+            if wanted and start < end:
+                parcel = staging.Parcel(self.runner.records.routed(sequence.pages, start, end))
+                parcels[sequence.request] = start, parcel
+                sequence.num_routed = end
+        return parcels
+
     # ------------------------------------------------------------------------------------------------
     # A step comes in
 
@@ -393,7 +414,10 @@ class Engine:
         for sequence in flight.read:
             if sequence.request in self._live:
                 sequence.finish = "length"
-                events.append(self._tell(sequence, None, "length", pages=sequence.pages, first=True))
+                routed = _open(flight.routed.get(sequence.request), sequence.num_prompt)
+                events.append(
+                    self._tell(sequence, None, "length", pages=sequence.pages, first=True, routed=routed)
+                )
                 self._drop(sequence.request)
         if flight.samples is not None:
             counts = [
@@ -403,7 +427,7 @@ class Engine:
             for pick in flight.drawn:
                 drawn = list(islice(samples, 1 + pick.num_drafts))
                 if pick.sequence.request in self._live:
-                    events += self._take(pick.sequence, drawn)
+                    events += self._take(pick, drawn, flight.routed.get(pick.sequence.request))
         if self._drafter is not None:
             self._draft(self._drafter, flight)
         return events
@@ -420,8 +444,11 @@ class Engine:
         if seen:
             drafter.draft(seen, flight.step.hidden_TD, drafter.num_drafts if self._guesses() else 0)
 
-    def _take(self, sequence: Sequence, samples: list[Sample]) -> list[Event]:
+    def _take(
+        self, pick: Pick, samples: list[Sample], parcel: tuple[int, staging.Parcel] | None
+    ) -> list[Event]:
         """A sequence gets the tokens that were drawn for it."""
+        sequence = pick.sequence
         if self._drafter is not None:
             samples = samples[: self._drafter.verify(sequence, [sample.token for sample in samples])]
         samples = list(takewhile(lambda sample: math.isfinite(sample.logprob), samples))
@@ -429,12 +456,25 @@ class Engine:
             return [self._break(sequence)]
         first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
         taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
+        known = len(sequence.ids) - 1  # a guess that was wrong went through experts that the text does not
+        routed = _open(parcel, known)
+        if pick.num_drafts:
+            sequence.num_routed = min(sequence.num_routed, known)
         events = []
         for place, sample in enumerate(samples[: len(taken)]):
             if sequence.matcher is not None:
                 sequence.matcher.accept(sample.token)
             finish = sequence.finish if place == len(taken) - 1 else None
-            events.append(self._tell(sequence, sample, finish, pages=pages, first=first and not place))
+            events.append(
+                self._tell(
+                    sequence,
+                    sample,
+                    finish,
+                    pages=pages,
+                    first=first and not place,
+                    routed=None if place else routed,
+                )
+            )
         self._generated += len(taken)
         if sequence.finish:
             del self._live[sequence.request]
@@ -475,6 +515,7 @@ class Engine:
         pages: list[int] | None = None,  # those it has, or had
         first: bool = False,
         error: str | None = None,
+        routed: Routed | None = None,
     ) -> Event:
         routing = None
         if finish and pages and sequence.params.routing:
@@ -492,4 +533,14 @@ class Engine:
             prompt_tops=tuple(score.top for score in sequence.scores) if told else None,
             routing=routing,
             error=error,
+            routed=routed,
         )
+
+
+def _open(sent: tuple[int, staging.Parcel] | None, end: int) -> Routed | None:
+    """Where the positions before `end` were sent."""
+    if sent is None:
+        return None
+    start, parcel = sent
+    experts, *weights = parcel.open()[:, : end - start]
+    return Routed(start, experts, weights[0].view(torch.float16) if weights else None)

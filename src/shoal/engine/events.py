@@ -2,7 +2,7 @@
 
 They are frozen and hold no text: the ids are the caller's to read, and stop strings the caller's to find.
 
-Shape letters: L layers that route, K experts per token.
+Shape letters: N positions, L layers that route, K experts per token.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from shoal.engine.sequence import FinishReason, Top
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Where positions were sent, from `start` on."""
+
+    start: int
+    experts: Tensor  # (N, L, K) int16, best first; -1 where the choice was dropped
+    weights: Tensor | None  # (N, L, K) float16, where the engine keeps them
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Event:
     prompt_tops: tuple[Top, ...] | None = None
     routing: Tensor | None = field(default=None, compare=False)  # on the last: (positions - 1, L, K) int16
     error: str | None = None
+    routed: Routed | None = field(default=None, compare=False)  # positions before its token, not told yet
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[i
         limit=limit,
         weights=weights,
         dtype_bytes=head.dtype.itemsize,
-        page=page + size * count_record_bytes(config),
+        page=page + size * count_record_bytes(config, weights=settings.record_weights),
         page_size=size,
         num_pages=num_pages,
         max_batch_tokens=settings.max_batch_tokens,

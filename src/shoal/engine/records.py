@@ -21,9 +21,12 @@ from shoal.engine import staging
 from shoal.ops.api import Routing
 
 
-def count_record_bytes(config: ModelConfig) -> int:
-    """Bytes kept for a position: its id, and its experts in each layer that routes."""
-    return 4 + (0 if config.moe is None else 2 * _count_layers(config) * config.moe.num_experts_per_tok)
+def count_record_bytes(config: ModelConfig, *, weights: bool = False) -> int:
+    """Bytes kept for a position: its id, and its experts in each layer that routes, with their weights if
+    wanted."""
+    if config.moe is None:
+        return 4
+    return 4 + (2 + 2 * weights) * _count_layers(config) * config.moe.num_experts_per_tok
 
 
 def _count_layers(config: ModelConfig) -> int:
@@ -31,16 +34,28 @@ def _count_layers(config: ModelConfig) -> int:
 
 
 class Records:
-    def __init__(self, config: ModelConfig, num_pages: int, page_size: int, device: torch.device) -> None:
+    """With `weights` also what each chosen expert's output was multiplied by, as float16."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        *,
+        weights: bool = False,
+    ) -> None:
         slots = (num_pages + 1) * page_size  # the last page takes what padding writes
         self.page_size, self._num_slots = page_size, num_pages * page_size
         self._ids = torch.zeros(slots, dtype=torch.int32, device=device)
-        self._experts = self._tokens_LE = self._touched_L = None
+        self._experts = self._weights = self._tokens_LE = self._touched_L = None
         if config.moe is not None:
             layers, experts = _count_layers(config), config.moe.n_routed_experts
             self._experts = torch.full(
                 (slots, layers, config.moe.num_experts_per_tok), -1, dtype=torch.int16, device=device
             )
+            if weights:
+                self._weights = torch.zeros(self._experts.shape, dtype=torch.float16, device=device)
             self._tokens_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
             self._touched_L = torch.zeros(layers, dtype=torch.int64, device=device)
 
@@ -51,6 +66,9 @@ class Records:
             return
         experts_TLK = torch.stack([routing.experts_TK for routing in routings], dim=1)
         self._experts.index_copy_(0, slots_T, experts_TLK.to(torch.int16))
+        if self._weights is not None:
+            weights_TLK = torch.stack([routing.weights_TK for routing in routings], dim=1)
+            self._weights.index_copy_(0, slots_T, weights_TLK.to(torch.float16))
         # A dropped choice or a padded row counts for nobody.
         counts_TLK = (experts_TLK >= 0) & (slots_T < self._num_slots).view(-1, 1, 1)
         places_LM = experts_TLK.clamp(min=0).transpose(0, 1).flatten(1)
@@ -70,6 +88,16 @@ class Records:
         assert self._experts is not None
         table_1B = torch.tensor([pages], device=self._experts.device)
         return self._gather(self._experts, table_1B)[0, :length].cpu()
+
+    def routed(self, pages: list[int], start: int, end: int) -> Tensor:
+        """Positions `start` to `end` of a sequence, on the device: experts (1, N, L, K) int16, or experts and
+        the bits of their weights (2, N, L, K)."""
+        assert self._experts is not None
+        places = np.arange(start, end)
+        slots = np.array(pages)[places // self.page_size] * self.page_size + places % self.page_size
+        (slots_N,) = staging.send([slots], self._experts.device)
+        kept = [self._experts] if self._weights is None else [self._experts, self._weights.view(torch.int16)]
+        return torch.stack([rows.index_select(0, slots_N) for rows in kept])
 
     def reset_counts(self) -> None:
         """Count from here on."""

@@ -84,6 +84,7 @@ class Runner:
         buckets: tuple[int, ...] = (),
         contexts: tuple[int, ...] = (),
         num_drafts: int = 0,
+        record_weights: bool = False,
     ) -> None:
         config, head = model.config, model.head_weight()
         shape = (num_pages + 1, page_size, *config.attention.cache_shape)
@@ -91,7 +92,7 @@ class Runner:
         self.pages = tuple(
             _zeros(shape, head.dtype, head.device) for _ in range(config.num_hidden_layers + (num_drafts > 0))
         )
-        self.records = Records(config, num_pages, page_size, head.device)
+        self.records = Records(config, num_pages, page_size, head.device, weights=record_weights)
         self._width = 1 + num_drafts
         self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)
         self._logits = None

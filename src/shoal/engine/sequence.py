@@ -44,7 +44,9 @@ class SamplingParams:
     `presence_penalty` if it has it at all (OpenAI's); `logit_bias` is added to the ids it names. Tokens that
     `grammar` does not allow next are never drawn; with `think_end_id` it begins after that token.
 
-    Requests of a lower `priority` go first. `routing` asks for the experts that each position was sent to.
+    Requests of a lower `priority` go first. `routing` asks for the experts that each position was sent to, at
+    the end; `routing_from` for those of the positions from there on, with each token as it comes. The last
+    token of a text has gone through no expert yet.
     """
 
     temperature: float = 1.0
@@ -66,6 +68,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     think_end_id: int | None = None
     routing: bool = False
+    routing_from: int | None = None
 
     def __post_init__(self) -> None:
         most, least = self.max_tokens, 1 if self.prompt_logprobs is None else 0
@@ -136,6 +139,7 @@ class Sequence:
     row: int = -1  # its place among those that run
     num_computed: int = 0  # positions whose keys and values lie in the pages, or will when the step is done
     num_flying: int = 0  # tokens drawn on the device that have not reached the host: 0 or 1
+    num_routed: int = 0  # positions whose experts were told, or are on their way
     num_drafts: int = 0  # tokens guessed ahead, on the device
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
     node: int = 0  # the pool's name for those contents

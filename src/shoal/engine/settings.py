@@ -20,7 +20,8 @@ class EngineSettings:
     `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
     graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
     does so on CUDA. `speculate` guesses so many tokens ahead with the model's prediction module, which needs
-    each step's tokens on the host: it rules out `overlap`.
+    each step's tokens on the host: it rules out `overlap`. `record_weights` keeps the weights of the routed
+    experts beside their ids, two bytes a choice more, for requests that ask where they were sent.
     """
 
     page_size: int = 64
@@ -34,6 +35,7 @@ class EngineSettings:
     buckets: tuple[int, ...] | None = None
     overlap: bool | None = None
     speculate: int = 0
+    record_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):

@@ -138,6 +138,7 @@ def _params(
     """The params of each of n choices. With a seed, choice i is drawn with seed + i."""
     _check_length(length, max_tokens, info)
     told = request if isinstance(request, Told) else None
+    routing_from = _routing_from(told, length)
     seed, top_k = request.seed, request.top_k
     common: dict[str, Any] = dict(
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -157,6 +158,7 @@ def _params(
         priority=request.priority,
         grammar=grammar,
         think_end_id=think_end_id if grammar is not None else None,
+        routing_from=routing_from,
     )
     for token in request.stop_token_ids or ():
         _check_id(token, info, "stop_token_ids")
@@ -167,6 +169,22 @@ def _params(
         ]
     except ValueError as error:
         raise invalid(str(error)) from error
+
+
+def _routing_from(told: Told | None, length: int) -> int | None:
+    if told is None:
+        return None
+    start = told.routed_experts_start_len
+    if start and not told.return_routed_experts:
+        raise invalid(
+            "routed_experts_start_len needs return_routed_experts: true", "routed_experts_start_len"
+        )
+    if start > length:
+        raise invalid(
+            f"routed_experts_start_len is {start}, but the prompt has {length} tokens; start within it",
+            "routed_experts_start_len",
+        )
+    return start if told.return_routed_experts else None
 
 
 def _check_length(length: int, max_tokens: int | None, info: EngineInfo) -> None:

@@ -43,6 +43,7 @@ class Token(NamedTuple):
     prompt_logprobs: tuple[float, ...] | None
     prompt_tops: tuple[tuple[tuple[int, float], ...], ...] | None
     error: str | None
+    routed: tuple[int, tuple[int, ...], bytes, bytes | None] | None = None  # worker._pack
 
 
 @dataclass

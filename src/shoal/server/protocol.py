@@ -92,6 +92,8 @@ class Told(Sampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    return_routed_experts: bool = False
+    routed_experts_start_len: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
 
 class FunctionCall(Lenient):

@@ -75,11 +75,21 @@ class ChatMessage(BaseModel):
     tool_calls: list[CalledTool] | None = None
 
 
+class RoutedExperts(BaseModel):
+    """Positions from `start` on; (positions, layers that route, top-k), little-endian int16 and float16."""
+
+    start: int
+    shape: list[int]
+    experts: str
+    weights: str | None  # null where the engine does not keep them
+
+
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    routed_experts: RoutedExperts | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -104,6 +114,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    routed_experts: RoutedExperts | None = None
 
 
 class TextCompletion(BaseModel):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from shoal.engine import Engine, Event, SamplingParams
+from shoal.engine.events import Routed
 from shoal.engine.stats import Stats
 
 LENGTH = struct.Struct("!I")
@@ -63,7 +64,7 @@ class EngineInfo:
         )
 
 
-# An event as it travels: key, token, logprob, top, finish, cached, prompt_logprobs, prompt_tops, error
+# An event as it travels: key, token, logprob, top, finish, cached, prompt_logprobs and tops, error, routed
 Row = tuple[Any, ...]
 
 
@@ -164,8 +165,16 @@ class _Loop:
             del self._key_of[event.request], self._request_of[key]
         return (
             *(key, event.token, event.logprob, event.top, event.finish, event.cached),
-            *(event.prompt_logprobs, event.prompt_tops, event.error),
+            *(event.prompt_logprobs, event.prompt_tops, event.error, _pack(event.routed)),
         )
+
+
+def _pack(routed: Routed | None) -> tuple[int, tuple[int, ...], bytes, bytes | None] | None:
+    """Where it starts, its shape, and the bytes of experts and weights."""
+    if routed is None:
+        return None
+    weights = None if routed.weights is None else routed.weights.numpy().tobytes()
+    return routed.start, tuple(routed.experts.shape), routed.experts.numpy().tobytes(), weights
 
 
 def plain(stats: Stats) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from base64 import b64encode
+from collections.abc import Iterable
 from typing import Any
 
 from shoal.data.text import Tokenizer
@@ -34,6 +36,8 @@ class ChatWriter:
         self._replies = [Reply() for _ in range(n)]
         self._noted: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         self._finish = ["stop"] * n
+        self._asked = request.return_routed_experts
+        self._routed: list[list[Token]] = [[] for _ in range(n)]
         self._begun: set[int] = set()
         self._call_ids: dict[tuple[int, int], str] = {}
 
@@ -52,8 +56,9 @@ class ChatWriter:
             fields["content"] = delta.content
         if delta.calls:
             fields["tool_calls"] = [self._call(piece.choice, call) for call in delta.calls]
-        if fields or logprobs:
-            out.append(self._chunk(piece.choice, fields, logprobs=logprobs))
+        routed = _routed(piece.tokens)
+        if fields or logprobs or routed:
+            out.append(self._chunk(piece.choice, fields, logprobs=logprobs, routed=routed))
         if piece.finish is not None:
             out.append(self._chunk(piece.choice, {}, finish=self._finish[piece.choice]))
         return out
@@ -61,6 +66,7 @@ class ChatWriter:
     def take(self, piece: Piece) -> None:
         """For the whole answer only."""
         self._add(piece)
+        self._routed[piece.choice] += piece.tokens if self._asked else []
         if self._logprobs:
             self._noted[piece.choice] += [
                 _note(token, self._tokenizer) for token in piece.tokens if token.token is not None
@@ -92,6 +98,7 @@ class ChatWriter:
                     "message": message,
                     "logprobs": logprobs,
                     "finish_reason": self._finish[index],
+                    **({"routed_experts": _routed(self._routed[index])} if self._asked else {}),
                 }
             )
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": tally.usage}
@@ -128,8 +135,11 @@ class ChatWriter:
         *,
         logprobs: dict[str, Any] | None = None,
         finish: str | None = None,
+        routed: dict[str, Any] | None = None,
     ) -> Chunk:
         body = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if routed is not None:
+            body["routed_experts"] = routed
         return {**self._head, "object": "chat.completion.chunk", "choices": [body]}
 
 
@@ -149,6 +159,8 @@ class CompletionWriter:
         count = len(prompts) * self._n
         self._said, self._finish = [""] * count, ["length"] * count
         self._records = [_Record(tokenizer) for _ in range(count)]
+        self._asked = request.return_routed_experts
+        self._routed: list[list[Token]] = [[] for _ in range(count)]
         self._begun: set[int] = set()
 
     def chunks(self, piece: Piece) -> list[Chunk]:
@@ -157,14 +169,18 @@ class CompletionWriter:
         logprobs = None
         if self._logprobs is not None:
             logprobs = self._records[piece.choice].written(self._logprobs, start=before)
-        if not text and piece.finish is None and not (logprobs and logprobs["tokens"]):
+        routed = _routed(piece.tokens)
+        if not text and piece.finish is None and not routed and not (logprobs and logprobs["tokens"]):
             return []
         body = {"index": piece.choice, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}
+        if routed is not None:
+            body["routed_experts"] = routed
         return [{**self._head, "object": "text_completion", "choices": [body]}]
 
     def take(self, piece: Piece) -> str:
         choice, text = piece.choice, piece.text
         record = self._records[choice]
+        self._routed[choice] += piece.tokens if self._asked else []
         if choice not in self._begun:
             self._begun.add(choice)
             if self._echo:
@@ -187,6 +203,7 @@ class CompletionWriter:
                 "text": text,
                 "logprobs": None if self._logprobs is None else self._records[index].written(self._logprobs),
                 "finish_reason": self._finish[index],
+                **({"routed_experts": _routed(self._routed[index])} if self._asked else {}),
             }
             for index, text in enumerate(self._said)
         ]
@@ -236,6 +253,21 @@ class _Record:
             "top_logprobs": self._tops[start:] if count else None,
             "text_offset": self._offsets[start:],
         }
+
+
+def _routed(tokens: Iterable[Token]) -> dict[str, Any] | None:
+    """Where the positions of these tokens were sent, in the order of the text; None if nothing was told."""
+    parts = [token.routed for token in tokens if token.routed is not None]
+    if not parts:
+        return None
+    starts, shapes, experts, weights = zip(*parts, strict=True)
+    told = [each for each in weights if each is not None]
+    return {
+        "start": starts[0],
+        "shape": [sum(shape[0] for shape in shapes), *shapes[0][1:]],
+        "experts": b64encode(b"".join(experts)).decode(),
+        "weights": b64encode(b"".join(told)).decode() if told else None,
+    }
 
 
 def _head(kind: str, model: str, version: str) -> dict[str, Any]:
