@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.config.model import ModelConfig
 from shoal.engine import staging
+from shoal.ops import api as ops
 from shoal.ops.api import Routing
 
 
@@ -61,21 +62,16 @@ class Records:
 
     def write(self, slots_T: Tensor, ids_T: Tensor, routings: tuple[Routing, ...]) -> None:
         """Keep what a step computed. Launches only: nothing comes back to the host."""
-        self._ids.index_copy_(0, slots_T, ids_T.int())
         if self._experts is None or self._tokens_LE is None or self._touched_L is None:
+            self._ids.index_copy_(0, slots_T, ids_T.int())
             return
-        experts_TLK = torch.stack([routing.experts_TK for routing in routings], dim=1)
-        self._experts.index_copy_(0, slots_T, experts_TLK.to(torch.int16))
+        choices_LTK = torch.stack([routing.experts_TK for routing in routings])
+        state = self._ids, self._experts, self._tokens_LE, self._touched_L, self._num_slots
+        if not ops.record_step(slots_T, ids_T, choices_LTK, *state):
+            ops.record(slots_T, ids_T, choices_LTK, *state)
         if self._weights is not None:
             weights_TLK = torch.stack([routing.weights_TK for routing in routings], dim=1)
             self._weights.index_copy_(0, slots_T, weights_TLK.to(torch.float16))
-        # A dropped choice or a padded row counts for nobody.
-        counts_TLK = (experts_TLK >= 0) & (slots_T < self._num_slots).view(-1, 1, 1)
-        places_LM = experts_TLK.clamp(min=0).transpose(0, 1).flatten(1)
-        tokens_LE = torch.zeros_like(self._tokens_LE)
-        tokens_LE.scatter_add_(1, places_LM, counts_TLK.transpose(0, 1).flatten(1).long())
-        self._tokens_LE += tokens_LE
-        self._touched_L += tokens_LE.count_nonzero(1)
 
     def ids(self, table_SB: Tensor, rows: list[int], length: int) -> Tensor:
         """The ids (N, `length`) at the first positions of these rows of a block table."""

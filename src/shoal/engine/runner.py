@@ -194,28 +194,26 @@ class Runner:
     def inputs(self, spans: list[Span]) -> Inputs:
         """Spans laid end to end, on the device in one transfer."""
         size = self.page_size
+        starts = np.array([span.start for span in spans])
         lengths = np.array([len(span.codes) for span in spans])
-        ends = np.array([span.start for span in spans]) + lengths
+        ends = starts + lengths
         bounds = np.concatenate(([0], lengths.cumsum()))
-        total = int(bounds[-1])
-        codes, positions, slots = np.empty((3, total), np.int64)
-        longest = int(ends.max())
+        total, longest = int(bounds[-1]), int(ends.max())
+        codes = np.array([code for span in spans for code in span.codes], np.int64)
         table = np.zeros((len(spans), -(-longest // size)), np.int32)
-        last: list[int] = []
         for at, span in enumerate(spans):
-            rows = slice(bounds[at], bounds[at + 1])
-            pages = np.array(span.pages[: table.shape[1]])
-            table[at, : len(pages)] = pages
-            codes[rows] = span.codes
-            positions[rows] = places = np.arange(span.start, ends[at])
-            slots[rows] = pages[places // size] * size + places % size
-            last += range(int(bounds[at + 1]) - span.num_drawn, int(bounds[at + 1]))
+            table[at, : len(span.pages)] = span.pages[: table.shape[1]]
+        rows = np.arange(total)
+        positions = rows - np.repeat(bounds[:-1] - starts, lengths)
+        pages = table[np.repeat(np.arange(len(spans)), lengths), positions // size]
+        slots = pages.astype(np.int64) * size + positions % size
+        (last,) = (rows >= np.repeat(bounds[1:] - [span.num_drawn for span in spans], lengths)).nonzero()
         placed = staging.send(
             [
                 codes,
                 positions,
                 slots,
-                np.array(last, np.int64),
+                last,
                 bounds.astype(np.int32),
                 ends.astype(np.int32),
                 table,

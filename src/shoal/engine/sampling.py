@@ -118,6 +118,8 @@ def choose(logits_SV: Tensor, draws: list[Draw], scores_SV: Tensor | None = None
     """A token for each row by `ops.sample`, from the scores if there are any."""
     params = [draw.params for draw in draws]
     if not logits_SV.is_cuda and all(p.temperature == 0 for p in params):  # in two calls instead of twenty
+        if scores_SV is None and (drawn := ops.greedy_step(logits_SV)) is not None:
+            return drawn
         logits_SV = logits_SV.float()
         tokens_S1 = (logits_SV if scores_SV is None else scores_SV).argmax(-1, keepdim=True)
         logprobs_S1 = logits_SV.gather(1, tokens_S1) - logits_SV.logsumexp(-1, keepdim=True)

@@ -580,6 +580,46 @@ def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor | None:
     return fuse("head_step", x_TD, weight_VD)
 
 
+def greedy_step(logits_SV: Tensor) -> Sampled | None:
+    """`sample` at temperature 0 with nothing that bends the logits, or None."""
+    done = fuse("greedy_step", logits_SV)
+    return None if done is None else Sampled(*done)
+
+
+def record(
+    slots_T: Tensor,
+    ids_T: Tensor,
+    choices_LTK: Tensor,
+    ids_X: Tensor,
+    experts_XLK: Tensor,
+    tokens_LE: Tensor,
+    touched_L: Tensor,
+    num_slots: int,
+) -> None:
+    """Leave a token's id and its experts in every layer at its slot of the cache, and count; in place.
+
+    Slots, ids and choices are int64, a choice -1 where it was dropped; `ids_X` is int32, `experts_XLK` int16.
+    `tokens_LE` (int64) counts what each expert was given, `touched_L` (int64) how many distinct experts a
+    step gave anything; a slot from `num_slots` on is padding's, and is not counted. No gradient.
+    """
+    call("record", slots_T, ids_T, choices_LTK, ids_X, experts_XLK, tokens_LE, touched_L, num_slots)
+
+
+def record_step(
+    slots_T: Tensor,
+    ids_T: Tensor,
+    choices_LTK: Tensor,
+    ids_X: Tensor,
+    experts_XLK: Tensor,
+    tokens_LE: Tensor,
+    touched_L: Tensor,
+    num_slots: int,
+) -> bool:
+    """`record`, if it was done. IndexError for a slot or an expert outside of the tables."""
+    arguments = slots_T, ids_T, choices_LTK, ids_X, experts_XLK, tokens_LE, touched_L, num_slots
+    return fuse("record_step", *arguments) is not None
+
+
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
 ) -> CrossEntropy:

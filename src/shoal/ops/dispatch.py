@@ -23,7 +23,18 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from shoal.ops.reference import adamw, attention, experts, layers, loss, narrow, routing, sampling, sparse
+from shoal.ops.reference import (
+    adamw,
+    attention,
+    experts,
+    layers,
+    loss,
+    narrow,
+    records,
+    routing,
+    sampling,
+    sparse,
+)
 from shoal.ops.reference import cache as cached
 
 Side = Literal["auto", "reference", "triton"]
@@ -57,6 +68,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "narrow_store": narrow.narrow_store,
     "sample": sampling.sample,
     "penalise": sampling.penalise,
+    "record": records.record,
 }
 
 
@@ -80,6 +92,7 @@ def kernels() -> dict[str, Kernel]:
         gate,
         loss,
         norms,
+        records,
         rotary,
         routing,
         sampling,
@@ -122,6 +135,7 @@ def kernels() -> dict[str, Kernel]:
         "linear_cross_entropy": Kernel(loss.linear_cross_entropy, loss.linear_cross_entropy_refusal),
         "sample": Kernel(sampling.sample, sampling.sample_refusal),
         "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),
+        "record": Kernel(records.record, records.record_refusal),
     }
 
 
@@ -193,6 +207,8 @@ def steps() -> dict[str, Kernel]:
         "moe_step": Kernel(experts.moe_step, experts.moe_refusal),
         "norm_step": Kernel(rows.norm_step, rows.norm_refusal),
         "head_step": Kernel(rows.head_step, rows.head_refusal),
+        "greedy_step": Kernel(rows.greedy_step, rows.greedy_refusal),
+        "record_step": Kernel(rows.record_step, rows.record_refusal),
     }
 
 

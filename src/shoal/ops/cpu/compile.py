@@ -27,6 +27,8 @@ ENTRIES = {
     "moe_step": experts.moe_step,
     "norm_step": rows.norm_step,
     "head_step": rows.head_step,
+    "greedy_step": rows.greedy_step,
+    "record_step": rows.record_step,
 }
 
 

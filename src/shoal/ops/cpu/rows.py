@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.ops.cpu.limits import refusal
+from shoal.ops.cpu import load
+from shoal.ops.cpu.limits import FEW_ROWS, refusal
 from shoal.ops.cpu.load import kernel
 
 
@@ -33,3 +34,46 @@ def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
         x_TD.data_ptr(), *x_TD.shape, weight_VD.data_ptr(), weight_VD.shape[0], out_TV.data_ptr()
     )
     return out_TV
+
+
+def greedy_refusal(logits_SV: Tensor) -> str | None:
+    return refusal(logits_SV, (), 0)
+
+
+def greedy_step(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    rows = logits_SV.shape[0]
+    tokens_S, logprobs_S = logits_SV.new_empty(rows, dtype=torch.int64), logits_SV.new_empty(rows)
+    kernel("greedy_step")(logits_SV.data_ptr(), *logits_SV.shape, tokens_S.data_ptr(), logprobs_S.data_ptr())
+    return tokens_S, logprobs_S
+
+
+def record_refusal(slots_T: Tensor, ids_T: Tensor, choices_LTK: Tensor, *state: Tensor | int) -> str | None:
+    if slots_T.shape[0] > FEW_ROWS:
+        return f"there are {slots_T.shape[0]} rows; the kernel is for at most {FEW_ROWS}"
+    for tensor in (slots_T, ids_T, choices_LTK, *(part for part in state if isinstance(part, Tensor))):
+        if not tensor.is_contiguous():
+            return "a tensor is not in order"
+    return load.refusal()
+
+
+def record_step(
+    slots_T: Tensor,
+    ids_T: Tensor,
+    choices_LTK: Tensor,
+    ids_X: Tensor,
+    experts_XLK: Tensor,
+    tokens_LE: Tensor,
+    touched_L: Tensor,
+    num_slots: int,
+) -> bool:
+    layers, tokens, top_k = choices_LTK.shape
+    counts_E = torch.empty_like(tokens_LE[:1])
+    wrong = kernel("record_step")(
+        *(slots_T.data_ptr(), ids_T.data_ptr(), choices_LTK.data_ptr(), ids_X.data_ptr()),
+        *(experts_XLK.data_ptr(), tokens_LE.data_ptr(), touched_L.data_ptr()),
+        *(tokens, layers, top_k, tokens_LE.shape[1], ids_X.shape[0], num_slots, counts_E.data_ptr()),
+    )
+    if wrong:
+        what = "a slot is outside of the cache" if wrong == 1 else "an expert is outside of the table"
+        raise IndexError(f"records of a step: {what}")
+    return True

@@ -63,15 +63,28 @@ def weigh(
     """o[h] = sum over positions p of scores[h, p] times `width` elements of p's row, from element `first`."""
     for i in range(heads * width):
         o[o0 + i] = np.float32(0)
-    at = np.int64(0)
-    for p in range(seen):
+    at, p = np.int64(0), np.int64(0)
+    while p < seen:
         if p % page_size == 0:
             at = np.int64(table[t0 + p // page_size]) * page_stride + first
-        for h in range(heads):
-            v = scores[s0 + h * s_stride + p]
-            for c in range(width):
-                o[o0 + h * width + c] += v * pages[at + c]
-        at += row
+        if p % page_size + 4 <= page_size and p + 4 <= seen:  # o is read and written once for four rows
+            ab, ac, ad = at + row, at + 2 * row, at + 3 * row
+            for h in range(heads):
+                s, to = s0 + h * s_stride + p, o0 + h * width
+                va, vb, vc, vd = scores[s], scores[s + 1], scores[s + 2], scores[s + 3]
+                for c in range(width):
+                    o[to + c] += (va * pages[at + c] + vb * pages[ab + c]) + (
+                        vc * pages[ac + c] + vd * pages[ad + c]
+                    )
+            at += 4 * row
+            p += 4
+        else:
+            for h in range(heads):
+                v = scores[s0 + h * s_stride + p]
+                for c in range(width):
+                    o[o0 + h * width + c] += v * pages[at + c]
+            at += row
+            p += 1
 
 
 @kernel(void(F32, i64, i64, i64, F32, i64, i64, i64, I32, i64, i64, i64, i64, F32, i64, i64))

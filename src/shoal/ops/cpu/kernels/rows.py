@@ -19,7 +19,8 @@ from numba import cfunc, njit, types
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
 f32, i64, boolean, void = types.float32, types.int64, types.boolean, types.void
-F32, I32, I64 = types.CPointer(f32), types.CPointer(types.int32), types.CPointer(i64)
+F32, I64 = types.CPointer(f32), types.CPointer(i64)
+I16, I32 = types.CPointer(types.int16), types.CPointer(types.int32)
 
 
 def kernel(signature):
@@ -40,7 +41,32 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
         xa = x0 + r * x_stride
         xb, xc, xd = xa + x_stride, xa + 2 * x_stride, xa + 3 * x_stride
         ya = y0 + r * y_stride
-        for i in range(outputs):
+        yb, yc, yd = ya + y_stride, ya + 2 * y_stride, ya + 3 * y_stride
+        i = np.int64(0)
+        while i + 2 <= outputs:
+            a = b = c = d = e = f = g = h = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                v, u = w[at + j], w[at + inputs + j]
+                p, q, s, t = x[xa + j], x[xb + j], x[xc + j], x[xd + j]
+                a += v * p
+                b += v * q
+                c += v * s
+                d += v * t
+                e += u * p
+                f += u * q
+                g += u * s
+                h += u * t
+            y[ya + i] = a
+            y[yb + i] = b
+            y[yc + i] = c
+            y[yd + i] = d
+            y[ya + i + 1] = e
+            y[yb + i + 1] = f
+            y[yc + i + 1] = g
+            y[yd + i + 1] = h
+            i += 2
+        if i < outputs:
             a = b = c = d = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
@@ -50,15 +76,40 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
                 c += v * x[xc + j]
                 d += v * x[xd + j]
             y[ya + i] = a
-            y[ya + y_stride + i] = b
-            y[ya + 2 * y_stride + i] = c
-            y[ya + 3 * y_stride + i] = d
+            y[yb + i] = b
+            y[yc + i] = c
+            y[yd + i] = d
         r += 4
     while r + 2 <= rows:
         xa = x0 + r * x_stride
         xb = xa + x_stride
         ya = y0 + r * y_stride
-        for i in range(outputs):
+        yb = ya + y_stride
+        i = np.int64(0)
+        while i + 4 <= outputs:
+            a = b = c = d = e = f = g = h = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                p, q = x[xa + j], x[xb + j]
+                v, u, s, t = w[at + j], w[at + inputs + j], w[at + 2 * inputs + j], w[at + 3 * inputs + j]
+                a += v * p
+                b += v * q
+                c += u * p
+                d += u * q
+                e += s * p
+                f += s * q
+                g += t * p
+                h += t * q
+            y[ya + i] = a
+            y[yb + i] = b
+            y[ya + i + 1] = c
+            y[yb + i + 1] = d
+            y[ya + i + 2] = e
+            y[yb + i + 2] = f
+            y[ya + i + 3] = g
+            y[yb + i + 3] = h
+            i += 4
+        while i < outputs:
             a = b = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
@@ -66,17 +117,34 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
                 a += v * x[xa + j]
                 b += v * x[xb + j]
             y[ya + i] = a
-            y[ya + y_stride + i] = b
+            y[yb + i] = b
+            i += 1
         r += 2
     if r < rows:
         xa = x0 + r * x_stride
         ya = y0 + r * y_stride
-        for i in range(outputs):
+        i = np.int64(0)
+        while i + 4 <= outputs:
+            a = b = c = d = np.float32(0)
+            at = w0 + i * inputs
+            for j in range(inputs):
+                p = x[xa + j]
+                a += w[at + j] * p
+                b += w[at + inputs + j] * p
+                c += w[at + 2 * inputs + j] * p
+                d += w[at + 3 * inputs + j] * p
+            y[ya + i] = a
+            y[ya + i + 1] = b
+            y[ya + i + 2] = c
+            y[ya + i + 3] = d
+            i += 4
+        while i < outputs:
             a = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
                 a += w[at + j] * x[xa + j]
             y[ya + i] = a
+            i += 1
 
 
 @kernel(void(F32, F32, i64, i64, i64))
@@ -174,6 +242,56 @@ def rotate(x, x0, pairs, cos, sin, angle0, interleaved):
 @entry(i64(F32, i64, i64, F32, f32, F32))
 def norm_step(x, T, D, weight, eps, out):
     norm_rows(x, 0, T, weight, D, eps, out, 0)
+    return 0
+
+
+@entry(i64(F32, i64, i64, I64, F32))
+def greedy_step(logits, S, V, tokens, logprobs):
+    for s in range(S):
+        v0 = s * V
+        a = b = c = d = np.float32(-np.inf)  # four at once: a maximum waits for the one before
+        i = np.int64(0)
+        while i + 4 <= V:
+            a, b = max(a, logits[v0 + i]), max(b, logits[v0 + i + 1])
+            c, d = max(c, logits[v0 + i + 2]), max(d, logits[v0 + i + 3])
+            i += 4
+        while i < V:
+            a = max(a, logits[v0 + i])
+            i += 1
+        top = max(max(a, b), max(c, d))
+        best = np.int64(0)
+        while best < V - 1 and logits[v0 + best] != top:
+            best += 1
+        total = np.float32(0)
+        for i in range(V):
+            total += exp(logits[v0 + i] - top)
+        tokens[s] = best
+        logprobs[s] = -np.float32(math.log(total))
+    return 0
+
+
+@entry(i64(I64, I64, I64, I32, I16, I64, I64, i64, i64, i64, i64, i64, i64, I64))
+def record_step(
+    slots, ids, choices, ids_at, experts_at, tokens, touched, T, L, K, E, room, num_slots, counts
+):
+    for t in range(T):
+        if slots[t] < 0 or slots[t] >= room:
+            return 1
+        ids_at[slots[t]] = np.int32(ids[t])
+    for layer in range(L):
+        for e in range(E):
+            counts[e] = 0
+        for t in range(T):
+            for k in range(K):
+                choice = choices[(layer * T + t) * K + k]
+                if choice >= E:
+                    return 2
+                experts_at[(slots[t] * L + layer) * K + k] = np.int16(choice)
+                if choice >= 0 and slots[t] < num_slots:
+                    counts[choice] += 1
+        for e in range(E):
+            tokens[layer * E + e] += counts[e]
+            touched[layer] += np.int64(counts[e] > 0)
     return 0
 
 
