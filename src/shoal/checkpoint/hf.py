@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -144,13 +143,10 @@ def convert(
     origin = find_folder(path_or_id, download=download)
     source = open_source(origin, dtype=dtype, mtp=mtp)
     state = source.model.state_dict()
-    stored = {piece.stored for piece in source.pieces}
-    whole = {piece.parameter: piece.stored for piece in source.pieces if piece.expert is None}
-    read = lru_cache(maxsize=1)(source.read)  # experts stored as a stack come out of it one after the other
+    read = source.parts()
 
     def part(piece: Piece) -> Tensor:
-        tensor = read(piece.stored) if piece.stored in stored else piece.of(read(whole[piece.parameter]))
-        return tensor.to(state[piece.parameter].dtype)
+        return read(piece).to(state[piece.parameter].dtype)
 
     companions = [origin / name for name in COMPANIONS if (origin / name).exists()]
     with replacing(Path(folder), overwrite=overwrite, marker=CONFIG) as new:

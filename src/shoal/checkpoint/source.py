@@ -9,8 +9,9 @@ What the tensors are called is names.py's, how they lie in files shards.py's, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -51,6 +52,16 @@ class Source:
         assert self.block is not None
         scale = self.shards.read(name + SCALE_SUFFIX)
         return dequantise(tensor.to(device), scale.to(device), self.block)
+
+    def parts(self) -> Callable[[Piece], Tensor]:
+        """What reads pieces under their published names, whether or not they are stored so: experts that are
+        stored as a stack come out of it one after the other. Holds one stored tensor."""
+        stored = {piece.stored for piece in self.pieces}
+        whole = {piece.parameter: piece.stored for piece in self.pieces if piece.expert is None}
+        read = lru_cache(maxsize=1)(self.read)
+        return lambda piece: (
+            read(piece.stored) if piece.stored in stored else piece.of(read(whole[piece.parameter]))
+        )
 
 
 def open_source(folder: Path, *, dtype: torch.dtype | None = None, mtp: bool = True) -> Source:

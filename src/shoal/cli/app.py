@@ -60,6 +60,12 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Gguf(StrEnum):
+    f16 = "f16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
 class Track(StrEnum):
     tensorboard = "tensorboard"
     trackio = "trackio"
@@ -280,12 +286,24 @@ def convert(
     dtype: ComputeDtype = None,
     mtp: Annotated[bool, typer.Option(help="Keep multi-token-prediction modules.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that is there.")] = False,
+    gguf: Annotated[
+        Gguf | None, typer.Option(help="For llama.cpp and Ollama: OUT/NAME-KIND.gguf and a Modelfile.")
+    ] = None,
     download: Download = False,
 ) -> None:
-    """Rewrite a checkpoint: FP8 to bfloat16, another dtype, without its MTP modules."""
+    """Rewrite a checkpoint: FP8 to bfloat16, another dtype, without its MTP modules; or as GGUF."""
     from shoal.checkpoint import hf
     from shoal.cli.view import loading, say
 
+    if gguf is not None:
+        from shoal.cli.gguf import show
+
+        if dtype is not None:
+            raise ValueError(
+                f"--dtype is {dtype.value}, but --gguf {gguf.value} says what the weights become"
+            )
+        show(source, target, gguf.value, download=download, overwrite=overwrite)
+        return
     with loading("writing") as progress:
         hf.convert(
             source,
