@@ -1,4 +1,4 @@
-"""The README's commands are commands: each is read by the real command line, with its options and arguments.
+"""The commands of README and docs are commands: the real command line reads each, options and arguments.
 
 They are parsed, not run; tests/test_tiny.py runs what the first of them does. Recipes that they name are
 loaded, with the changes they ask for.
@@ -20,17 +20,25 @@ from shoal.config.run import load_recipe
 from shoal.config.tune import load_grpo, load_sft
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def lines_of(page: Path) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+LINES = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in lines_of(page)]
 
 
 def test_every_line_is_one_of_ours() -> None:
-    assert {shlex.split(line, comments=True)[0] for line in LINES} == {"./shoal", "./check"}
+    first = {shlex.split(line, comments=True)[0] for _, line in LINES}
+    assert first == {"./shoal", "./check", "shoal"}  # without ./ where it is installed
+    assert len([line for page, line in LINES if page != "README.md"]) > 30
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("./shoal")])
-def test_the_command_line_reads(line: str) -> None:
+@pytest.mark.parametrize(("page", "line"), [each for each in LINES if not each[1].startswith("./check")])
+def test_the_command_line_reads(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     load = {"sft": load_sft, "grpo": load_grpo, "extend": load_extend}.get(words[0], load_recipe)
     command = get_command(app)
