@@ -20,6 +20,7 @@ from shoal.config.tune import GRPOConfig, grpo_from_table
 from shoal.data.text import Tokenizer
 from shoal.engine import Completion
 from shoal.stages import grpo, rollout
+from shoal.stages.claim import claim
 from shoal.stages.judge import Judge
 from shoal.stages.rollout import Episode, Question, Rollout
 from shoal.train.metrics import Event, StepReport
@@ -222,9 +223,10 @@ def test_dynamic_sampling_replaces_flat_groups(start: Path, tmp_path: Path) -> N
 
 def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:
     run = config(start, tmp_path)
-    grpo.claim(tmp_path / "run", run)
-    with pytest.raises(ValueError, match=r"holds another run: it has 'group = 4', here it is 'group = 2'"):
-        grpo.claim(tmp_path / "run", replace(run, rollout=replace(run.rollout, group=2)))
+    claim(tmp_path / "run", run)
+    claim(tmp_path / "run", replace(run, train=replace(run.train, steps=8)))  # further: the same run
+    with pytest.raises(ValueError, match=r"holds another run: its rollout\.group is 4, here 2; choose"):
+        claim(tmp_path / "run", replace(run, rollout=replace(run.rollout, group=2)))
     with pytest.raises(ValueError, match=r"which steps_per_round 3 times train\.accumulation 2 does"):
         config(start, tmp_path, steps_per_round=3)
     with pytest.raises(ValueError, match=r"rollout has no key 'heat'; the nearest is"):

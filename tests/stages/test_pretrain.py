@@ -18,6 +18,7 @@ from shoal.config.run import RunConfig, SourceConfig, from_table, load_recipe
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import SMALLEST
 from shoal.stages import pretrain
+from shoal.stages.claim import is_begun
 from shoal.train.metrics import EvaluationReport, Event, Phase, StepReport
 
 RECIPE = """
@@ -125,7 +126,7 @@ def test_sources_are_mixed_by_weight_and_a_source_without_files_is_named(
     mixed = replace(config, data=data)
     outcome = pretrain.run(mixed, tmp_path / "run")
     assert outcome.step == config.train.steps
-    assert pretrain.is_begun(tmp_path / "run", mixed)
+    assert is_begun(tmp_path / "run", mixed)
     corpus = pretrain.open_corpus(tmp_path / "run", mixed)
     assert [shard.path.name for shard in corpus.train] == ["train-one.shard", "train-two.shard"]
     empty = replace(data, sources=sources | {"three": SourceConfig()})

@@ -36,6 +36,7 @@ from shoal.data.text import Tokenizer
 from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.model.transformer import Transformer
 from shoal.stages import pretrain
+from shoal.stages.claim import CONFIG
 from shoal.train.metrics import Observer, Phase
 from shoal.train.trainer import Outcome
 
@@ -91,7 +92,7 @@ def run(
 def find_checkpoint(path: str) -> Path:
     """The folder of the weights: the one that is named, or the export of the run that is."""
     folder = hf.find_folder(path)
-    if not (folder / pretrain.CONFIG).exists():
+    if not (folder / CONFIG).exists():
         return folder
     if not (folder / "export").exists():
         raise ValueError(f"the run in {folder} has not finished: it has no export; go on with it first")

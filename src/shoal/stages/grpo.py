@@ -26,20 +26,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.checkpoint import hf
-from shoal.config.run import to_table, to_toml
+from shoal.config.run import to_table
 from shoal.config.tune import GRPOConfig
 from shoal.data.atomic import write_atomically
 from shoal.data.text import Tokenizer
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
 from shoal.stages import rollout
+from shoal.stages.claim import claim
 from shoal.stages.judge import Judge
 from shoal.stages.rollout import Question, Rollout
 from shoal.train.metrics import MetricsLog, Observer, Phase
 from shoal.train.policy import Policy, PolicyBatch
 from shoal.train.trainer import Outcome, Trainer
 
-CONFIG = "config.toml"
 SAMPLING, DEALING, HELD_OUT = 1, 2, 3  # what a seed is for
 
 
@@ -281,19 +281,6 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def claim(folder: Path, config: Any) -> None:
-    """Make the folder this run's; ValueError if it holds another."""
-    text = to_toml(config)
-    if (folder / CONFIG).exists():
-        theirs = (folder / CONFIG).read_text("utf-8").splitlines()
-        for mine, other in zip(text.splitlines(), theirs, strict=False):
-            key = mine.partition(" = ")[0]
-            if mine != other and key not in ("steps", "evaluate_every", "checkpoint_every", "keep"):
-                raise ValueError(f"{folder} holds another run: it has {other!r}, here it is {mine!r}")
-    with write_atomically(folder / CONFIG) as file:
-        file.write(text.encode())
 
 
 def load_model(path: str, dtype: str, device: torch.device | str) -> Transformer:

@@ -17,13 +17,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from shoal.checkpoint import hf, native
-from shoal.config.run import DataConfig, RunConfig, load_recipe, to_table, to_toml
-from shoal.data.atomic import write_atomically
+from shoal.config.run import DataConfig, RunConfig, to_table
 from shoal.data.fim import FIM
 from shoal.data.pack import Mixture, Packer, evaluation_batches
 from shoal.data.read import Document, read_documents, split_documents, standard_library
@@ -31,6 +30,7 @@ from shoal.data.shard import Shard, tokenize_documents, write_shard
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import train_tokenizer
 from shoal.model.transformer import Transformer
+from shoal.stages.claim import claim, is_begun
 from shoal.train.balance import add_noise
 from shoal.train.metrics import Observer, Phase
 from shoal.train.recompute import recompute
@@ -40,19 +40,8 @@ from shoal.train.trainer import Evaluation, Outcome, Trainer
 if TYPE_CHECKING:
     from shoal.parallel.mesh import Mesh
 
-CONFIG = "config.toml"
 TOKENIZER = "tokenizer"
 SHARDS = ("data/train.shard", "data/held-out.shard")  # of text that has no names
-# What may change when a run goes on: how far it goes, and how often it looks up.
-MAY_CHANGE = {
-    "train.steps",
-    "train.evaluate_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.recompute",
-    "parallel.data",
-    "parallel.expert",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +109,7 @@ def _run(
 
     # 2. The recipe. With it the folder is this run's.
     if first:
-        with write_atomically(folder / CONFIG) as file:
-            file.write(to_toml(config).encode())
+        claim(folder, config)
 
     # 3. The model: built without memory, then given it, then filled. Its control tokens are the tokenizer's.
     tokens = {"bos_token_id": corpus.tokenizer.bos_id, "eos_token_id": corpus.tokenizer.eos_id}
@@ -172,21 +160,6 @@ def _spread(model: Transformer, mesh: Mesh) -> Team:
 
     shard(model, mesh)
     return Team(mesh.reduce, local, native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh)))
-
-
-def is_begun(folder: Path, config: RunConfig) -> bool:
-    """Whether the folder holds this very run; ValueError if another."""
-    if not (folder / CONFIG).exists():
-        return False
-    theirs, ours = _flatten(to_table(load_recipe(folder / CONFIG))), _flatten(to_table(config))
-    changed = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-    if refused := [key for key in changed if key not in MAY_CHANGE]:
-        key, more = refused[0], f" ({len(refused) - 1} more differ)" if len(refused) > 1 else ""
-        raise ValueError(
-            f"{folder} holds another run: its {key} is {theirs.get(key)!r}, here {ours.get(key)!r}{more}; "
-            f"choose another folder, or the recipe it has ({CONFIG})"
-        )
-    return True
 
 
 def open_corpus(folder: Path, config: RunConfig) -> Corpus:
@@ -260,11 +233,3 @@ def _held_out_shards(data: DataConfig) -> dict[str, str]:
     """By domain: those that are named, else a share of each source, unless one text serves for all."""
     names = data.domains or ({} if data.validation else data.sources)
     return {name: f"data/held-out-{name}.shard" for name in names} or {"": SHARDS[1]}
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{a: {b: c}} as {a.b: c}."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

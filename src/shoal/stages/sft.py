@@ -33,7 +33,8 @@ from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.model.esft import choose_experts, score_experts, trainable_experts
 from shoal.model.lora import add_lora, merge_lora
 from shoal.model.transformer import Transformer
-from shoal.stages.grpo import claim, load_model, open_teacher, tokenizer_files
+from shoal.stages.claim import claim
+from shoal.stages.grpo import load_model, open_teacher, tokenizer_files
 from shoal.train.distill import Distillation, teach
 from shoal.train.metrics import EvaluationReport, Event, MetricsLog, Observer, Phase
 from shoal.train.objective import Objective
