@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from shoal.checkpoint import hf
 from shoal.stages import r1, rewards, tasks
-from shoal.train.metrics import Event, Phase
+from shoal.stages.r1_recipes import Recipes, Scale, scale_of
+from shoal.train.metrics import Event, StepReport
 
 REWARD = {"number": rewards.number, "countdown": rewards.countdown}
 
@@ -30,32 +32,79 @@ def test_demonstrations_are_right_and_sides_are_apart(task: str, size: int) -> N
     assert again != list(islice(tasks.problems(task, size, 1, held_out=False), 300))
 
 
-def test_a_task_that_runs_out_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["addition", "countdown"])
+def test_a_demonstrator_who_slips_is_wrong_and_nothing_else_changes(task: str) -> None:
+    right, slipped = (
+        list(islice(tasks.problems(task, 3, 0, held_out=False, slips=slips), 400)) for slips in (0.0, 0.6)
+    )
+    assert [problem["messages"] for problem in right] == [problem["messages"] for problem in slipped] or (
+        task == "countdown"  # where a slip draws another sign, and so all that comes after it
+    )
+    reward = REWARD[tasks.REWARDS[task]]
+    share = sum(reward(problem["solution"], problem) for problem in slipped) / 400
+    assert 0.1 < share < 0.6
+    if task == "addition":
+        # A sum without carries is right; with one it is right by chance 0.4.
+        plain = [p for p in slipped if all(int(x) < 10 for x in _totals(p))]
+        assert all(reward(problem["solution"], problem) for problem in plain if "1" not in _carries(problem))
+
+
+def _totals(problem: tasks.Problem) -> list[str]:
+    thought = problem["solution"].partition("</think>")[0]
+    return [step.partition("=")[2] for step in thought.split(";")]
+
+
+def _carries(problem: tasks.Problem) -> str:
+    thought = problem["solution"].partition("</think>")[0]
+    return "".join(step.partition("=")[0][-1] for step in thought.split(";"))
+
+
+def test_greetings_and_digits_apart() -> None:
+    met = next(tasks.problems("greeting", 3, 0, held_out=False))
+    assert rewards.named(met["solution"], met) == 1
+    pair = tasks.pair(met, random.Random(0))
+    assert rewards.named(pair["chosen"], met) == 1
+    assert rewards.named(pair["rejected"], met) == 0
+    sum_ = tasks.spell(next(tasks.problems("addition", 3, 0, held_out=False)))
+    assert rewards.spelled(sum_["solution"], sum_) == 1
+    assert not any(a.isdigit() and b.isdigit() for a, b in zip(sum_["solution"], sum_["solution"][1:]))  # noqa: B905
+
+
+def test_what_cannot_be_asked_is_told(tmp_path: Path) -> None:
+    small = Scale(size=1, demonstrations=5, held_out=500)
     with pytest.raises(ValueError, match=r"has no more than .* raise its size"):
-        r1.write_problems(r1.Scale("addition", size=1, demonstrations=5, held_out=500), tmp_path, 0)
+        Recipes(small, tmp_path, 0).write_problems()
     with pytest.raises(ValueError, match="no task 'chess'"):
-        r1.laptop("chess", {})
+        scale_of("laptop", "chess", {})
+    with pytest.raises(ValueError, match="no scale 'moon'"):
+        scale_of("moon", "addition", {})
+    with pytest.raises(ValueError, match="slips is 1"):
+        scale_of("laptop", "addition", {"slips": 1})
 
 
 def test_the_whole_runs_and_goes_on(tmp_path: Path) -> None:
-    scale = r1.Scale(
+    scale = Scale(
         size=2, demonstrations=60, problems=200, held_out=20, start_steps=4, rl_steps=2, questions=4, group=4,
-        max_tokens=8,
+        max_tokens=8, kept=10, greetings=30, tuned_steps=3, pairs=20, taste_steps=2, final_steps=2,
+        student_steps=2,
     )  # fmt: skip
     results = r1.run(scale, tmp_path)
     assert results is not None
-    assert [result.name for result in results] == ["start", "rl", "control"]
+    assert [result.name for result in results] == ["start", "rl", "control", "tuned", "final", "student"]
     for result in results:
         assert 0 <= result.low <= result.accuracy <= result.high <= 1
-    start, rl, control = results
-    assert rl.training_tokens > 0
+        assert (result.named is None) == (result.name in ("start", "rl", "control"))
+    start, rl, control, *_ = results
     # The control's arithmetic is that of RL, to half a step.
-    assert (
-        abs(control.training_tokens - rl.training_tokens) <= 0.6 * start.training_tokens / start.steps + 300
-    )
+    per_step = start.training_tokens / start.steps
+    assert abs(control.training_tokens - rl.training_tokens) <= 0.6 * per_step + 300
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in told] == ["start", "rl", "control"]
+    assert [line["name"] for line in told] == [result.name for result in results]
+    # Sums are judged by their rule, greetings by the reward model, in the same round.
+    rounds = [json.loads(line) for line in (tmp_path / "final" / "rollouts.jsonl").read_text().splitlines()]
+    assert {"reward/number", "reward/preference"} <= set().union(*rounds)
+    assert "reward/named" not in set().union(*rounds)
     events: list[Event] = []
     assert r1.run(scale, tmp_path, observe=events.append) == results  # done: nothing is trained again
-    assert all(isinstance(event, Phase) for event in events)
-    assert hf.load(tmp_path / "rl" / "export").config.vocab_size == r1.MODEL.vocab_size
+    assert not any(isinstance(event, StepReport) for event in events)
+    assert hf.load(tmp_path / "student" / "export").config.model_type == "qwen2"

@@ -181,25 +181,46 @@ def grpo(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = 
 
 
 @app.command()
+def preference(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Train a reward model on pairs of answers, for shoal grpo to reward by."""
+    from shoal.cli.tune import show
+    from shoal.config.tune import load_preference
+    from shoal.stages import preference
+
+    show(preference.run, load_preference(recipe, set_ or ()), out, find_device(device))
+
+
+@app.command()
+def reject(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Rejection sampling: answer problems, keep what is right as conversations to tune on."""
+    from shoal.cli.tune import show_kept
+    from shoal.config.tune import load_reject
+
+    show_kept(load_reject(recipe, set_ or ()), out, find_device(device))
+
+
+@app.command()
 def r1(
     out: RunFolder = Path("runs/r1"),
     task: Annotated[str, typer.Option(help="addition or countdown.")] = "addition",
-    scale: Annotated[str, typer.Option(help="laptop: at most half an hour on 2 cores.")] = "laptop",
+    scale: Annotated[
+        str, typer.Option(help="laptop: half an hour on 2 cores at most; one-gpu: the same on one GPU.")
+    ] = "laptop",
+    rl_only: Annotated[bool, typer.Option(help="Stop after RL and its control.")] = False,
     size: Annotated[int | None, typer.Option(help="Digits of an addition, numbers of a countdown.")] = None,
+    slips: Annotated[float | None, typer.Option(help="How often the demonstrator gets a step wrong.")] = None,
     start_steps: Annotated[int | None, typer.Option(help="Steps on demonstrations before RL.")] = None,
     rl_steps: Annotated[int | None, typer.Option(help="Steps of RL.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, problems and answers.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Reasoning RL in small: few demonstrations, then rewards alone, against a control of equal compute."""
+    """R1's pipeline in small: demonstrations, RL and its control, then RL for all, and a student."""
     from shoal.cli.r1 import show
-    from shoal.stages import r1
+    from shoal.stages.r1_recipes import scale_of
 
-    if scale != "laptop":
-        raise ValueError(f"--scale is {scale!r}; laptop is the one there is")
-    given = {"size": size, "start_steps": start_steps, "rl_steps": rl_steps}
+    given = {"size": size, "slips": slips, "start_steps": start_steps, "rl_steps": rl_steps}
     changes = {name: value for name, value in given.items() if value is not None}
-    show(r1.laptop(task, changes), out, seed, find_device(device))
+    show(scale_of(scale, task, changes), out, seed, find_device(device), whole=not rl_only)
 
 
 @app.command()

@@ -116,7 +116,7 @@ class TrainingView:
         if console.is_terminal:
             if self._task is None:
                 self._task = self._progress.add_task("", total=event.steps, completed=event.step - 1)
-            self._progress.update(self._task, completed=event.step)
+            self._progress.update(self._task, completed=event.step, total=event.steps)
             parts = [self._progress, Text(numbers(event)), *heat_map(event.expert_load, console.width)]
             self._live.update(Group(*parts))
         elif event.step in (1, event.steps) or time.monotonic() - self._printed > LOG_EVERY_SECONDS:

@@ -7,9 +7,9 @@ ignored. A policy's variant brings its paper's settings; what is written beside 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from shoal.config.policy import PUBLISHED, PolicyConfig
 from shoal.config.require import require
@@ -152,6 +152,20 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class AppraisalConfig:
+    """A reward model (`shoal preference`) as a reward, for problems that list "preference" among theirs, or
+    list none. `pointwise`: sigmoid of its value. `pairwise`: the chance that it prefers the answer to another
+    of the group, on average."""
+
+    model: str
+    kind: Literal["pointwise", "pairwise"] = "pairwise"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"weight is {self.weight}; it must be above 0, or the part be left out")
+
+
+@dataclass(frozen=True)
 class GRPOConfig:
     """Reasoning RL from the checkpoint `model` on the `problems` (JSON Lines: "prompt" or "messages", and
     what the rewards read).
@@ -159,6 +173,9 @@ class GRPOConfig:
     `rewards` are "name" or "weight name", of stages/rewards.py or "module:function". A round of rollouts is
     used for `steps_per_round` optimizer steps. The reference policy becomes the present one every
     `refresh_every` steps (0: never). At an evaluation each of `held_out` is answered `pass_k` times.
+
+    A problem may list the "rewards" that it is judged by, of those that are named here; without a list, by
+    all. Held-out problems are judged by rules alone.
 
     With a `teacher`, a checkpoint with the same tokenizer, this is on-policy distillation: what a token is
     worth is not the reward, which is only reported, but by how much the teacher thinks it more likely.
@@ -170,6 +187,7 @@ class GRPOConfig:
     train: TrainConfig
     held_out: tuple[str, ...] = ()
     teacher: str | None = None
+    preference: AppraisalConfig | None = None
     rollout: RolloutConfig = RolloutConfig()
     policy: PolicyConfig = PUBLISHED["grpo"]
     steps_per_round: int = 1
@@ -241,6 +259,77 @@ class GRPOConfig:
         return weights
 
 
+@dataclass(frozen=True)
+class RejectConfig:
+    """Rejection sampling: `rollout.group` answers of the checkpoint `model` to each of the `problems`; of
+    those whose reward is at least `correct_at`, the `keep` shortest different ones become demonstrations.
+
+    `rollout.questions` problems are answered at a time, and written down before the next.
+    """
+
+    model: str
+    problems: tuple[str, ...]
+    rewards: tuple[str, ...]
+    rollout: RolloutConfig = RolloutConfig()
+    keep: int = 1
+    correct_at: float = 1.0
+    reward_seconds: float = 10.0
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        self.sampling()
+        require(self.keep >= 1, f"keep is {self.keep}; it must be at least 1")
+
+    def sampling(self) -> GRPOConfig:
+        """The same as RL would sample, and judge."""
+        return GRPOConfig(
+            self.model,
+            self.problems,
+            self.rewards,
+            RL_TRAIN,
+            rollout=replace(self.rollout, replay=False, extra_rounds=0),
+            correct_at=self.correct_at,
+            reward_seconds=self.reward_seconds,
+            seed=self.seed,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """A reward model: the checkpoint `model` learns which of two answers is the better (stages/preference).
+
+    `pairwise` (Bradley-Terry): the better one's value is to be above the other's. `pointwise`: the better
+    one's is to be above 0, the other's below. A micro-batch has at most `tokens_per_batch` tokens of whole
+    pairs; pairs with an answer longer than `seq_len` are left out, and counted.
+    """
+
+    model: str
+    pairs: tuple[str, ...]
+    train: TrainConfig
+    kind: Literal["pointwise", "pairwise"] = "pairwise"
+    holdout_fraction: float = 0.1
+    tokens_per_batch: int = 4096
+    seq_len: int = 1024
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        require(bool(self.pairs), "pairs names no file; give answers to compare")
+        _refuse_balance_losses(self.train, "a reward model has the preference's loss alone")
+        require(
+            0 < self.holdout_fraction < 1,
+            f"holdout_fraction is {self.holdout_fraction}; it must lie between 0 and 1",
+        )
+        require(
+            2 <= self.seq_len <= self.tokens_per_batch // 2,
+            f"seq_len is {self.seq_len} and tokens_per_batch {self.tokens_per_batch}; a conversation has 2 "
+            f"tokens at least, and a batch holds two",
+        )
+        require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+
+
 # What RL wants of the loop where a recipe says nothing else: small constant steps, no balancing forces.
 RL_TRAIN = TrainConfig(
     steps=100,
@@ -254,6 +343,16 @@ def load_sft(path: str | Path, overrides: Iterable[str] = ()) -> SFTConfig:
     return build(SFTConfig, *load_table(path, overrides))
 
 
+def load_reject(path: str | Path, overrides: Iterable[str] = ()) -> RejectConfig:
+    return build(RejectConfig, *load_table(path, overrides))
+
+
+def load_preference(path: str | Path, overrides: Iterable[str] = ()) -> PreferenceConfig:
+    """Under what is written: no balancing forces, and no prediction modules."""
+    table, source = load_table(path, overrides)
+    return build(PreferenceConfig, {**table, "train": _under(RL_TRAIN, table.get("train", {}))}, source)
+
+
 def load_grpo(path: str | Path, overrides: Iterable[str] = ()) -> GRPOConfig:
     return grpo_from_table(*load_table(path, overrides))
 
@@ -265,12 +364,18 @@ def grpo_from_table(table: Table, source: str) -> GRPOConfig:
     if isinstance(policy, dict):
         row = PUBLISHED.get(policy.get("variant", "grpo"), PolicyConfig())  # type: ignore[reportUnknownArgumentType]
         table["policy"] = {**to_table(row), **policy}
-    train: Any = table.get("train", {})
-    if isinstance(train, dict):
-        base = to_table(RL_TRAIN)
-        for part in ("optim", "balance"):
-            written: Any = train.get(part, {})  # type: ignore[reportUnknownMemberType]
-            if isinstance(written, dict):
-                base[part] |= written
-        table["train"] = {**base, **{k: v for k, v in train.items() if k not in ("optim", "balance")}}  # type: ignore[reportUnknownVariableType]
+    table["train"] = _under(RL_TRAIN, table.get("train", {}))
     return build(GRPOConfig, table, source)
+
+
+def _under(defaults: TrainConfig, written: Any) -> Any:
+    """The loop's table, `defaults` where nothing is written."""
+    if not isinstance(written, dict):
+        return written  # which `build` will refuse
+    table: Table = cast(Table, written)
+    base = to_table(defaults)
+    for part in ("optim", "balance"):
+        inner = table.get(part, {})
+        if isinstance(inner, dict):
+            base[part] |= inner
+    return {**base, **{key: value for key, value in table.items() if key not in ("optim", "balance")}}

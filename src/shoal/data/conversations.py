@@ -56,6 +56,12 @@ class Sample:
 
 def read_conversations(files: Iterable[str | Path]) -> Iterator[Conversation]:
     """Of JSON (a list) or JSON Lines files, gzipped or not."""
+    for where, record in read_records(files):
+        yield _conversation(record, where)
+
+
+def read_records(files: Iterable[str | Path]) -> Iterator[tuple[str, Any]]:
+    """What such files hold, each with what to call it in errors."""
     for file in map(Path, files):
         try:
             text = (
@@ -66,7 +72,7 @@ def read_conversations(files: Iterable[str | Path]) -> Iterator[Conversation]:
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
         for number, record in enumerate(_records(text, file), 1):
-            yield _conversation(record, f"{file}, record {number}")
+            yield f"{file}, record {number}", record
 
 
 def _records(text: str, file: Path) -> Iterator[Any]:

@@ -33,8 +33,9 @@ from shoal.data.text import Tokenizer
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
 from shoal.stages import rollout
+from shoal.stages.appraise import PREFERENCE, Appraiser
 from shoal.stages.claim import claim
-from shoal.stages.judge import Judge
+from shoal.stages.judge import Judge, chosen
 from shoal.stages.rollout import Question, Rollout
 from shoal.train.metrics import MetricsLog, Observer, Phase
 from shoal.train.policy import Policy, PolicyBatch
@@ -72,13 +73,16 @@ def run(
     # 2. The model and its tokenizer, as they were when the run began.
     tokenizer = Tokenizer.load(config.model)
     model = load_model(config.model, config.dtype, device)
-    questions = read_questions(config.problems, tokenizer)
+    known = [*config.weights(), *([] if config.preference is None else [PREFERENCE])]
+    questions = read_questions(config.problems, tokenizer, known)
     held_out = read_questions(config.held_out, tokenizer) if config.held_out else []
 
     # 3. The loop: batches from rollouts, rollouts from the model in the loop.
     generator = torch.Generator(device).manual_seed(config.seed)
     with Judge(config.weights(), config.reward_seconds) as judge:
-        sampler = Rollout(model, tokenizer, judge, config)
+        liked = config.preference
+        appraiser = None if liked is None else Appraiser.load(liked.model, model)
+        sampler = Rollout(model, tokenizer, judge, config, appraiser)
         rounds = Rounds(config, folder, model, sampler, questions, held_out, observe)
         trainer = Trainer(
             model,
@@ -291,8 +295,13 @@ def tokenizer_files(path: str) -> list[Path]:
     return [Path(path) / name for name in ("tokenizer.json", "tokenizer_config.json")]
 
 
-def read_questions(files: Sequence[str], tokenizer: Tokenizer) -> list[Question]:
-    """The problems of JSON Lines files: each has "prompt", a text, or "messages", to be answered."""
+def read_questions(
+    files: Sequence[str], tokenizer: Tokenizer, rewards: Sequence[str] | None = None
+) -> list[Question]:
+    """The problems of JSON Lines files: each has "prompt", a text, or "messages", to be answered.
+
+    One that lists "rewards" must find one at least among those that are known.
+    """
     questions = []
     for file in files:
         try:
@@ -304,7 +313,12 @@ def read_questions(files: Sequence[str], tokenizer: Tokenizer) -> list[Question]
                 problem = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}:{number} is not JSON: {error}") from None
-            questions.append(Question(tuple(_prompt(problem, tokenizer, f"{file}:{number}")), problem))
+            ids = tuple(_prompt(problem, tokenizer, f"{file}:{number}"))
+            if rewards is not None and not chosen(problem, rewards):
+                raise ValueError(
+                    f"{file}:{number} is judged by {problem['rewards']!r}; this run has {', '.join(rewards)}"
+                )
+            questions.append(Question(ids, problem))
     if not questions:
         raise ValueError(f"{', '.join(files)} hold no problem")
     return questions

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,8 @@ class Score:
 class Judge:
     """Scores answers by `rewards`, {"module:function": weight}; a name without a module is of rewards.py.
 
-    Use it as a context: what it started ends with it.
+    A problem that lists "rewards" of its own is judged by those of the list alone. Use it as a context: what
+    it started ends with it.
     """
 
     rewards: Mapping[str, float]
@@ -74,14 +75,14 @@ class Judge:
     def _score(self, text: str, problem: Mapping[str, Any]) -> Score:
         parts: dict[str, float] = {}
         faults: dict[str, Fault] = {}
-        for name in self.rewards:
+        for name in chosen(problem, self.rewards):
             value, fault, message = self._ask(name, text, problem)
             if fault is not None:
                 faults[name] = fault
                 self.faults[fault] += 1
                 self.examples.setdefault(fault, f"{name}: {message}")
             parts[name] = value
-        total = sum(weight * parts[name] for name, weight in self.rewards.items())
+        total = sum(self.rewards[name] * value for name, value in parts.items())
         return Score(total, parts, faults)
 
     def _ask(self, name: str, text: str, problem: Mapping[str, Any]) -> tuple[float, Fault | None, str]:
@@ -97,6 +98,12 @@ class Judge:
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
+
+
+def chosen(problem: Mapping[str, Any], rewards: Iterable[str]) -> list[str]:
+    """Which of the rewards a problem is judged by."""
+    own = problem.get("rewards")
+    return [name for name in rewards if own is None or name in own]
 
 
 class _Worker:

@@ -1,119 +1,59 @@
-"""R1 in small, top to bottom: a cold start by demonstrations, reasoning RL, and a control of equal compute.
+"""R1's pipeline in small, top to bottom, each step a stage that anybody can run by itself.
 
-A model of some million parameters is born, tuned on few worked solutions, and then left to find answers to
-many problems of which it is told only whether they are right. The control goes on with the demonstrations
-instead, for as much arithmetic. The law: what is claimed is measured on at least 500 problems that were held
-out, for start, RL and control alike, and an interval stands beside each share.
+    base/     a newborn
+    start/    cold start: demonstrations by somebody who slips, and is wrong more often than right
+    rl/       reasoning RL: many problems, told right or wrong
+    control/  instead of RL, more demonstrations, for as much arithmetic
+    kept/     rejection sampling: the right answers that rl/ gives
+    tuned/    the newborn tuned on these, and on how to greet: curtly or by name
+    taste/    a reward model that prefers to be greeted by name
+    final/    RL for all scenarios: right or wrong for sums, the reward model for greetings
+    student/  a dense model taught by final/
 
-    base/  a newborn    start/  after the demonstrations    rl/  after RL    control/  more demonstrations
+The law: what is claimed is measured on problems that were held out, for every model alike, and an interval
+stands beside each share. What each stage does is told by stages/r1_recipes, and lies in its folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from shoal.checkpoint import hf
-from shoal.config.model import MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from shoal.config.policy import published
-from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
-from shoal.config.tune import RL_TRAIN, GRPOConfig, RolloutConfig, SFTConfig
+from shoal.config.tune import GRPOConfig, PreferenceConfig, SFTConfig
 from shoal.data.atomic import write_atomically
 from shoal.data.text import Tokenizer
-from shoal.data.tokenizer import SMALLEST, train_tokenizer
-from shoal.model.transformer import Transformer
-from shoal.stages import grpo, sft, tasks
+from shoal.stages import grpo, preference, reject, sft, tasks
 from shoal.stages.judge import Judge
+from shoal.stages.r1_recipes import Recipes, Scale
 from shoal.stages.rollout import Rollout
 from shoal.train.metrics import Observer, Phase
+from shoal.train.trainer import Outcome
 
-MODEL = ModelConfig(
-    model_type="deepseek_v3",
-    vocab_size=SMALLEST,  # a token a byte: digits are read one by one
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    attention=MLAConfig(
-        num_attention_heads=4,
-        q_lora_rank=None,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-    ),
-    rope=RopeConfig(theta=10000.0, interleaved=True),
-    moe=MoEConfig(
-        n_routed_experts=16,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-    ),
-    max_position_embeddings=256,
-    bos_token_id=0,
-    eos_token_id=1,
-    initializer_range=0.02,
-    dtype="float32",
-)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is done. `size` is the digits of an addition, or the numbers of a countdown."""
-
-    task: str = "addition"
-    size: int = 4
-    demonstrations: int = 1500
-    problems: int = 20_000
-    held_out: int = 500
-    start_steps: int = 300
-    rl_steps: int = 120
-    questions: int = 32
-    group: int = 8
-    max_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        if self.task not in tasks.TASKS:
-            raise ValueError(f"there is no task {self.task!r}; known are {', '.join(tasks.TASKS)}")
-        for name, value in vars(self).items():
-            if name != "task" and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-LAPTOP = {
-    "addition": Scale("addition", size=3, demonstrations=600, start_steps=130, max_tokens=48),
-    "countdown": Scale("countdown", size=4, demonstrations=1500, start_steps=200, max_tokens=40),
-}
-
-
-def laptop(task: str, changes: Mapping[str, int]) -> Scale:
-    """The scale of half an hour on two cores, some of it changed."""
-    if task not in LAPTOP:
-        raise ValueError(f"there is no task {task!r}; known are {', '.join(LAPTOP)}")
-    return replace(LAPTOP[task], **changes)
+RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
 class Result:
-    """The share of held-out problems answered right at once, and its 95% interval."""
+    """What a model does with held-out problems: shares, and the 95% interval of the first."""
 
     name: str
-    accuracy: float
+    accuracy: float  # of the most probable answers
     low: float
     high: float
+    sampled: float  # of one answer drawn at temperature 1
+    named: float | None  # the share of introductions that are greeted by name; None before greetings
     length: float  # tokens of an answer, on average
     steps: int
     training_tokens: int  # as many tokens forward and backward as its arithmetic amounts to
+
+
+class Interrupted(Exception):
+    """A stage was stopped, and saved itself."""
 
 
 def run(
@@ -121,117 +61,75 @@ def run(
     folder: Path,
     seed: int = 0,
     *,
+    whole: bool = True,
     device: torch.device | str = "cpu",
     observe: Observer = lambda event: None,
 ) -> list[Result] | None:
-    """All of it, or what is left of it; None if it was interrupted."""
-    # 1. Problems, and a model that knows nothing.
-    files = write_problems(scale, folder, seed)
-    base = make_base(folder / "base", seed)
+    """All of it, or what is left of it; None if it was interrupted. Without `whole`, up to the control."""
 
-    # 2. The cold start: few demonstrations.
-    observe(Phase(f"cold start: {scale.demonstrations} worked solutions"))
-    start = demonstrations(scale, base, files, scale.start_steps, seed)
-    if sft.run(start, folder / "start", device=device, observe=observe).interrupted:
-        return None
+    def train(
+        kind: Callable[..., Outcome], config: SFTConfig | GRPOConfig | PreferenceConfig, name: str, told: str
+    ) -> None:
+        observe(Phase(f"{name}: {told}"))
+        if not (folder / name / "export").exists() and (
+            kind(config, folder / name, device=device, observe=observe).interrupted
+        ):
+            raise Interrupted
 
-    # 3. Reasoning RL: many problems, told right or wrong.
-    observe(Phase(f"RL: {scale.problems} problems, no solutions"))
-    rl = reinforcement(scale, folder / "start" / "export", files, seed)
-    if grpo.run(rl, folder / "rl", device=device, observe=observe).interrupted:
-        return None
+    recipes = Recipes(scale, folder, seed)
+    results: list[Result] = []
 
-    # 4. The control: the arithmetic of RL, spent on the demonstrations.
-    tokens = rl_tokens(folder / "rl")
-    per_step = _tokens(folder / "start") / scale.start_steps
-    steps = max(1, round(tokens / per_step))
-    observe(Phase(f"control: {steps} more steps on the demonstrations, the arithmetic of RL"))
-    control = demonstrations(scale, folder / "start" / "export", files, steps, seed + 1)
-    if sft.run(control, folder / "control", device=device, observe=observe).interrupted:
-        return None
-
-    # 5. All three on what none has seen.
-    observe(Phase(f"answering {scale.held_out} held-out problems"))
-    done = {"start": (scale.start_steps, _tokens(folder / "start")), "rl": (scale.rl_steps, tokens)}
-    done["control"] = (steps, _tokens(folder / "control"))
-    results = [judge(name, folder / name / "export", rl, device, *amount) for name, amount in done.items()]
-    _write(folder / "results.jsonl", map(vars, results))
-    return results
-
-
-def write_problems(scale: Scale, folder: Path, seed: int) -> dict[str, Path]:
-    files = {name: folder / "data" / f"{name}.jsonl" for name in ("demonstrations", "problems", "held-out")}
-    known = tasks.problems(scale.task, scale.size, seed, held_out=False)
-    learned = list(islice(known, scale.demonstrations))
-    asked = list(islice(known, scale.problems))
-    held_out = list(islice(tasks.problems(scale.task, scale.size, seed, held_out=True), scale.held_out))
-    if not asked or len(held_out) < scale.held_out:
-        raise ValueError(
-            f"{scale.task} of size {scale.size} has no more than {len(learned) + len(asked)} problems and "
-            f"{len(held_out)} held out; raise its size, or ask for fewer"
+    def judge(name: str, steps: int, tokens: int, *, greets: bool = False) -> None:
+        results.append(measure(name, recipes, steps, tokens, device, greets=greets))
+        told = results[-1]
+        observe(
+            Phase(
+                f"{name}: {told.accuracy:.1%} of {scale.held_out} held-out problems right "
+                f"({told.low:.1%} to {told.high:.1%}), {told.sampled:.1%} at temperature 1"
+            )
         )
-    _write(files["demonstrations"], map(tasks.demonstration, learned))
-    _write(files["problems"], asked)
-    _write(files["held-out"], held_out)
-    return files
 
+    try:
+        # 1. Problems, and a model that knows nothing.
+        recipes.write_problems()
+        recipes.make_base()
 
-def make_base(folder: Path, seed: int) -> Path:
-    if not (folder / "config.json").exists():
-        tokenizer = train_tokenizer(["0123456789"], SMALLEST)
-        tokenizer.save(folder.parent / "tokenizer")
-        model = Transformer(MODEL)
-        model.init_weights(torch.Generator().manual_seed(seed))
-        hf.save(model, folder, tokenizer_files=sorted((folder.parent / "tokenizer").iterdir()))
-    return folder
+        # 2. The cold start.
+        told = f"{scale.demonstrations} demonstrations with {scale.slips:.0%} slips"
+        train(sft.run, recipes.cold_start(), "start", told)
+        judge("start", scale.start_steps, trained(folder / "start"))
 
+        # 3. Reasoning RL.
+        train(grpo.run, recipes.reasoning(), "rl", f"{scale.problems} problems, no solutions")
+        tokens = rl_tokens(folder / "rl")
+        judge("rl", scale.rl_steps, tokens)
 
-def demonstrations(scale: Scale, model: Path, files: Mapping[str, Path], steps: int, seed: int) -> SFTConfig:
-    return SFTConfig(
-        model=str(model),
-        data=(str(files["demonstrations"]),),
-        train=TrainConfig(
-            steps=steps,
-            evaluate_every=100,
-            checkpoint_every=100,
-            mtp_loss_weight=0.0,
-            optim=OptimConfig("muon", lr=5e-3, warmup_steps=min(20, steps), schedule="linear"),
-            balance=BalanceConfig(bias_update_speed=0.01),
-        ),
-        tokens_per_batch=4096,
-        seq_len=256,
-        samples=2,
-        seed=seed,
-    )
+        # 4. The control: the arithmetic of RL, spent on the demonstrations.
+        steps = max(1, round(tokens / (trained(folder / "start") / scale.start_steps)))
+        train(sft.run, recipes.control(steps), "control", f"{steps} steps on demonstrations, as much as RL")
+        judge("control", steps, trained(folder / "control"))
+        if whole:
+            # 5. Rejection sampling, and tuning on what is kept.
+            observe(Phase("kept: right answers of the model after RL"))
+            reject.run(recipes.rejection(), folder / "kept", device=device, observe=observe)
+            told = f"{recipes.write_tuning()} conversations, right sums and greetings of both kinds"
+            train(sft.run, recipes.tuning(), "tuned", told)
+            judge("tuned", scale.tuned_steps, trained(folder / "tuned"), greets=True)
 
+            # 6. RL for all scenarios, rewarded by rules and by a reward model.
+            train(preference.run, recipes.taste(), "taste", f"{scale.pairs} pairs of greetings")
+            train(grpo.run, recipes.all_scenarios(), "final", "sums by rule, greetings by the reward model")
+            judge("final", scale.final_steps, rl_tokens(folder / "final"), greets=True)
 
-def reinforcement(scale: Scale, model: Path, files: Mapping[str, Path], seed: int) -> GRPOConfig:
-    return GRPOConfig(
-        model=str(model),
-        problems=(str(files["problems"]),),
-        held_out=(str(files["held-out"]),),
-        rewards=(tasks.REWARDS[scale.task],),
-        train=replace(
-            RL_TRAIN,
-            steps=scale.rl_steps,
-            evaluate_every=max(1, scale.rl_steps // 4),
-            checkpoint_every=25,
-            optim=OptimConfig("muon", lr=5e-4, weight_decay=0.0, schedule="constant", warmup_steps=5)
-            if scale.rl_steps > 5
-            else RL_TRAIN.optim,
-        ),
-        rollout=RolloutConfig(
-            questions=scale.questions,
-            group=scale.group,
-            max_tokens=scale.max_tokens,
-            extra_rounds=2,
-            max_sequences=scale.questions * scale.group,
-            cache_bytes=1 << 28,
-        ),
-        policy=published("dapo"),
-        pass_k=1,
-        seed=seed,
-    )
+            # 7. A dense student of the last.
+            recipes.make_student()
+            train(sft.run, recipes.distillation(), "student", "a dense model, on the logits of final")
+            judge("student", scale.student_steps, trained(folder / "student"), greets=True)
+    except Interrupted:
+        return None
+    with write_atomically(folder / RESULTS) as file:
+        file.writelines(json.dumps(asdict(result)).encode() + b"\n" for result in results)
+    return results
 
 
 def rl_tokens(folder: Path) -> int:
@@ -242,26 +140,42 @@ def rl_tokens(folder: Path) -> int:
     """
     rounds = (json.loads(line) for line in (folder / "rollouts.jsonl").read_text("utf-8").splitlines())
     drawn = sum(line["drawn"] for line in rounds)
-    return round((2 * drawn + (2 + 6) * _tokens(folder)) / 6)
+    return round((2 * drawn + (2 + 6) * trained(folder)) / 6)
 
 
-def _tokens(folder: Path) -> int:
+def trained(folder: Path) -> int:
+    """The tokens that a run has stepped on."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines())
     return max(line["tokens"] for line in lines if line["kind"] == "step")
 
 
-def judge(
-    name: str, path: Path, config: GRPOConfig, device: torch.device | str, steps: int, tokens: int
+def measure(
+    name: str, recipes: Recipes, steps: int, tokens: int, device: torch.device | str, *, greets: bool
 ) -> Result:
+    """Ask a model what is held out. An answer is drawn with the same seed from each."""
+    path = recipes.folder / name / "export"
     model, tokenizer = hf.load(path, device=device), Tokenizer.load(path)
-    questions = grpo.read_questions(config.held_out, tokenizer)
-    with Judge(config.weights()) as judging:
-        groups = Rollout(model, tokenizer, judging, config).evaluate(questions, 1, 0)
-    right = sum(group[0].score.total >= config.correct_at for group in groups) / len(groups)
-    length = sum(len(group[0].completion.ids) for group in groups) / len(groups)
-    return Result(name, right, *grpo.wilson(right, len(groups)), length, steps, tokens)
+    config = recipes.reasoning()
+    with Judge(dict.fromkeys(tasks.REWARDS.values(), 1.0)) as judging:
+        sampler = Rollout(model, tokenizer, judging, config)
 
+        def ask(file: Path, temperature: float) -> tuple[list[float], float]:
+            questions = grpo.read_questions([str(file)], tokenizer)
+            groups = sampler.evaluate(questions, 1, 0, temperature)
+            lengths = [len(group[0].completion.ids) for group in groups]
+            return [group[0].score.total for group in groups], sum(lengths) / len(lengths)
 
-def _write(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with write_atomically(file) as opened:
-        opened.writelines(json.dumps(record).encode() + b"\n" for record in records)
+        right, length = ask(recipes.files["held-out"], 0.0)
+        drawn, _ = ask(recipes.files["held-out"], 1.0)
+        named = ask(recipes.files["introductions"], 1.0)[0] if greets else None
+    share = sum(right) / len(right)
+    return Result(
+        name,
+        share,
+        *grpo.wilson(share, len(right)),
+        sampled=sum(drawn) / len(drawn),
+        named=None if named is None else sum(named) / len(named),
+        length=length,
+        steps=steps,
+        training_tokens=tokens,
+    )

@@ -44,6 +44,16 @@ def number(text: str, problem: Problem) -> float:
     return float(bool(found) and _exact(found[-1]) == _exact(str(problem["answer"])))
 
 
+def spelled(text: str, problem: Problem) -> float:
+    """1 where the answer's digits, spaces between them left out, are the problem's "answer"."""
+    return float(find_answer(text).replace(" ", "") == str(problem["answer"]))
+
+
+def named(text: str, problem: Problem) -> float:
+    """1 where the answer has the problem's "name" in it."""
+    return float(str(problem["name"]) in find_answer(text))
+
+
 def math(text: str, problem: Problem) -> float:
     """1 where the answer equals the problem's "answer" as mathematics (math-verify; the extra `rl`).
 

@@ -27,7 +27,8 @@ from shoal.data.text import Tokenizer
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
-from shoal.stages.judge import Judge, Score
+from shoal.stages.appraise import PREFERENCE, Appraiser
+from shoal.stages.judge import Judge, Score, chosen
 from shoal.train import policy
 from shoal.train.policy import PolicyBatch
 
@@ -69,10 +70,21 @@ class Gap:
 
 
 class Rollout:
-    """Samples from `model` and scores. The model is in `eval` mode while it samples, and left as it was."""
+    """Samples from `model` and scores, by rules and by the `appraiser` where a problem asks for preference.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, judge: Judge, config: GRPOConfig) -> None:
+    The model is in `eval` mode while it samples, and left as it was.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        judge: Judge,
+        config: GRPOConfig,
+        appraiser: Appraiser | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.judge, self.config = model, tokenizer, judge, config
+        self.appraiser = appraiser
         settings = config.rollout
         self.records = settings.replay and model.config.moe is not None
         self.engine = Engine(
@@ -96,7 +108,28 @@ class Rollout:
             routing=self.records,
         )
         answers = self._answer(questions, settings.group, params, seed)
-        return [self._weigh(group) for group in answers]
+        return [self._weigh(self._appraise(group)) for group in answers]
+
+    def _appraise(self, group: list[Episode]) -> list[Episode]:
+        """The group with what the reward model thinks of it, where that counts."""
+        preference, problem = self.config.preference, group[0].question.problem
+        if self.appraiser is None or preference is None or not chosen(problem, [PREFERENCE]):
+            return group
+        values = self.appraiser.compare(
+            [[*episode.question.ids, *episode.completion.ids] for episode in group], preference.kind
+        )
+        return [
+            replace(
+                episode,
+                score=replace(
+                    episode.score,
+                    total=episode.score.total + preference.weight * value,
+                    parts={**episode.score.parts, PREFERENCE: value},
+                ),
+                reward=episode.reward + preference.weight * value,
+            )
+            for episode, value in zip(group, values, strict=True)
+        ]
 
     def _weigh(self, group: list[Episode]) -> list[Episode]:
         rewards = torch.tensor([episode.reward for episode in group], dtype=torch.float64)
@@ -132,11 +165,14 @@ class Rollout:
         ]
         return [episodes[start : start + count] for start in range(0, len(episodes), count)]
 
-    def evaluate(self, questions: Sequence[Question], count: int, seed: int) -> list[list[Episode]]:
-        """`count` answers to each question at temperature 1, or the most probable one, for pass@k."""
-        params = SamplingParams(
-            temperature=0.0 if count == 1 else 1.0, max_tokens=self.config.rollout.max_tokens
-        )
+    def evaluate(
+        self, questions: Sequence[Question], count: int, seed: int, temperature: float | None = None
+    ) -> list[list[Episode]]:
+        """`count` answers to each question, judged by rules alone: for pass@k at temperature 1, unless it is
+        given; a single one is the most probable."""
+        if temperature is None:
+            temperature = 0.0 if count == 1 else 1.0
+        params = SamplingParams(temperature=temperature, max_tokens=self.config.rollout.max_tokens)
         return self._answer(questions, count, params, seed)
 
 
@@ -159,8 +195,9 @@ def count(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
         "empty": sum(episode.empty for episode in episodes),
         "overlong": sum(episode.overlong for episode in episodes),
     }
-    for name in episodes[0].score.parts:
-        told[f"reward/{name}"] = sum(episode.score.parts[name] for episode in episodes) / len(episodes)
+    for name in dict.fromkeys(name for episode in episodes for name in episode.score.parts):
+        values = [episode.score.parts[name] for episode in episodes if name in episode.score.parts]
+        told[f"reward/{name}"] = sum(values) / len(values)
     faults = Counter(fault for episode in episodes for fault in episode.score.faults.values())
     return told | {f"fault/{fault}": number for fault, number in sorted(faults.items())}
 
