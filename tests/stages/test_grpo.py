@@ -233,7 +233,7 @@ def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:
         config(start, tmp_path, rollout={"heat": 1})
     problems = tmp_path / "bad.jsonl"
     problems.write_text('{"question": 1}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:1 has neither 'prompt' nor 'messages'"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, record 1 has neither 'prompt' nor 'messages'"):
         grpo.read_questions([str(problems)], Tokenizer.load(start))
     problems.write_text('{"messages": [{"role": "user", "content": "1"}]}\n')
     plain = replace(Tokenizer.load(start), chat_template="{{ messages[0].content }}")

@@ -13,7 +13,6 @@ reference policy; everything else is a function of the weights, the recipe and t
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -29,6 +28,7 @@ from shoal.checkpoint import hf
 from shoal.config.run import to_table
 from shoal.config.tune import GRPOConfig
 from shoal.data.atomic import write_atomically
+from shoal.data.conversations import read_records
 from shoal.data.text import Tokenizer
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
@@ -36,6 +36,7 @@ from shoal.stages import rollout
 from shoal.stages.appraise import PREFERENCE, Appraiser
 from shoal.stages.claim import claim
 from shoal.stages.judge import Judge, chosen
+from shoal.stages.published import as_problem
 from shoal.stages.rollout import Question, Rollout
 from shoal.train.metrics import MetricsLog, Observer, Phase
 from shoal.train.policy import Policy, PolicyBatch
@@ -298,27 +299,20 @@ def tokenizer_files(path: str) -> list[Path]:
 def read_questions(
     files: Sequence[str], tokenizer: Tokenizer, rewards: Sequence[str] | None = None
 ) -> list[Question]:
-    """The problems of JSON Lines files: each has "prompt", a text, or "messages", to be answered.
+    """The problems of JSON Lines files, gzipped or not: each has "prompt", a text, or "messages", to be
+    answered, or is laid out as a published set (stages/published).
 
     One that lists "rewards" must find one at least among those that are known.
     """
-    questions = []
-    for file in files:
-        try:
-            lines = Path(file).read_text("utf-8").splitlines()
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                problem = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from None
-            ids = tuple(_prompt(problem, tokenizer, f"{file}:{number}"))
-            if rewards is not None and not chosen(problem, rewards):
-                raise ValueError(
-                    f"{file}:{number} is judged by {problem['rewards']!r}; this run has {', '.join(rewards)}"
-                )
-            questions.append(Question(ids, problem))
+    questions: list[Question] = []
+    for where, record in read_records(files):
+        problem = as_problem(record, where)
+        ids = tuple(_prompt(problem, tokenizer, where))
+        if rewards is not None and not chosen(problem, rewards):
+            raise ValueError(
+                f"{where} is judged by {problem['rewards']!r}; this run has {', '.join(rewards)}"
+            )
+        questions.append(Question(ids, problem))
     if not questions:
         raise ValueError(f"{', '.join(files)} hold no problem")
     return questions
