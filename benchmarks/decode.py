@@ -81,28 +81,39 @@ def decoding(engine: Engine, batch: int) -> Row:
     params = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True)
     for ids in prompts(config, batch, CONTEXT - STEPS // 2, seed=batch):
         engine.add(ids, params)
-    got = 0
-    while got < batch:  # all prompts are read
-        got = sum(1 for sequence in engine.scheduler.running if sequence.length > sequence.num_prompt)
-        engine.step()
-    for _ in range(8):
-        engine.step()
+    wait_for_decodes(engine, batch)
     before = engine.stats()
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(STEPS):
         engine.step()
     torch.cuda.synchronize()
-    ms = 1e3 * (time.perf_counter() - start) / STEPS
+    seconds = time.perf_counter() - start
     after = engine.stats()
+    steps, generated = after.steps - before.steps, after.generated - before.generated
+    if (steps, generated) != (STEPS, STEPS * batch):
+        raise RuntimeError(
+            f"{STEPS} calls ran {steps} steps and gave {generated} tokens; each call must give {batch}"
+        )
+    ms = 1e3 * seconds / STEPS
     experts = None
     if before.experts_touched is not None and after.experts_touched is not None:
         touched = (after.experts_touched - before.experts_touched).double().mean().item()
-        experts = touched / (after.steps - before.steps)
+        experts = touched / steps
     while engine.busy:
         engine.step()
     floor = decode_floor_ms(config, batch, experts or 0.0)
     return Row("decode", batch, ms, 1e3 * batch / ms, floor, TARGETS.get(batch), experts)
+
+
+def wait_for_decodes(engine: Engine, batch: int) -> None:
+    """Until all prompts are read, and some steps more."""
+    got = 0
+    while got < batch:
+        got = sum(1 for sequence in engine.scheduler.running if sequence.length > sequence.num_prompt)
+        engine.step()
+    for _ in range(8):
+        engine.step()
 
 
 def prefill(engine: Engine, count: int, length: int = 4096) -> Row:
@@ -152,12 +163,23 @@ def peer(ours: ModelConfig, batches: list[int], device: str = "cuda") -> Iterato
         yield batch, batch / sorted(times)[len(times) // 2]
 
 
+def profile_prefill(engine: Engine, count: int, length: int = 4096) -> str:
+    """Where the device's time of reading prompts goes."""
+    for ids in prompts(engine.config, count, length, seed=count):
+        engine.add(ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as traced:
+        while engine.busy:
+            engine.step()
+        torch.cuda.synchronize()
+    return f"prefill of {count}, " + _listed(traced, 1)
+
+
 def profile(engine: Engine, batch: int, steps: int = 10) -> str:
     """Where the device's time of a decoding step goes."""
     for ids in prompts(engine.config, batch, CONTEXT):
-        engine.add(ids, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
-    for _ in range(12):
-        engine.step()
+        engine.add(ids, SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+    wait_for_decodes(engine, batch)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as traced:
         for _ in range(steps):
@@ -165,13 +187,18 @@ def profile(engine: Engine, batch: int, steps: int = 10) -> str:
         torch.cuda.synchronize()
     while engine.busy:
         engine.step()
+    return f"decode of {batch}, " + _listed(traced, steps)
+
+
+def _listed(traced: torch.profiler.profile, steps: int) -> str:
+    """Kernels by their time. A kernel set up ahead of its predecessor's end counts what it waited, too."""
     rows: dict[str, list[float]] = {}
     for event in traced.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             cell = rows.setdefault(event.name, [0, 0])
             cell[0] += 1
             cell[1] += event.device_time_total
-    lines = [f"batch {batch}, device us and launches a step:"]
+    lines = ["device us and launches a step:"]
     for name, (count, us) in sorted(rows.items(), key=lambda row: -row[1][1])[:28]:
         lines.append(f"{us / steps:9.1f} {count / steps:6.1f}  {name[:100]}")
     total = sum(us for _, us in rows.values()) / steps
@@ -262,6 +289,8 @@ def main() -> None:
     # Last: launches stay slower in a process that was once traced.
     for batch in arguments.profile:
         say(profile(engine, batch), begun)
+    for count in arguments.prefills if arguments.profile else []:
+        say(profile_prefill(engine, count), begun)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,23 @@ def test_padding_and_overlap_change_nothing(
     assert engine.stats().generated == sum(len(done.ids) for done in [*alone, stopped])
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_every_step_launched_ahead_draws_for_all(
+    v3: Transformer, prompts: list[list[int]], count: int
+) -> None:
+    """No step waits for the token of the one before it, and none leaves out who could go on."""
+    engine = Engine(v3, replace(PLAIN, overlap=True))
+    for ids in prompts[:count]:
+        engine.add(ids, replace(GREEDY, max_tokens=40, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    before = engine.stats()
+    for _ in range(20):
+        engine.step()
+    after = engine.stats()
+    assert (after.steps - before.steps, after.generated - before.generated) == (20, 20 * count)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_preemption_changes_nothing(

@@ -110,7 +110,7 @@ class Scheduler:
     def commit(self, sequence: Sequence, tokens: list[int]) -> list[int]:
         """These tokens were drawn for a sequence, one after the other: those it takes before it finishes."""
         taken: list[int] = []
-        sequence.num_flying = 0
+        sequence.num_flying -= 1  # the next step's token may be on its way already
         for token in tokens:
             sequence.append(token)
             taken.append(token)

@@ -138,7 +138,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # while it runs; written by the scheduler
     row: int = -1  # its place among those that run
     num_computed: int = 0  # positions whose keys and values lie in the pages, or will when the step is done
-    num_flying: int = 0  # tokens drawn on the device that have not reached the host: 0 or 1
+    num_flying: int = 0  # tokens drawn on the device that have not reached the host: at most 1 between steps
     num_routed: int = 0  # positions whose experts were told, or are on their way
     num_drafts: int = 0  # tokens guessed ahead, on the device
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
