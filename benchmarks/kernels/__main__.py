@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import adamw, attention, experts, harness, layers, loss, routing, sampling
+from benchmarks.kernels import adamw, attention, block, experts, harness, layers, loss, routing, sampling
 
 OPS = {
     "adamw": adamw.cases,
     "attention": attention.cases,
+    "block": block.cases,
     "experts": experts.cases,
     "routing": routing.cases,
     "layers": layers.cases,

@@ -107,12 +107,13 @@ def test_nothing_is_compiled_once_it_is_warm() -> None:
             engine.step()
     finally:
         knobs.runtime.jit_cache_hook = None
-    assert not compiled
+    assert not [name.partition("[")[0] for name in compiled]
 
 
 def test_the_ledger_is_what_is_measured() -> None:
     """A model of some GiB: weights, cache, graphs and the largest step, within 3% of PyTorch's peak."""
     config = replace(tiny("deepseek-v2-lite"), vocab_size=102_400, hidden_size=2048, intermediate_size=10_944)
+    torch._C._cuda_clearCublasWorkspaces()  # of the tests before
     torch.cuda.empty_cache()
     start = torch.cuda.memory_allocated()
     model = Transformer(config, device="cuda", dtype=torch.bfloat16)

@@ -196,18 +196,20 @@ def test_write_latent_cache(
     angles, slots_T = _angles(rows, dim // 2), _slots(rows, 20, 16)
     pages = torch.full((20, 16, rank + dim), 7.0, dtype=dtype, device=DEVICE)
     wanted = pages.clone()
+    as_given_THR = q_THR.clone()
     turned_THR, rows_TL = cache.write_latent_cache(
         q_THR, kv_TL, weight_C, EPS, *angles, pages, slots_T, interleaved
     )
     key_T1R = rotary.rope(kv_TL[:, None, rank:], *angles, interleaved)
     latent_TC = reference.rms_norm(kv_TL[:, :rank].double(), weight_C.double(), EPS)
-    assert torch.equal(turned_THR, rotary.rope(q_THR, *angles, interleaved))
+    assert torch.equal(turned_THR, rotary.rope(as_given_THR, *angles, interleaved))
+    assert turned_THR.data_ptr() == q_THR.data_ptr()  # where they lay
     assert torch.equal(rows_TL[:, rank:], key_T1R.squeeze(1))
     _assert_close(rows_TL[:, :rank], latent_TC, dtype, terms=rank)
     reference_attention.write_cache(wanted, slots_T, rows_TL)
     assert torch.equal(pages, wanted)
     theirs = reference_cache.write_latent_cache(
-        q_THR.double(),
+        as_given_THR.double(),
         kv_TL.double(),
         weight_C.double(),
         EPS,

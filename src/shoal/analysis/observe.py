@@ -223,6 +223,7 @@ def _with_norms(model: Transformer, batch: Batch) -> tuple[Output, Tensor]:
         if isinstance(block.mlp, MoE):
             row = [math.nan, math.nan]
             kept.append(row)
+            block.mlp.apart = True
             handles.append(block.mlp.experts.register_forward_hook(watch(0, row)))
             if block.mlp.shared_experts is not None:
                 handles.append(block.mlp.shared_experts.register_forward_hook(watch(1, row)))
@@ -231,6 +232,9 @@ def _with_norms(model: Transformer, batch: Batch) -> tuple[Output, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
+        for block in model.model.layers:
+            if isinstance(block.mlp, MoE):
+                block.mlp.apart = False
 
 
 def _wait(device: torch.device) -> None:

@@ -271,6 +271,22 @@ def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
 def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
     """What a step of serving holds at its fullest beside weights and cache, `drawn` of its tokens drawn from.
 
+    Logits are held in float32 thrice while they are drawn from, and their cumulative sum in float64.
+    """
+    drawing = drawn * config.vocab_size * (3 * 4 + 8)
+    return max(
+        forward_bytes(config, tokens, 0, dtype_bytes),
+        _head_bytes(config, tokens, drawn, dtype_bytes) + drawing,
+    )
+
+
+def _head_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+    return (drawn * config.vocab_size + tokens * config.hidden_size) * dtype_bytes
+
+
+def forward_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+    """What the model itself holds of a step, up to the logits of `drawn` tokens: what a graph of it keeps.
+
     Summed tensor by tensor in the widest layer; an upper bound by a little, since PyTorch frees as it goes.
     """
     attention, moe = config.attention, config.moe
@@ -290,11 +306,8 @@ def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -
         routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
         feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
     layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
-    # 2. The rows that are drawn from: logits, in float32 thrice, and their cumulative sum in float64.
-    drawing = (
-        drawn * config.vocab_size * (dtype_bytes + 3 * 4 + 8) + tokens * config.hidden_size * dtype_bytes
-    )
-    return max(layer, drawing)
+    # 2. The head.
+    return max(layer, _head_bytes(config, tokens, drawn, dtype_bytes))
 
 
 def _known(dtype: str, *choices: str) -> str:

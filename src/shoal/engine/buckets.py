@@ -89,11 +89,9 @@ class Bucket:
     def capture(self, forward: Forward, pool: Any) -> Any:
         """Record the graph, with padding alone, and name the pool its memory came from."""
         self._slab.fill(self._arrays([]))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # whatever is done the first time only
-            forward(self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        # Whatever is done the first time only. On this stream: each other one gets a workspace of cuBLAS's.
+        forward(self.inputs)
+        torch.cuda.synchronize(self.inputs.codes_T.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             self._outputs = forward(self.inputs)
@@ -178,3 +176,13 @@ def warm_lengths(most: int) -> list[int]:
             lengths |= {length, length + 1, length + 8}
         base *= 2
     return sorted(length for length in lengths if length <= most)
+
+
+def warm_counts(most: int) -> list[int]:
+    """Numbers of decoding sequences, up to `most`, that meet every plan of attention over the cache, alone
+    and beside one more: those pad to powers of two."""
+    counts, base = {most}, 32
+    while base < most:
+        counts |= {base - 1, base + 1}
+        base *= 2
+    return sorted(count for count in counts if 0 < count <= most)

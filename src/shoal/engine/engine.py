@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shoal.engine import grammar, ledger, sampling, staging
 from shoal.engine.blocks import BlockPool
-from shoal.engine.buckets import default_contexts, default_sizes, warm_lengths
+from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
 from shoal.engine.events import Completion, Event, Routed, complete
 from shoal.engine.grammar import Grammars, Matcher, Vocabulary
 from shoal.engine.runner import Runner, Span, Step
@@ -189,11 +189,25 @@ class Engine:
         for length in warm_lengths(most):
             for start in {0, min(length, most - length)}:
                 step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
-        # A step of prompts and decodes, and each way to sample.
+        # Steps of prompts and decodes: as many sequences as kernels tell apart, near and far, whose chunks
+        # meet the cache as it is, or are expanded.
         half = max(most // 2, 1)
+        for decodes in {1, *warm_counts(min(self.settings.max_sequences, most - 32))}:
+            for start in {1, most - 1}:
+                for new in (new for new in (2, 31, 32) if new < most):
+                    spans = [Span(pages, start, [0], 1)] * decodes
+                    step = self.runner.run([Span(pages, int(new < 32), [0] * new, 1), *spans])
         step = self.runner.run([Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)])
-        for wish in (SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.9, top_k=40)):
-            sampling.draw(step.logits_MV, [Draw(wish, 0, 0), Draw(wish, 1, 0)])
+        # Each way to sample.
+        said = History(lambda rows, length: self.runner.records.ids(step.table_SB, rows, length), [1, 1])
+        for wish in (
+            SamplingParams(temperature=0),
+            SamplingParams(),
+            SamplingParams(top_p=0.9, top_k=40),
+            SamplingParams(frequency_penalty=1.0),
+            SamplingParams(temperature=0, repetition_penalty=1.1),
+        ):
+            sampling.draw(step.logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
         self.pool.release(pages)
         self.runner.records.reset_counts()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.config.cost import step_bytes
+from shoal.config.cost import forward_bytes, step_bytes
 from shoal.config.model import ModelConfig
 from shoal.engine.buckets import default_contexts
 from shoal.engine.records import count_record_bytes
@@ -24,6 +24,7 @@ from shoal.engine.settings import EngineSettings
 from shoal.model.transformer import Transformer
 
 _GIB = 2**30
+WORKSPACE_BYTES = 2**25  # of cuBLAS's on a stream (Hopper): for eager steps, and for the capture of graphs
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ def draw_up(
     """
     notes: list[str] = []
     activations = step_bytes(config, max_batch_tokens, min(max_batch_tokens, max_sequences), dtype_bytes)
+    activations += WORKSPACE_BYTES if graph_sizes else 0
     graphs = 0
     if graph_sizes:
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
         graphs = graphs_a_size * sum(graph_sizes) * kept + config.vocab_size * widest * dtype_bytes
-        graphs += step_bytes(config, widest, widest, dtype_bytes)
+        graphs += forward_bytes(config, widest, widest, dtype_bytes) + WORKSPACE_BYTES
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1
     usable = max_sequences * -(-config.max_position_embeddings // page_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoal.batch import Batch
 from shoal.config.model import GQAConfig, ModelConfig
-from shoal.model.layers import Linear, RMSNorm
+from shoal.model.layers import Linear, RMSNorm, together
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
 
@@ -54,9 +54,9 @@ class GQA(nn.Module):
         return norm(x_THQ) if norm is not None and self.gqa.qk_norm == "head" else x_THQ
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        q_THQ = self._heads(self.q_proj(x_TD), self.q_norm)
-        k_TGQ = self._heads(self.k_proj(x_TD), self.k_norm)
-        v_TGQ = self._heads(self.v_proj(x_TD), None)
+        q_TX, k_TX, v_TX = together(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        q_THQ, k_TGQ = self._heads(q_TX, self.q_norm), self._heads(k_TX, self.k_norm)
+        v_TGQ = self._heads(v_TX, None)
         kv, turn = batch.kv, {"interleaved": self.interleaved}
         if kv is None:
             q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)

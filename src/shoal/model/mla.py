@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.dsa import Indexer, Selection
-from shoal.model.layers import Linear, RMSNorm
+from shoal.model.layers import Linear, RMSNorm, together
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
 
@@ -71,34 +71,48 @@ class MLA(nn.Module):
             self.indexer = Indexer(config, mla, mla.indexer, layer, device=device, dtype=dtype)
 
     def forward(self, x_TD: Tensor, angles: Angles, batch: Batch) -> Tensor:
-        mla = self.mla
-        low_TX, q_TX = self._queries(x_TD)
+        mla, turn = self.mla, {"interleaved": self.interleaved}
+        low_TX, q_TX, kv_TL = self._project(x_TD)
         q_THQ = q_TX.unflatten(-1, (mla.num_attention_heads, -1))
-        q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
-        kv_TL, turn = self.kv_a_proj_with_mqa(x_TD), {"interleaved": self.interleaved}
+        if batch.kv is not None and self._absorbs(batch.kv):
+            norm, pages = self.kv_a_layernorm, self._pages(batch.kv)
+            q_THL = ops.latent_queries(
+                q_THQ,
+                kv_TL,
+                norm.weight,
+                norm.eps,
+                *angles,
+                self.kv_b_proj.weight,
+                pages,
+                batch.kv.slots_T,
+                **turn,
+            )
+            return self.o_proj(self.absorbed(q_THL, batch).flatten(1))
+        parts = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
+        q_nope_THN, q_rope_THR = q_THQ.split(parts, dim=-1)
         latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
         if batch.kv is None:
             latent_TC = self.kv_a_layernorm(latent_TC)
             q_rope_THR = ops.rope(q_rope_THR, *angles, **turn)
-            k_rope_T1R = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn)
+            q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
+            k_rope_TR = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn).squeeze(1)
         else:
             norm, pages = self.kv_a_layernorm, self._pages(batch.kv)
             q_rope_THR, rows_TL = ops.write_latent_cache(
                 q_rope_THR, kv_TL, norm.weight, norm.eps, *angles, pages, batch.kv.slots_T, **turn
             )
             latent_TC, k_rope_TR = rows_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
-            k_rope_T1R = k_rope_TR.unsqueeze(1)
         chosen = None if self.indexer is None else self.indexer(x_TD, low_TX, angles, batch)
         if chosen is not None and chosen.scores_TN is not None:
-            self._teach(chosen, q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
+            self._teach(chosen, q_nope_THN, q_rope_THR, latent_TC, k_rope_TR, batch)
         if chosen is not None and chosen.rows_TK is not None:
-            rows_TL = torch.cat((latent_TC, k_rope_T1R.squeeze(1)), dim=-1)
+            rows_TL = torch.cat((latent_TC, k_rope_TR), dim=-1)
             rows_XL = rows_TL if batch.kv is None else self._pages(batch.kv).flatten(0, 1)
             o_THV = self.selected(q_nope_THN, q_rope_THR, rows_XL, chosen.rows_TK)
         elif batch.kv is not None and batch.kv.has_prefix:
-            o_THV = self.cached(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
+            o_THV = self.cached(q_THQ, latent_TC, k_rope_TR, batch)
         else:
-            o_THV = self.expanded(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, batch)
+            o_THV = self.expanded(q_THQ, latent_TC, k_rope_TR, batch)
         return self.o_proj(o_THV.flatten(1))
 
     def expands(self, chunk: Chunk) -> bool:
@@ -114,14 +128,14 @@ class MLA(nn.Module):
         saved = new * (2 * prefix + new) * (2 * mla.kv_lora_rank - made)
         return new >= MIN_CHUNK and saved > 2 * prefix * mla.kv_lora_rank * made
 
-    def cached(
-        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
-    ) -> Tensor:
+    def _absorbs(self, kv: KVView) -> bool:
+        """Whether all that this step brings meets the latents as they are."""
+        return self.indexer is None and kv.has_prefix and not any(map(self.expands, kv.chunks))
+
+    def cached(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
         """Attention over the cache: long chunks expanded, each on its own, all between them absorbed."""
         assert batch.kv is not None
         chunks = [chunk for chunk in batch.kv.chunks if self.expands(chunk)]
-        if not chunks:
-            return self.absorbed(q_nope_THN, q_rope_THR, batch)
         parts: list[Tensor] = []
         row = sequence = 0
         end = Chunk(batch.num_sequences, batch.num_tokens, 0, 0)
@@ -129,64 +143,63 @@ class MLA(nn.Module):
             rows = slice(row, chunk.first)
             if row < chunk.first:
                 between = _between(batch, sequence, chunk.sequence, row)
-                parts.append(self.absorbed(q_nope_THN[rows], q_rope_THR[rows], between))
+                halves = (self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim)
+                q_THL = self._absorb(*q_THQ[rows].split(halves, dim=-1))
+                parts.append(self.absorbed(q_THL, between))
             rows = slice(chunk.first, chunk.first + chunk.new)
             if chunk.new:
-                q_nHQ = torch.cat((q_nope_THN[rows], q_rope_THR[rows]), dim=-1)
-                parts.append(self.chunk(q_nHQ, latent_TC[rows], k_rope_T1R[rows], chunk, batch))
+                parts.append(self.chunk(q_THQ[rows], latent_TC[rows], k_rope_TR[rows], chunk, batch))
             row, sequence = rows.stop, chunk.sequence + 1
         return torch.cat(parts)
 
-    def _expand(self, latent_TC: Tensor, k_rope_T1R: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(self, latent_TC: Tensor, k_rope_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every head, made of latents."""
         mla = self.mla
         kv_THX = self.kv_b_proj(latent_TC).unflatten(-1, (mla.num_attention_heads, -1))
         k_nope_THN, v_THV = kv_THX.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
-        return torch.cat((k_nope_THN, k_rope_T1R.expand(-1, mla.num_attention_heads, -1)), dim=-1), v_THV
+        return ops.join_heads(k_nope_THN, k_rope_TR), v_THV
 
     def chunk(
-        self, q_nHQ: Tensor, latent_nC: Tensor, k_rope_n1R: Tensor, chunk: Chunk, batch: Batch
+        self, q_nHQ: Tensor, latent_nC: Tensor, k_rope_nR: Tensor, chunk: Chunk, batch: Batch
     ) -> Tensor:
         """Attention of one sequence's new tokens over themselves and what is cached of it, expanded."""
         mla, kv = self.mla, batch.kv
         assert kv is not None
-        o_nHV, lse_nH = ops.attention_part(q_nHQ, *self._expand(latent_nC, k_rope_n1R), self.scale, True)
+        o_nHV, lse_nH = ops.attention_part(q_nHQ, *self._expand(latent_nC, k_rope_nR), self.scale, True)
         prefix, step = chunk.context - chunk.new, max(1, PIECE_KEYS // mla.num_attention_heads)
         for first in range(0, prefix, step):
             last = min(first + step, prefix)
             rows_NL = ops.read_cache(self._pages(kv), kv.block_table_SB[chunk.sequence], first, last)
             latent_NC, k_rope_NR = rows_NL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
-            k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR.unsqueeze(1))
+            k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR)
             part = ops.attention_part(q_nHQ, k_NHQ, v_NHV, self.scale, False)
             o_nHV, lse_nH = ops.merge_attention(o_nHV, lse_nH, *part)
         return o_nHV.to(q_nHQ.dtype)
 
-    def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """What queries are projected from, and they."""
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries are projected from, they, and the latents."""
         if self.mla.q_lora_rank is None:
-            return x_TD, self.q_proj(x_TD)
-        low_TX = self.q_a_layernorm(self.q_a_proj(x_TD))
-        return low_TX, self.q_b_proj(low_TX)
+            return x_TD, *together(x_TD, self.q_proj, self.kv_a_proj_with_mqa)
+        low_TX, kv_TL = together(x_TD, self.q_a_proj, self.kv_a_proj_with_mqa)
+        low_TX = self.q_a_layernorm(low_TX)
+        return low_TX, self.q_b_proj(low_TX), kv_TL
 
     def _pages(self, kv: KVView) -> Tensor:
         """The latent rows of the cache; after them, in the same row, comes the indexer's key."""
         pages = kv.pages[self.layer]
         return pages if self.indexer is None else pages[..., : self.mla.latent_dim]
 
-    def expanded(
-        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, batch: Batch
-    ) -> Tensor:
+    def expanded(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
         """Attention among the tokens of this batch alone, keys and values made for every head."""
-        q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
-        k_THQ, v_THV = self._expand(latent_TC, k_rope_T1R)
+        k_THQ, v_THV = self._expand(latent_TC, k_rope_TR)
         return ops.attention(q_THQ, k_THQ, v_THV, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
 
-    def absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, batch: Batch) -> Tensor:
-        """Attention over the cached latents, this step's tokens included."""
+    def absorbed(self, q_THL: Tensor, batch: Batch) -> Tensor:
+        """Attention over the cached latents, this step's tokens included, of queries that meet them."""
         mla, kv = self.mla, batch.kv
         assert kv is not None
         o_THC = ops.latent_attention(
-            self._absorb(q_nope_THN, q_rope_THR),
+            q_THL,
             self._pages(kv),
             kv.block_table_SB,
             kv.context_lens_S,
@@ -205,20 +218,15 @@ class MLA(nn.Module):
             ops.sparse_latent_attention(q_THL, rows_XL, rows_TK, self.mla.kv_lora_rank, self.scale)
         )
 
-    def _halves(self) -> tuple[Tensor, Tensor]:
-        """W_UK (H, N, C) and W_UV (H, V, C)."""
-        mla = self.mla
-        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (mla.num_attention_heads, -1))
-        w_uk_HNC, w_uv_HVC = kv_b_HXC.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=1)
-        return w_uk_HNC, w_uv_HVC
-
     def _absorb(self, q_nope_THN: Tensor, q_rope_THR: Tensor) -> Tensor:
         """Queries that meet latents (T, H, C + R)."""
-        q_latent_THC = torch.bmm(q_nope_THN.transpose(0, 1), self._halves()[0]).transpose(0, 1)
+        kv_b_HXC = self.kv_b_proj.weight.unflatten(0, (self.mla.num_attention_heads, -1))
+        w_uk_HNC = kv_b_HXC[:, : self.mla.qk_nope_head_dim]
+        q_latent_THC = torch.bmm(q_nope_THN.transpose(0, 1), w_uk_HNC).transpose(0, 1)
         return torch.cat((q_latent_THC, q_rope_THR), dim=-1)
 
     def _values(self, o_THC: Tensor) -> Tensor:
-        return torch.bmm(o_THC.transpose(0, 1), self._halves()[1].transpose(1, 2)).transpose(0, 1)
+        return ops.latent_values(o_THC, self.kv_b_proj.weight, self.mla.v_head_dim)
 
     @torch.no_grad()
     def _teach(
@@ -227,13 +235,13 @@ class MLA(nn.Module):
         q_nope_THN: Tensor,
         q_rope_THR: Tensor,
         latent_TC: Tensor,
-        k_rope_T1R: Tensor,
+        k_rope_TR: Tensor,
         batch: Batch,
     ) -> None:
         """Show the indexer's teacher how attention spreads over what it reads."""
         assert self.indexer is not None and self.indexer.teacher is not None and chosen.scores_TN is not None
         q_THL = self._absorb(q_nope_THN, q_rope_THR)
-        k_T1L = torch.cat((latent_TC.unsqueeze(1), k_rope_T1R), dim=-1)
+        k_T1L = torch.cat((latent_TC, k_rope_TR), dim=-1).unsqueeze(1)
         mass_TN = ops.attention_mass(
             q_THL, k_T1L, batch.cu_seqlens_S1, batch.max_seqlen, self.scale, chosen.places_TK
         )

@@ -72,29 +72,21 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", bias if moe.has_correction_bias else None)
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> Routing:
-        moe = self.moe
-        logits_TE = ops.gate_logits(x_TD, self.weight)
-        if self.perturb is not None and self.training:
-            logits_TE = self.perturb(logits_TE)
-        if self.expert_weight is not None:
-            logits_TE = join_segments(ops.gate_logits(x_TD, self.expert_weight), logits_TE)
-        given_TK = replay_TK
-        if replay_TK is None and moe.topk_method == "expert_choice":
-            given_TK = choose_tokens(logits_TE.detach(), moe.num_experts_per_tok)
-        elif replay_TK is None and moe.topk_method == "segments":
-            given_TK = choose_segments(logits_TE.detach(), moe)
-        assert given_TK is not None or moe.topk_method != "hash", "the model hashes ids, and hands that in"
-        routing = ops.route(
-            logits_TE,
-            moe.num_experts_per_tok if given_TK is None else given_TK.shape[1],
-            scoring_func=moe.scoring_func,
-            bias_E=self.e_score_correction_bias,
-            n_group=moe.n_group if given_TK is None else 1,
-            topk_group=moe.topk_group if given_TK is None else 1,
-            norm_topk_prob=moe.norm_topk_prob,
-            routed_scaling_factor=moe.routed_scaling_factor,
-            replay_TK=given_TK,
-        )._replace(logits_TE=logits_TE)
+        moe, given_TK = self.moe, replay_TK
+        assert replay_TK is not None or moe.topk_method != "hash", "the model hashes ids, and hands that in"
+        if self._is_plain():
+            routing = ops.gate(x_TD, self.weight, **self._rule(given_TK))
+        else:
+            logits_TE = ops.gate_logits(x_TD, self.weight)
+            if self.perturb is not None and self.training:
+                logits_TE = self.perturb(logits_TE)
+            if self.expert_weight is not None:
+                logits_TE = join_segments(ops.gate_logits(x_TD, self.expert_weight), logits_TE)
+            if replay_TK is None and moe.topk_method == "expert_choice":
+                given_TK = choose_tokens(logits_TE.detach(), moe.num_experts_per_tok)
+            elif replay_TK is None and moe.topk_method == "segments":
+                given_TK = choose_segments(logits_TE.detach(), moe)
+            routing = ops.route(logits_TE, **self._rule(given_TK))._replace(logits_TE=logits_TE)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if factor is None or replay_TK is not None:
             return routing
@@ -104,6 +96,24 @@ class Gate(nn.Module):
         return routing._replace(
             experts_TK=kept_TK, weights_TK=routing.weights_TK.masked_fill(kept_TK < 0, 0.0)
         )
+
+    def _is_plain(self) -> bool:
+        """Whether the choice is a function of x W^T by one of the rules of `ops.route`."""
+        own_rule = self.moe.topk_method in ("expert_choice", "segments")
+        return not own_rule and not (self.perturb is not None and self.training)
+
+    def _rule(self, given_TK: Tensor | None) -> dict[str, Any]:
+        moe = self.moe
+        return {
+            "top_k": moe.num_experts_per_tok if given_TK is None else given_TK.shape[1],
+            "scoring_func": moe.scoring_func,
+            "bias_E": self.e_score_correction_bias,
+            "n_group": moe.n_group if given_TK is None else 1,
+            "topk_group": moe.topk_group if given_TK is None else 1,
+            "norm_topk_prob": moe.norm_topk_prob,
+            "routed_scaling_factor": moe.routed_scaling_factor,
+            "replay_TK": given_TK,
+        }
 
 
 def hash_experts(ids_T: Tensor, layer: int, moe: MoEConfig) -> Tensor:
@@ -161,8 +171,18 @@ class Experts(nn.Module):
         )
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width, device=device, dtype=dtype))
 
-    def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return ops.grouped_mlp(x_TD, experts_TK, weights_TK, self.gate_up_proj, self.down_proj)
+    def forward(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        shared: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The routed experts, and with `shared` (gate, up, down) those that every token takes."""
+        stacks = (self.gate_up_proj, self.down_proj)
+        if shared is None:
+            return ops.grouped_mlp(x_TD, experts_TK, weights_TK, *stacks)
+        return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared)
 
 
 class MoE(nn.Module):
@@ -178,9 +198,18 @@ class MoE(nn.Module):
                 config.hidden_size, moe.shared_intermediate_size, device=device, dtype=dtype
             )
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.apart = False  # two calls for the two kinds of experts, for whoever watches each
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD, replay_TK)
+        if (
+            self.shared_experts is not None
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and not self.apart
+        ):
+            matrices = self.shared_experts.matrices()
+            if matrices is not None:
+                return self.experts(x_TD, routing.experts_TK, routing.weights_TK, matrices), routing
         *rows, handle = self.dispatcher.dispatch(x_TD, routing.experts_TK, routing.weights_TK)
         y_TD = self.dispatcher.combine(self.experts(*rows), handle)
         if self.shared_experts is not None:

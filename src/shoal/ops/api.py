@@ -121,6 +121,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return call("swiglu", gate, up)
 
 
+def linears(
+    x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """x W^T, plus the bias if there is one, for each of some weights (N_i, D) that read the same rows.
+
+    In x's dtype, any leading shape of x. Differentiable in all.
+    """
+    return call("linears", x_TD, weights, biases)
+
+
 def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
     """Rotate each pair of x by the angle whose cosine and sine are given in float32, one a pair.
 
@@ -187,6 +197,39 @@ def route(
     )
 
 
+def gate(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    top_k: int,
+    *,
+    scoring_func: Literal["softmax", "sigmoid"],
+    bias_E: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    replay_TK: Tensor | None = None,
+) -> Routing:
+    """`route` of `gate_logits`, which the result holds too."""
+    if not 0 < top_k <= weight_ED.shape[0]:
+        raise ValueError(f"gate: top_k is {top_k}; it must be between 1 and the {weight_ED.shape[0]} experts")
+    return Routing(
+        *call(
+            "gate",
+            x_TD,
+            weight_ED,
+            top_k,
+            scoring_func,
+            bias_E,
+            n_group,
+            topk_group,
+            norm_topk_prob,
+            routed_scaling_factor,
+            replay_TK,
+        )
+    )
+
+
 def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     """`experts_TK` with -1 where an expert already had `capacity` tokens (Switch, GShard).
 
@@ -210,6 +253,24 @@ def grouped_mlp(
     Differentiable in x, weights and both matrices; SwiGLU is recomputed in the backward pass, not stored.
     """
     return call("grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_GD: Tensor,
+    up_GD: Tensor,
+    down_DG: Tensor,
+) -> Tensor:
+    """`grouped_mlp`, plus down(silu(gate x) * up x) of the shared experts: a dense MLP that all tokens take.
+
+    Both are cast to x's dtype before they are added. Differentiable as `grouped_mlp`, and in the shared
+    matrices.
+    """
+    return call("mixture", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_GD, up_GD, down_DG)
 
 
 def attention(
@@ -271,12 +332,59 @@ def write_latent_cache(
 ) -> tuple[Tensor, Tensor]:
     """What MLA does to a token before it attends to a cache: rotated queries (T, H, R), and rows (T, C + R).
 
-    A row is `rms_norm` of the first C elements of `kv_TL` and `rope` of the last R; it is kept at its slot of
-    `pages` (P, page_size, C + R) and returned. Cast points are those of the two ops. No gradient.
+    The queries are turned where they lie, so that those of which they are a part are whole. A row is
+    `rms_norm` of the first C elements of `kv_TL` and `rope` of the last R; it is kept at its slot of `pages`
+    (P, page_size, C + R) and returned. Cast points are those of the two ops. No gradient.
     """
     return call(
         "write_latent_cache", q_THR, kv_TL, weight_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
     )
+
+
+def latent_queries(
+    q_THQ: Tensor,
+    kv_TL: Tensor,
+    norm_C: Tensor,
+    eps: float,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    kv_b: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    """Queries (T, H, C + R) that `latent_attention` takes; the tokens' rows are written to the cache.
+
+    Of each query (N + R elements) the first N are multiplied by the head's W_UK, and the last R rotated.
+    `kv_b` (H (N + V), C) holds W_UK and W_UV of each head, one after the other. Rows and pages as in
+    `write_latent_cache`. No gradient.
+    """
+    return call(
+        "latent_queries",
+        q_THQ,
+        kv_TL,
+        norm_C,
+        eps,
+        cos_TR2,
+        sin_TR2,
+        kv_b,
+        pages,
+        slots_T,
+        interleaved,
+    )
+
+
+def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:
+    """What each head has of its own, then what all share: (T, H, N + R). Differentiable in both."""
+    return call("join_heads", a_THN, b_TR)
+
+
+def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int) -> Tensor:
+    """W_UV of each head times what `latent_attention` made of latents: (T, H, V). `kv_b` as in
+    `latent_queries`. No gradient.
+    """
+    return call("latent_values", o_THC, kv_b, value_dim)
 
 
 def write_kv_cache(

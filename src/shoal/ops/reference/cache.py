@@ -28,7 +28,8 @@ def write_latent_cache(
     latent_TC, key_TR = kv_TL.split((weight_C.shape[0], q_THR.shape[2]), dim=-1)
     # 1. One rotation for the heads' queries and the key they share.
     rope_TXR = rope(torch.cat((q_THR, key_TR.unsqueeze(1)), dim=1), cos_TR2, sin_TR2, interleaved)
-    q_THR, key_T1R = rope_TXR.split((q_THR.shape[1], 1), dim=1)
+    turned_THR, key_T1R = rope_TXR.split((q_THR.shape[1], 1), dim=1)
+    q_THR.copy_(turned_THR)
     # 2. The row of the cache.
     rows_TL = torch.cat((rms_norm(latent_TC, weight_C, eps), key_T1R.squeeze(1)), dim=-1)
     write_cache(pages, slots_T, rows_TL)
@@ -50,3 +51,37 @@ def write_kv_cache(
     k_TGQ = rope(k_TGQ, cos_TR2, sin_TR2, interleaved)
     write_cache(pages, slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
     return q_THQ, k_TGQ
+
+
+@torch.no_grad()
+def latent_queries(
+    q_THQ: Tensor,
+    kv_TL: Tensor,
+    norm_C: Tensor,
+    eps: float,
+    cos_TR2: Tensor,
+    sin_TR2: Tensor,
+    kv_b: Tensor,
+    pages: Tensor,
+    slots_T: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    rotated = kv_TL.shape[1] - norm_C.shape[0]
+    q_THN, q_THR = q_THQ.split((q_THQ.shape[2] - rotated, rotated), dim=-1)
+    # 1. Rotate, and keep the row.
+    q_THR, _ = write_latent_cache(
+        q_THR.clone(), kv_TL, norm_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
+    )
+    # 2. W_UK of each head.
+    w_HNC = kv_b.unflatten(0, (q_THQ.shape[1], -1))[:, : q_THN.shape[2]]
+    q_THC = torch.bmm(q_THN.transpose(0, 1), w_HNC).transpose(0, 1)
+    return torch.cat((q_THC, q_THR), dim=-1)
+
+
+def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int) -> Tensor:
+    w_HVC = kv_b.unflatten(0, (o_THC.shape[1], -1))[:, -value_dim:]
+    return torch.bmm(o_THC.transpose(0, 1), w_HVC.transpose(1, 2)).transpose(0, 1)
+
+
+def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:
+    return torch.cat((a_THN, b_TR.unsqueeze(1).expand(-1, a_THN.shape[1], -1)), dim=-1)

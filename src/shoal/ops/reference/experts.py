@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.ops.reference.layers import swiglu
+
 FEW_TOKENS = 64  # up to which calls cost more than arithmetic
 
 
@@ -46,7 +48,7 @@ def _sum_choices(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor
         return F.embedding_bag(
             place_TK.view_as(weights_TK), rows_MD, mode="sum", per_sample_weights=weights_TK
         )
-    rows_TKD = rows_MD.float().index_select(0, place_TK).view(*weights_TK.shape, -1)
+    rows_TKD = rows_MD.float().index_select(0, place_TK).view(*weights_TK.shape, rows_MD.shape[1])
     return torch.bmm(weights_TK.float().unsqueeze(1), rows_TKD).squeeze(1).to(rows_MD.dtype)
 
 
@@ -166,3 +168,17 @@ def grouped_mlp(
         if x_TD.shape[0] <= FEW_TOKENS and _takes_grouped_mm(x_TD, gate_up_E2FD, down_EDF):
             return _few_tokens(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
     return _GroupedMLP.apply(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_GD: Tensor,
+    up_GD: Tensor,
+    down_DG: Tensor,
+) -> Tensor:
+    routed_TD = grouped_mlp(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+    return routed_TD + F.linear(swiglu(F.linear(x_TD, gate_GD), F.linear(x_TD, up_GD)), down_DG)

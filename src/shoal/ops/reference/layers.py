@@ -70,3 +70,9 @@ def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, interleaved: bool) -> 
     cos, sin = cos_TR2.unsqueeze(1), sin_TR2.unsqueeze(1)
     first, second = wide.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THR.dtype)
+
+
+def linears(
+    x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    return tuple(F.linear(x_TD, weight, bias) for weight, bias in zip(weights, biases, strict=True))

@@ -7,6 +7,8 @@ get -inf, not 0 (biased scores may be negative).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,3 +81,8 @@ def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     # 3. Those past the capacity lose their place.
     kept_M = torch.where(place_M < capacity, order_M, -1)
     return kept_M.view(experts_TK.shape[1], -1).t().contiguous()
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits_TE = gate_logits(x_TD, weight_ED)
+    return *route(logits_TE, top_k, *rule), logits_TE

@@ -1,6 +1,6 @@
 """What a token leaves in the paged cache, written where it is made.
 
-    latent   page[slot] = [rms_norm(c) | rope(k)],  q <- rope(q)      from kv_a's output, one launch
+    latent   page[slot] = [rms_norm(c) | rope(k)],  q <- rope(q)      from kv_a's output, q in place
     heads    page[slot] = [rope(k), v],             q <- rope(q)      the same for keys and values
 
 Layout: program (token, 0) makes the row of the cache (of heads, a block of them), the others turn a block of
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 from shoal.ops.triton.norms import DTYPES, normalise
 from shoal.ops.triton.rotary import head_block, load_angles, load_pairs, side_by_side, store_pairs, turn
 
@@ -34,7 +35,7 @@ def _write_kernel(rows_ptr, pages_ptr, slots_ptr, row_stride, WIDTH: tl.constexp
 
 
 @triton.jit
-def _turn_queries(
+def turn_queries(
     q_ptr,
     out_ptr,
     cos,
@@ -43,6 +44,8 @@ def _turn_queries(
     block,
     token_stride,
     head_stride,
+    out_token_stride,
+    out_head_stride,
     H: tl.constexpr,
     R: tl.constexpr,
     HEADS: tl.constexpr,
@@ -52,7 +55,45 @@ def _turn_queries(
     head = block * HEADS + tl.arange(0, HEADS)[:, None]
     a, b = load_pairs(q_ptr + token * token_stride + head * head_stride, head < H, R, PAIRS, INTERLEAVED)
     first, second = turn(a, b, cos, sin)
-    store_pairs(out_ptr + (token * H + head) * R, first, second, head < H, R, PAIRS, INTERLEAVED)
+    out = out_ptr + token * out_token_stride + head * out_head_stride
+    store_pairs(out, first, second, head < H, R, PAIRS, INTERLEAVED)
+
+
+@triton.jit
+def latent_row(
+    kv_ptr,
+    weight_ptr,
+    cos,
+    sin,
+    pages_ptr,
+    slots_ptr,
+    rows_ptr,
+    token,
+    kv_stride,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    RETURN: tl.constexpr,
+):
+    """The row of a token, to its slot, and if RETURN to `rows`."""
+    dtype: tl.constexpr = pages_ptr.dtype.element_ty
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    latent = tl.load(kv_ptr + token * kv_stride + column, mask=column < C, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    normal, _ = normalise(latent, eps, C, dtype)
+    latent = (normal * weight).to(dtype)
+    tl.store(pages_ptr + slot * (C + R) + column, latent, mask=column < C)
+    one = tl.arange(0, 1)[:, None]
+    a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
+    first, second = turn(a, b, cos, sin)
+    store_pairs(pages_ptr + slot * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+    if RETURN:
+        tl.store(rows_ptr + token * (C + R) + column, latent, mask=column < C)
+        store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -64,7 +105,6 @@ def _write_latent_kernel(
     sin_ptr,
     pages_ptr,
     slots_ptr,
-    turned_ptr,
     rows_ptr,
     q_token_stride,
     q_head_stride,
@@ -77,40 +117,22 @@ def _write_latent_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cos, sin = load_angles(cos_ptr, sin_ptr, token, R, PAIRS)
     if tl.program_id(1) == 0:
-        slot = tl.load(slots_ptr + token).to(tl.int64)
-        column = tl.arange(0, BLOCK)[None, :]
-        latent = tl.load(kv_ptr + token * kv_stride + column, mask=column < C, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        normal, _ = normalise(latent, eps, C, dtype)
-        latent = (normal * weight).to(dtype)
-        tl.store(rows_ptr + token * (C + R) + column, latent, mask=column < C)
-        tl.store(pages_ptr + slot * (C + R) + column, latent, mask=column < C)
-        one = tl.arange(0, 1)[:, None]
-        a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
-        first, second = turn(a, b, cos, sin)
-        store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
-        store_pairs(pages_ptr + slot * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+        latent_row(
+            kv_ptr, weight_ptr, cos, sin, pages_ptr, slots_ptr, rows_ptr, token, kv_stride, eps,
+            C, R, BLOCK, PAIRS, INTERLEAVED, True,
+        )  # fmt: skip
     else:
-        _turn_queries(
-            q_ptr,
-            turned_ptr,
-            cos,
-            sin,
-            token,
-            tl.program_id(1) - 1,
-            q_token_stride,
-            q_head_stride,
-            H,
-            R,
-            HEADS,
-            PAIRS,
-            INTERLEAVED,
-        )
+        turn_queries(
+            q_ptr, q_ptr, cos, sin, token, tl.program_id(1) - 1,
+            q_token_stride, q_head_stride, q_token_stride, q_head_stride,
+            H, R, HEADS, PAIRS, INTERLEAVED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -136,7 +158,9 @@ def _write_heads_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     cos, sin = load_angles(cos_ptr, sin_ptr, token, R, PAIRS)
     key_blocks: tl.constexpr = (G + HEADS - 1) // HEADS
@@ -156,21 +180,11 @@ def _write_heads_kernel(
         value = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + column, mask=real)
         tl.store(key + G * R + column, value, mask=real)
     else:
-        _turn_queries(
-            q_ptr,
-            turned_q_ptr,
-            cos,
-            sin,
-            token,
-            tl.program_id(1) - key_blocks,
-            q_token_stride,
-            q_head_stride,
-            H,
-            R,
-            HEADS,
-            PAIRS,
-            INTERLEAVED,
-        )
+        turn_queries(
+            q_ptr, turned_q_ptr, cos, sin, token, tl.program_id(1) - key_blocks,
+            q_token_stride, q_head_stride, H * R, R,
+            H, R, HEADS, PAIRS, INTERLEAVED,
+        )  # fmt: skip
 
 
 def _pages_refusal(pages: Tensor, row: Tensor) -> str | None:
@@ -216,6 +230,8 @@ def write_latent_cache_refusal(
         return f"queries are {q_THR.dtype}; the kernel takes bfloat16, float16 and float32"
     if not q_THR.dtype == kv_TL.dtype == weight_C.dtype:
         return f"queries are {q_THR.dtype}, latents {kv_TL.dtype} and the weight {weight_C.dtype}; cast them"
+    if q_THR.stride(-1) != 1:
+        return "the elements of a query are not side by side; the kernel turns them where they lie"
     if weight_C.shape[0] > MAX_LATENT:
         return f"a latent of {weight_C.shape[0]}; a program holds at most {MAX_LATENT}"
     return _pages_refusal(pages, kv_TL)
@@ -233,13 +249,12 @@ def write_latent_cache(
     slots_T: Tensor,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Turned queries and the rows of the cache, as `ops.api.write_latent_cache` says."""
+    """Queries turned where they lie and the rows of the cache, as `ops.api.write_latent_cache` says."""
     (T, H, R), C = q_THR.shape, weight_C.shape[0]
-    q_THR, kv_TL = side_by_side(q_THR), side_by_side(kv_TL)
-    turned_THR = torch.empty(T, H, R, dtype=q_THR.dtype, device=q_THR.device)
+    kv_TL = side_by_side(kv_TL)
     rows_TL = torch.empty(T, C + R, dtype=q_THR.dtype, device=q_THR.device)
     if T:
-        block = head_block(H, R)
+        block, pdl = head_block(H, R), programmatic(q_THR.device)
         _write_latent_kernel[(T, 1 + triton.cdiv(H, block["HEADS"]))](
             q_THR,
             kv_TL,
@@ -248,7 +263,6 @@ def write_latent_cache(
             sin_TR2.contiguous(),
             pages,
             slots_T.contiguous(),
-            turned_THR,
             rows_TL,
             q_THR.stride(0),
             q_THR.stride(1),
@@ -259,9 +273,11 @@ def write_latent_cache(
             R=R,
             BLOCK=triton.next_power_of_2(C),
             INTERLEAVED=interleaved,
+            PDL=pdl,
+            launch_pdl=pdl,
             **block,
         )
-    return turned_THR, rows_TL
+    return q_THR, rows_TL
 
 
 def write_kv_cache_refusal(
@@ -299,7 +315,7 @@ def write_kv_cache(
     turned_THQ = torch.empty(T, H, R, dtype=q_THQ.dtype, device=q_THQ.device)
     turned_TGQ = torch.empty(T, G, R, dtype=q_THQ.dtype, device=q_THQ.device)
     if T:
-        block = head_block(H, R)
+        block, pdl = head_block(H, R), programmatic(q_THQ.device)
         _write_heads_kernel[(T, triton.cdiv(G, block["HEADS"]) + triton.cdiv(H, block["HEADS"]))](
             q_THQ,
             k_TGQ,
@@ -317,6 +333,8 @@ def write_kv_cache(
             G=G,
             R=R,
             INTERLEAVED=interleaved,
+            PDL=pdl,
+            launch_pdl=pdl,
             **block,
         )
     return turned_THQ, turned_TGQ

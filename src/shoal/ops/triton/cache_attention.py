@@ -28,6 +28,7 @@ from shoal.ops.triton.expert_plan import num_multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM, MAX_SEQUENCES = 512, 8192
+MIN_PAD = 32  # sequences that a program counts at least: fewer kernels to warm up
 
 
 def _refusal(
@@ -95,7 +96,9 @@ def _attend(
     rep = H // groups
     if plan is None:
         rows, sequences = (rep, MAX_SEQUENCES) if invariant else (most * rep, S)
-        plan = choose_plan(rows, sequences, rank, q_THd.dtype, latent=latent, hopper=_hopper(q_THd.device))
+        far = longest if not invariant else 1 << 30
+        hopper = _hopper(q_THd.device)
+        plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, latent=latent, hopper=hopper)
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
     device = q_THd.device
@@ -116,7 +119,7 @@ def _attend(
         "C": rank,
         "BM": plan.bm,
         "BN": plan.bn,
-        "S_PAD": triton.next_power_of_2(max(S, 1)),
+        "S_PAD": max(MIN_PAD, triton.next_power_of_2(S)),
         "FIXED": invariant,
         "UNIT": unit,
     }
@@ -132,6 +135,8 @@ def _attend(
         BC=column,
         BR=triton.next_power_of_2(max(dim - rank, 16)),
         SWAP=plan.swap,
+        PDL=pdl,
+        launch_pdl=pdl,
         PRECISION="ieee" if q_THd.dtype == torch.float32 else "tf32",
         num_warps=plan.warps,
         num_stages=plan.stages,

@@ -28,20 +28,24 @@ class Plan:
 
 PORTABLE, _NARROW = Plan(16, 16, False, 4, 2), Plan(16, 64, False, 4, 2)
 
-# Measured on an H200, 2026-11-24. Few sequences: larger tiles, which end sooner; many: two programs an SM.
+# Measured on an H200, 2026-11-24. Few sequences, or short ones that each get a multiprocessor: larger tiles,
+# which end sooner (1k positions of 8, 32 and 128: 12.6, 24.5, 53.0 us against 15.0, 25.2, 58.7); many: two
+# programs an SM (256: 88.7 against 101.8).
+SHORT, EACH = 4096, 64
 _LATENT_FEW, _LATENT_16 = Plan(16, 64, False, 8, 5), Plan(16, 32, False, 4, 5, resident=2)
 _LATENT_64 = Plan(64, 64, False, 8, 2)
 _PAGED_16, _PAGED_64 = Plan(16, 128, False, 4, 5), Plan(64, 64, False, 4, 3)
 
 
 def choose_plan(
-    rows: int, sequences: int, dim: int, dtype: torch.dtype, *, latent: bool, hopper: bool
+    rows: int, sequences: int, longest: int, dim: int, dtype: torch.dtype, *, latent: bool, hopper: bool
 ) -> Plan:
-    """For at most `rows` queries that share a key; `dim` is that of a value."""
+    """For at most `rows` queries that share a key, contexts up to `longest`; `dim` is that of a value."""
     if dtype == torch.float32 or not hopper or dim < 64:
         return PORTABLE if dim > 128 else _NARROW
     if not latent:
         return _PAGED_16 if rows <= 16 else _PAGED_64
     if rows <= 16:
-        return _LATENT_FEW if sequences < 8 else _LATENT_16
+        short = longest <= SHORT and sequences <= EACH
+        return _LATENT_FEW if sequences < 8 or short else _LATENT_16
     return _LATENT_64

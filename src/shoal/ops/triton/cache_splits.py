@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from shoal.ops.triton.launch import wait_for_previous
+
 
 @triton.jit
 def _count_tiles(
@@ -85,7 +87,7 @@ def _load_queries(
     return tl.load(q_ptr + at[:, None] + first + column[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["S", "B", "W"])
+@triton.jit(do_not_specialize=["S", "B", "W", "RB"])
 def split_kernel(
     q_ptr,
     pages_ptr,
@@ -101,7 +103,7 @@ def split_kernel(
     scale,  # times log2(e)
     H: tl.constexpr,
     REP: tl.constexpr,  # query heads of a key head
-    RB: tl.constexpr,  # blocks of rows of a key head
+    RB,  # blocks of rows of a key head
     C: tl.constexpr,
     R: tl.constexpr,  # elements of a key past the C that have a value's place in a latent row; 0 otherwise
     LATENT: tl.constexpr,
@@ -114,8 +116,11 @@ def split_kernel(
     SWAP: tl.constexpr,
     FIXED: tl.constexpr,
     UNIT: tl.constexpr,
+    PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()  # and nothing is let in early: the merge would take the place of other programs
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
     ROW: tl.constexpr = C + R if LATENT else 2 * G * C
@@ -223,7 +228,7 @@ def split_kernel(
             at = before + tl.minimum(stop - before, length)
 
 
-@triton.jit(do_not_specialize=["S", "W"])
+@triton.jit(do_not_specialize=["S", "W", "RB"])
 def merge_kernel(
     contexts_ptr,
     cu_ptr,
@@ -234,7 +239,7 @@ def merge_kernel(
     W,
     H: tl.constexpr,
     REP: tl.constexpr,
-    RB: tl.constexpr,
+    RB,
     C: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
@@ -264,14 +269,13 @@ def merge_kernel(
     mine = tl.sum(tl.where(index == s, tiles, 0), 0)
     first = before // piece
     final = (before + mine - 1) // piece
+    wait_for_previous(PDL)
     if (mine == 0) | (final > first):
         column = tl.program_id(1) * VB + tl.arange(0, VB)
         h = tl.arange(0, HB)
         top = tl.full((HB,), float("-inf"), tl.float32)
         weight = tl.zeros((HB,), tl.float32)
         o = tl.zeros((HB, VB), tl.float32)
-        if PDL:
-            gdc_wait()
         if mine > 0:
             for unit in range(first, final + 1, UB):
                 u = unit + tl.arange(0, UB)

@@ -25,15 +25,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """With programmatic launch: from here on, what ran before is visible, and what follows may be set up."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+from shoal.ops.triton.launch import wait_for_previous
 
 
 @triton.jit

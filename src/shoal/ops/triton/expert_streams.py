@@ -14,6 +14,10 @@ Bound: bytes. On an H200 (2026-11-22) the whole layer reaches, of 4.555 TB/s on 
 token and 82 to 93% from 2 to 256 for V2-Lite, and 90 to 96% from 1 to 128 for a slice of V3. At 1 token it
 is the launches that cost: 8 of 31 us.
 
+SHARED: the shared experts of the layer ride along. They are one dense MLP, S times as wide as a routed
+expert, which every token takes: S more experts whose tiles come first. Each writes its part of the sum over
+the S F hidden elements in float32, and `sum_choices` adds the parts.
+
 SCAN: up to MAX_SCAN choices need no permutation. The program of choice c reads all choices, and the first of
 each BM choices of an expert takes them all; the others leave at once. One launch less. Rows of h are then in
 choice order.
@@ -24,7 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from shoal.ops.triton.expert_products import load_choices, load_weight, wait_for_previous
+from shoal.ops.triton.expert_products import load_choices, load_weight
+from shoal.ops.triton.launch import wait_for_previous
 
 MAX_SCAN = 64
 
@@ -49,12 +54,12 @@ def _find(
     tile_experts_ptr,
     first_tile_ptr,
     M,
+    tile,
     E: tl.constexpr,
     BM: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Expert (-1: nothing to do), choices and rows of h of the tile of this program."""
-    tile = tl.program_id(1)
+    """Expert (-1: nothing to do), choices and rows of h of a tile."""
     if SCAN:
         expert, choice = _claim(experts_ptr, tile, M, BM, SCAN)
         row = choice
@@ -66,16 +71,68 @@ def _find(
     return expert, choice, row
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _swiglu_tile(
+    x_ptr,
+    gate_w,
+    up_w,
+    h_ptr,
+    expert,
+    token,
+    kept,
+    row,
+    gate_row,
+    up_row,
+    first,
+    h_stride: tl.constexpr,
+    ROWS: tl.constexpr,  # of the matrices
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Columns `first` to `first` + BN of h, for the tokens of a tile."""
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
+    gate = tl.zeros((BN, BM), tl.float32)
+    up = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, D, BK):
+        x = load_choices(x_ptr, token, kept, k, D, BK).T
+        gate = tl.dot(
+            load_weight(gate_w, expert, gate_row + first, k, ROWS, D, BN, BK, TMA),
+            x,
+            gate,
+            input_precision=PRECISION,
+        )
+        up = tl.dot(
+            load_weight(up_w, expert, up_row + first, k, ROWS, D, BN, BK, TMA),
+            x,
+            up,
+            input_precision=PRECISION,
+        )
+    gate = gate.to(dtype).to(tl.float32)
+    h = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
+    column = first + tl.arange(0, BN)
+    at = row.to(tl.int64)[None, :] * h_stride + column[:, None]
+    tl.store(h_ptr + at, h.to(dtype), mask=kept[None, :] & (column < F)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "T"])
 def swiglu_stream_kernel(
     x_ptr,
     w,
+    shared_gate,
+    shared_up,
     h_ptr,
+    shared_h_ptr,
     experts_ptr,
     choices_ptr,
     tile_experts_ptr,
     first_tile_ptr,
     M,
+    T,
     E: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -84,43 +141,86 @@ def swiglu_stream_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SCAN: tl.constexpr,
+    SHARED: tl.constexpr,  # how many times a routed expert the shared ones are; 0: there are none here
     TMA: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
     first = tl.program_id(0) * BN
-    expert, choice, row = _find(experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, E, BM, SCAN)
-    if expert >= 0:
-        token, kept = choice // K, choice >= 0
-        gate = tl.zeros((BN, BM), tl.float32)
-        up = tl.zeros((BN, BM), tl.float32)
-        for k in range(0, D, BK):
-            x = load_choices(x_ptr, token, kept, k, D, BK).T
-            gate = tl.dot(
-                load_weight(w, expert, first, k, 2 * F, D, BN, BK, TMA), x, gate, input_precision=PRECISION
-            )
-            up = tl.dot(
-                load_weight(w, expert, F + first, k, 2 * F, D, BN, BK, TMA), x, up, input_precision=PRECISION
-            )
-        gate = gate.to(dtype).to(tl.float32)
-        h = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
-        column = first + tl.arange(0, BN)
-        at = row.to(tl.int64)[None, :] * F + column[:, None]
-        tl.store(h_ptr + at, h.to(dtype), mask=kept[None, :] & (column < F)[:, None])
+    tile = tl.program_id(1)
+    mine = True
+    if SHARED:
+        ahead = (T + BM - 1) // BM * SHARED
+        mine = tile >= ahead
+        if not mine:
+            token = tile // SHARED * BM + tl.arange(0, BM)
+            start = tile % SHARED * F
+            _swiglu_tile(
+                x_ptr, shared_gate, shared_up, shared_h_ptr + start, tl.program_id(0) * 0, token, token < T,
+                token, start, start, first, SHARED * F, SHARED * F, D, F, BM, BN, BK, TMA, PRECISION,
+            )  # fmt: skip
+        tile -= ahead
+    if mine:
+        expert, choice, row = _find(
+            experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
+        )
+        if expert >= 0:
+            _swiglu_tile(
+                x_ptr, w, w, h_ptr, expert, choice // K, choice >= 0, row, 0, F, first,
+                F, 2 * F, D, F, BM, BN, BK, TMA, PRECISION,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
-def stream_kernel(
+@triton.jit
+def _down_tile(
     h_ptr,
     w,
     y_ptr,
+    expert,
+    row,
+    kept,
+    to,
+    first,
+    start,  # of the sum, in a row of h and of the matrix
+    h_stride: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Columns `first` to `first` + BN of y, rows `to`."""
+    y = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, F, BK):
+        h = load_choices(h_ptr + start, row, kept, k, h_stride, BK).T
+        y = tl.dot(
+            load_weight(w, expert, first, start + k, D, h_stride, BN, BK, TMA),
+            h,
+            y,
+            input_precision=PRECISION,
+        )
+    column = first + tl.arange(0, BN)
+    at = to.to(tl.int64)[None, :] * D + column[:, None]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=kept[None, :] & (column < D)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def stream_kernel(
+    h_ptr,
+    shared_h_ptr,
+    w,
+    shared_down,
+    y_ptr,
+    shared_y_ptr,
     experts_ptr,
     choices_ptr,
     tile_experts_ptr,
     first_tile_ptr,
     M,
+    T,
     E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -128,19 +228,31 @@ def stream_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SCAN: tl.constexpr,
+    SHARED: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    first = tl.program_id(0) * BN
-    expert, choice, row = _find(experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, E, BM, SCAN)
     wait_for_previous(PDL)
-    if expert >= 0:
-        kept = choice >= 0
-        y = tl.zeros((BN, BM), tl.float32)
-        for k in range(0, F, BK):
-            h = load_choices(h_ptr, row, kept, k, F, BK).T
-            y = tl.dot(load_weight(w, expert, first, k, D, F, BN, BK, TMA), h, y, input_precision=PRECISION)
-        column = first + tl.arange(0, BN)
-        at = choice.to(tl.int64)[None, :] * D + column[:, None]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=kept[None, :] & (column < D)[:, None])
+    first = tl.program_id(0) * BN
+    tile = tl.program_id(1)
+    mine = True
+    if SHARED:
+        ahead = (T + BM - 1) // BM * SHARED
+        mine = tile >= ahead
+        if not mine:
+            token, part = tile // SHARED * BM + tl.arange(0, BM), tile % SHARED
+            _down_tile(
+                shared_h_ptr, shared_down, shared_y_ptr, tl.program_id(0) * 0, token, token < T,
+                part * T + token, first, part * F, SHARED * F, D, F, BM, BN, BK, TMA, PRECISION,
+            )  # fmt: skip
+        tile -= ahead
+    if mine:
+        expert, choice, row = _find(
+            experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
+        )
+        if expert >= 0:
+            _down_tile(
+                h_ptr, w, y_ptr, expert, row, choice >= 0, choice, first, tl.program_id(0) * 0,
+                F, D, F, BM, BN, BK, TMA, PRECISION,
+            )  # fmt: skip

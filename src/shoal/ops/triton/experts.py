@@ -40,9 +40,12 @@ from shoal.ops.triton.expert_products import (
     weight_product_kernel,
 )
 from shoal.ops.triton.expert_streams import stream_kernel, swiglu_stream_kernel
+from shoal.ops.triton.linears import linears
 from shoal.ops.triton.permutation import Groups, gather_rows, group_by_expert, sum_choices
+from shoal.ops.triton.swiglu import swiglu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_RIDING = 4  # tiles of tokens up to which the shared experts share the routed ones' launches
 
 
 def _describe(tensor: Tensor, block: list[int], tma: bool) -> Tensor | TensorDescriptor:
@@ -200,28 +203,39 @@ def _tiles_of(groups: Groups | None, choices: int) -> tuple[int, int, tuple[Tens
     return groups.max_tiles, groups.choices_P.shape[0], where
 
 
+Shared = tuple[Tensor, Tensor, Tensor]  # gate (S F, D), up (S F, D) and down (D, S F) of the shared experts
+
+
 def swiglu_stream(
     x_TD: Tensor,
     experts_TK: Tensor,
     gate_up_E2FD: Tensor,
     groups: Groups | None,
     tile: Tile,
+    shared: Shared | None = None,
     *,
     tma: bool,
     pdl: bool,
-) -> Tensor:
-    """h in slots (P, F), or without groups in choices (M, F)."""
+) -> tuple[Tensor, Tensor | None]:
+    """h in slots (P, F), or without groups in choices (M, F); and that of the shared experts (T, S F)."""
     E, two_F, D = gate_up_E2FD.shape
-    M, F = experts_TK.numel(), two_F // 2
+    M, F, T = experts_TK.numel(), two_F // 2, x_TD.shape[0]
     tiles, height, where = _tiles_of(groups, M)
+    block, (gate, up, _) = [1, tile.bn, tile.bk], shared or (gate_up_E2FD[0],) * 3
+    times = gate.shape[0] // F if shared else 0
     h = x_TD.new_empty(height, F)
-    swiglu_stream_kernel[(triton.cdiv(F, tile.bn), tiles)](
+    shared_h = x_TD.new_empty(T, times * F) if shared else None
+    swiglu_stream_kernel[(triton.cdiv(F, tile.bn), tiles + times * triton.cdiv(T, tile.bm))](
         x_TD,
-        _describe(gate_up_E2FD, [1, tile.bn, tile.bk], tma),
+        _describe(gate_up_E2FD, block, tma),
+        _describe(gate.unsqueeze(0), block, tma),
+        _describe(up.unsqueeze(0), block, tma),
         h,
+        h if shared_h is None else shared_h,
         experts_TK,
         *where,
         M,
+        T,
         E=E,
         K=experts_TK.shape[1],
         D=D,
@@ -230,15 +244,15 @@ def swiglu_stream(
         BN=tile.bn,
         BK=tile.bk,
         SCAN=MAX_SCAN if groups is None else 0,
+        SHARED=times,
         TMA=tma,
         PDL=pdl,
         PRECISION=_precision(x_TD),
         num_warps=tile.warps,
         num_stages=tile.stages,
-        # Without groups this is the first launch, and what comes before it is not ours to overtake.
-        launch_pdl=pdl and groups is not None,
+        launch_pdl=pdl,
     )
-    return h
+    return h, shared_h
 
 
 def stream(
@@ -247,22 +261,33 @@ def stream(
     down_EDF: Tensor,
     groups: Groups | None,
     tile: Tile,
+    shared_h: Tensor | None = None,
+    shared_down: Tensor | None = None,
     *,
     tma: bool,
     pdl: bool,
-) -> Tensor:
-    """The rows of the choices (M, D); those of dropped ones are not written."""
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of the choices (M, D), those of dropped ones not written; S parts of the shared experts' sum
+    (S, T, D) in float32."""
     E, D, F = down_EDF.shape
-    M = experts_TK.numel()
+    M, T = experts_TK.numel(), experts_TK.shape[0]
     tiles, _, where = _tiles_of(groups, M)
+    block, times, parts = [1, tile.bn, tile.bk], 0, None
     y_MD = h.new_empty(M, D)
-    stream_kernel[(triton.cdiv(D, tile.bn), tiles)](
+    if shared_down is not None:
+        times = shared_down.shape[1] // F
+        parts = torch.empty(times, T, D, dtype=torch.float32, device=h.device)
+    stream_kernel[(triton.cdiv(D, tile.bn), tiles + times * triton.cdiv(T, tile.bm))](
         h,
-        _describe(down_EDF, [1, tile.bn, tile.bk], tma),
+        h if shared_h is None else shared_h,
+        _describe(down_EDF, block, tma),
+        _describe(down_EDF if shared_down is None else shared_down.unsqueeze(0), block, tma),
         y_MD,
+        y_MD if parts is None else parts,
         experts_TK,
         *where,
         M,
+        T,
         E=E,
         D=D,
         F=F,
@@ -270,6 +295,7 @@ def stream(
         BN=tile.bn,
         BK=tile.bk,
         SCAN=MAX_SCAN if groups is None else 0,
+        SHARED=times,
         TMA=tma,
         PDL=pdl,
         PRECISION=_precision(h),
@@ -277,7 +303,7 @@ def stream(
         num_stages=tile.stages,
         launch_pdl=pdl,
     )
-    return y_MD
+    return y_MD, parts
 
 
 def _forward(
@@ -288,20 +314,26 @@ def _forward(
     down_EDF: Tensor,
     plan: Plan,
     save: bool,
+    shared: Shared | None = None,
+    dense_STD: Tensor | None = None,
 ) -> tuple[Tensor, Groups | None, Tensor | None]:
+    """y, and what backward wants. `shared` experts ride along; `dense_STD` is what they made already."""
     groups = gate_up_P2F = None
     how = {"tma": plan.tma, "pdl": plan.pdl}
     if plan.kind != "scan":
         groups = group_by_expert(experts_TK, gate_up_E2FD.shape[0], plan.rows, pdl=plan.pdl)
     if plan.kind == "tiles":
-        assert groups is not None
+        assert groups is not None and shared is None
         M, K = experts_TK.numel(), experts_TK.shape[1]
         h_PF, gate_up_P2F = swiglu_product(x_TD, gate_up_E2FD, groups, K, plan.gate_up, save=save, **how)
         y_MD = product(h_PF, down_EDF, groups, plan.down, choices=M, transposed=True, **how)
     else:
-        h = swiglu_stream(x_TD, experts_TK, gate_up_E2FD, groups, plan.gate_up, **how)
-        y_MD = stream(h, experts_TK, down_EDF, groups, plan.down, **how)
-    return sum_choices(y_MD, experts_TK, weights_TK, pdl=plan.pdl), groups, gate_up_P2F
+        h, shared_h = swiglu_stream(x_TD, experts_TK, gate_up_E2FD, groups, plan.gate_up, shared, **how)
+        down = None if shared is None else shared[2]
+        y_MD, parts = stream(h, experts_TK, down_EDF, groups, plan.down, shared_h, down, **how)
+        dense_STD = dense_STD if parts is None else parts
+    y_TD = sum_choices(y_MD, experts_TK, weights_TK, shared_STD=dense_STD, pdl=plan.pdl)
+    return y_TD, groups, gate_up_P2F
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -389,17 +421,90 @@ def grouped_mlp(
     if x_TD.shape[0] == 0:
         return _empty(x_TD, weights_TK, gate_up_E2FD, down_EDF)
     inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if plan is None:
-        tma = x_TD.is_cuda and _has_tma(x_TD.device) and _fits_tma(inputs[0], gate_up_E2FD, down_EDF)
-        (E, D, F), M = down_EDF.shape, experts_TK.numel()
-        if tma and not training:
-            plan = find_plan(x_TD.device.index, M, E, D, F, x_TD.dtype)
-        else:
-            plan = choose_plan(M, E, D, x_TD.dtype, tma=tma, training=training)
+    training = _learns(*inputs)
+    plan = plan or _plan(*inputs, training=training)
     if training:
         return _GroupedMLP.apply(*inputs, plan)
     return _forward(*inputs, plan, save=False)[0]
+
+
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _plan(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    training: bool,
+) -> Plan:
+    tma = x_TD.is_cuda and _has_tma(x_TD.device) and _fits_tma(x_TD, gate_up_E2FD, down_EDF)
+    (E, D, F), M = down_EDF.shape, experts_TK.numel()
+    if tma and not training:
+        return find_plan(x_TD.device.index, M, E, D, F, x_TD.dtype)
+    return choose_plan(M, E, D, x_TD.dtype, tma=tma, training=training)
+
+
+def mixture_refusal(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_GD: Tensor,
+    up_GD: Tensor,
+    down_DG: Tensor,
+) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    if any(weight.dtype != x_TD.dtype for weight in (gate_GD, up_GD, down_DG)):
+        return f"x is {x_TD.dtype} but the shared experts are {gate_GD.dtype}; cast one side"
+    if not all(weight.is_contiguous() for weight in (gate_GD, up_GD, down_DG)):
+        return "the shared experts' matrices are not contiguous; the kernels do not copy weights"
+    return grouped_mlp_refusal(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_GD: Tensor,
+    up_GD: Tensor,
+    down_DG: Tensor,
+    *,
+    invariant: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """Routed and shared experts, as `ops.api.mixture` says: together where the rows are few."""
+    shared = (gate_GD, up_GD, down_DG)
+    inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
+    serves = x_TD.shape[0] > 0 and not _learns(*inputs, *shared)
+    plan = plan or (_plan(*inputs, training=False) if serves else None)
+    if (
+        serves
+        and plan is not None
+        and not invariant
+        and _rides(plan, x_TD.shape[0], down_EDF.shape[2], shared)
+    ):
+        return _forward(*inputs, plan, save=False, shared=shared)[0]
+    gate_TG, up_TG = linears(x_TD, (gate_GD, up_GD), (None, None), invariant=invariant)
+    (dense_TD,) = linears(swiglu(gate_TG, up_TG), (down_DG,), (None,), invariant=invariant)
+    if serves and plan is not None:
+        return _forward(*inputs, plan, save=False, dense_STD=dense_TD.unsqueeze(0))[0]
+    return grouped_mlp(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, plan=plan) + dense_TD
+
+
+def _rides(plan: Plan, tokens: int, inner: int, shared: Shared) -> bool:
+    """Whether the shared experts go in the launches of the routed ones: while few tiles hold all tokens,
+    since each of these reads the shared matrices again."""
+    if plan.kind == "tiles" or tokens > MAX_RIDING * plan.rows:
+        return False
+    fits = shared[0].shape[0] % inner == 0 and inner % plan.down.bk == 0
+    return fits and (not plan.tma or _fits_tma(*shared))
 
 
 def _empty(x_TD: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:

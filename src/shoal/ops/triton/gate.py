@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 128
@@ -82,8 +83,7 @@ def _split_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
+    wait_for_previous(PDL)
     expert = tl.program_id(0) * BE + tl.arange(0, BE)
     token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     part = _chunk(x_ptr, weight_ptr, token, expert, tl.program_id(2) * CHUNK, T, x_stride, E, D, CHUNK)
@@ -93,8 +93,7 @@ def _split_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _add_kernel(parts_ptr, out_ptr, size, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+    wait_for_previous(PDL)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -147,19 +146,38 @@ def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
             num_stages=4,
         )
         return out_TE
-    chunks, tokens, pdl = triton.cdiv(D, CHUNK), 16 if T <= 16 else 64, x_TD.is_cuda and _has_pdl(x_TD.device)
-    parts = torch.empty(chunks, T, E, dtype=torch.float32, device=x_TD.device)
-    _split_kernel[(triton.cdiv(E, 64), triton.cdiv(T, tokens), chunks)](
-        x_TD, weight_ED, parts, T, x_TD.stride(0), E=E, D=D, BE=64, BT=tokens, CHUNK=CHUNK, PDL=pdl
-    )
+    parts = gate_parts(x_TD, weight_ED)
+    assert parts is not None
+    pdl = programmatic(x_TD.device)
     _add_kernel[(triton.cdiv(T * E, 128),)](
-        parts, out_TE, T * E, CHUNKS=chunks, BLOCK=128, PDL=pdl, num_warps=4, launch_pdl=pdl
+        parts, out_TE, T * E, CHUNKS=len(parts), BLOCK=128, PDL=pdl, num_warps=4, launch_pdl=pdl
     )
     return out_TE
 
 
-def _has_pdl(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9
+def gate_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor | None:
+    """The partial logits of each chunk (chunks, T, E), to be added in their order; None for many tokens."""
+    (T, D), E = x_TD.shape, weight_ED.shape[0]
+    if not 0 < T <= MAX_SPLIT:
+        return None
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    chunks, tokens, pdl = triton.cdiv(D, CHUNK), 16 if T <= 16 else 64, programmatic(x_TD.device)
+    parts = torch.empty(chunks, T, E, dtype=torch.float32, device=x_TD.device)
+    _split_kernel[(triton.cdiv(E, 64), triton.cdiv(T, tokens), chunks)](
+        x_TD,
+        weight_ED,
+        parts,
+        T,
+        x_TD.stride(0),
+        E=E,
+        D=D,
+        BE=64,
+        BT=tokens,
+        CHUNK=CHUNK,
+        PDL=pdl,
+        launch_pdl=pdl,
+    )
+    return parts
 
 
 @triton.jit

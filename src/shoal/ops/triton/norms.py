@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoal.ops.triton.expert_plan import num_multiprocessors
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 16384  # a row of 32 warps with 16 elements to a thread; twice as many spill
@@ -52,7 +53,9 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -126,7 +129,7 @@ def _forward(x: Tensor, y: Tensor | None, weight_D: Tensor, eps: float) -> tuple
     x_ND, y_ND = rows_of(x), None if y is None else rows_of(y)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if y is None else torch.empty_like(out)
-    shape, N = _shape(x.shape[-1]), x_ND.shape[0]
+    shape, N, pdl = _shape(x.shape[-1]), x_ND.shape[0], programmatic(x.device)
     if N:
         _norm_kernel[(triton.cdiv(N, shape["ROWS"]),)](
             x_ND,
@@ -139,6 +142,8 @@ def _forward(x: Tensor, y: Tensor | None, weight_D: Tensor, eps: float) -> tuple
             0 if y_ND is None else y_ND.stride(0),
             eps,
             ADD=y is not None,
+            PDL=pdl,
+            launch_pdl=pdl,
             **shape,
         )
     return total, out

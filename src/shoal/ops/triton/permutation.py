@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoal.ops.triton.launch import wait_for_previous
 
 ONE_LAUNCH = ((128, 1), (512, 4), (1024, 4), (2048, 8))  # choices a program holds, and its warps
 MIN_SEGMENT, MAX_SEGMENTS = 1024, 32
@@ -95,8 +96,7 @@ def _group_kernel(
     PDL: tl.constexpr,
 ):
     """Program e counts the choices of every expert and places those of e; all of them fit one BLOCK."""
-    if PDL:
-        gdc_launch_dependents()
+    wait_for_previous(PDL)
     mine, at = tl.program_id(0), tl.arange(0, BLOCK)
     expert = tl.load(experts_ptr + at, mask=at < M, other=-1).to(tl.int32)
     counts = _histogram(expert, E, E_PAD)
@@ -118,8 +118,7 @@ def _count_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
+    wait_for_previous(PDL)
     segment = tl.program_id(0)
     last = tl.minimum((segment + 1) * size, M)
     counts = tl.zeros((E_PAD,), tl.int32)
@@ -143,9 +142,7 @@ def _start_kernel(
     MAX_SEGMENTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_for_previous(PDL)
     mine = tl.program_id(0)
     segment, expert = tl.arange(0, MAX_SEGMENTS), tl.arange(0, E_PAD)
     at = segment[:, None] * E_PAD + expert[None, :]
@@ -169,9 +166,7 @@ def _place_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    wait_for_previous(PDL)
     mine, segment = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts_ptr + segment * E_PAD + mine)
     last = tl.minimum((segment + 1) * size, M)
@@ -187,8 +182,7 @@ def _place_kernel(
 def group_by_expert(experts_TK: Tensor, n_experts: int, tile: int, *, pdl: bool = False) -> Groups:
     """Tiles of `tile` slots, each of one expert. Choices of -1 stand nowhere.
 
-    `pdl`: each launch, and the one that follows, is set up while the one before it runs; not the first, whose
-    predecessor is not ours to overtake.
+    `pdl`: each launch is set up while the one before it runs (`launch`).
     """
     M, device = experts_TK.numel(), experts_TK.device
     max_tiles = max(1, min(M, M // tile + n_experts))
@@ -208,13 +202,14 @@ def group_by_expert(experts_TK: Tensor, n_experts: int, tile: int, *, pdl: bool 
             TILE=tile,
             BLOCK=block,
             num_warps=warps,
+            launch_pdl=pdl,
             **shape,
         )
         return groups
     size = max(MIN_SEGMENT, triton.next_power_of_2(triton.cdiv(M, MAX_SEGMENTS)))
     segments = triton.cdiv(M, size)
     counts, starts = torch.empty(2, MAX_SEGMENTS * shape["E_PAD"], dtype=torch.int32, device=device)
-    _count_kernel[(segments,)](experts_TK, counts, M, size, BLOCK=MIN_SEGMENT, **shape)
+    _count_kernel[(segments,)](experts_TK, counts, M, size, BLOCK=MIN_SEGMENT, launch_pdl=pdl, **shape)
     _start_kernel[(n_experts,)](
         counts,
         starts,
@@ -311,9 +306,10 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PDL: tl.constexpr,
+    shared_ptr=None,
+    SHARED: tl.constexpr = 0,
 ):
-    if PDL:
-        gdc_wait()
+    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -324,15 +320,28 @@ def _sum_kernel(
             row *= tl.load(weights_ptr + choice)
         # The row of a dropped choice was never written; no load waits to know which it is.
         total += tl.where(tl.load(experts_ptr + choice) >= 0, row, 0.0)
+    if SHARED:  # what the layer adds is a row of the output's dtype, and so is what it is added to
+        dtype: tl.constexpr = out_ptr.dtype.element_ty
+        dense = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(SHARED):
+            at = (part * tl.num_programs(0) + token) * D + column
+            dense += tl.load(shared_ptr + at, mask=column < D, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32) + dense.to(dtype).to(tl.float32)
     tl.store(out_ptr + token * D + column, total, mask=column < D)
 
 
 def sum_choices(
-    rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor | None, *, pdl: bool = False
+    rows_MD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor | None,
+    *,
+    shared_STD: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """The K rows of each token, weighted if weights are given, added in float32 and cast once: (T, D).
 
-    Rows of dropped choices count nothing. The order of the sum is k = 0, 1, ..., whatever the batch.
+    With `shared_STD` their sum over S, added in float32 and cast, is then added. Rows of dropped choices
+    count nothing. The order of the sum is k = 0, 1, ..., whatever the batch.
     """
     T, K = experts_TK.shape
     D = rows_MD.shape[1]
@@ -348,6 +357,8 @@ def sum_choices(
         BLOCK=block,
         WEIGHTED=weights_TK is not None,
         PDL=pdl,
+        shared_ptr=shared_STD,
+        SHARED=0 if shared_STD is None else shared_STD.shape[0],
         launch_pdl=pdl,
     )
     return out_TD

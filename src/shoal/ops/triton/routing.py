@@ -23,6 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.ops.triton.gate import gate_logits, gate_logits_refusal, gate_parts
+from shoal.ops.triton.launch import programmatic, wait_for_previous
+
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
 
@@ -98,18 +101,30 @@ def _route_kernel(
     REPLAY: tl.constexpr,
     NORMALISE: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+    parts_ptr=None,
+    PARTS: tl.constexpr = 0,  # of the logits, to be added and kept; 0: they are given
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, GROUPS * SIZE)
     expert = column // SIZE * (E // N_GROUP) + column % SIZE
     real = (column % SIZE < E // N_GROUP) & (column // SIZE < N_GROUP)
     valid = real[None, :]
     inside = (row < T)[:, None] & valid
-    logits = tl.load(logits_ptr + row[:, None] * E + expert[None, :], mask=inside, other=float("-inf"))
+    cell = row[:, None] * E + expert[None, :]
+    if PARTS:
+        logits = tl.zeros((ROWS, GROUPS * SIZE), tl.float32)
+        for part in tl.static_range(PARTS):
+            logits += tl.load(parts_ptr + part * T * E + cell, mask=inside, other=0.0)
+        tl.store(logits_ptr + cell, logits, mask=inside)
+        logits = tl.where(inside, logits, float("-inf"))
+    else:
+        logits = tl.load(logits_ptr + cell, mask=inside, other=float("-inf"))
     logits = tl.where((row < T)[:, None], logits, 0.0)
     # 1. Score every expert.
     scores = _score(logits, valid, SIGMOID)
-    tl.store(scores_ptr + row[:, None] * E + expert[None, :], scores, mask=inside)
+    tl.store(scores_ptr + cell, scores, mask=inside)
     # 2. Selection, 3. groups.
     selection = scores
     if HAS_BIAS:
@@ -194,6 +209,56 @@ def _rows_of_program(tokens: int, columns: int) -> int:
     return 1 if tokens <= 1024 else max(1, min(8, 512 // columns))
 
 
+def _choose(
+    logits_TE: Tensor,
+    top_k: int,
+    scoring_func: str,
+    bias_E: Tensor | None,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    scale: float,
+    replay_TK: Tensor | None,
+    parts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts, weights and scores. With `parts` (PARTS, T, E) their sum is written to the logits first."""
+    T, E = logits_TE.shape
+    experts_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
+    weights_TK = torch.empty(T, top_k, dtype=torch.float32, device=logits_TE.device)
+    scores_TE = torch.empty_like(logits_TE)
+    groups, size = triton.next_power_of_2(n_group), triton.next_power_of_2(E // n_group)
+    rows, pdl = _rows_of_program(T, groups * size), programmatic(logits_TE.device)
+    if T:
+        _route_kernel[(triton.cdiv(T, rows),)](
+            logits_TE,
+            bias_E,
+            None if replay_TK is None else replay_TK.contiguous(),
+            experts_TK,
+            weights_TK,
+            scores_TE,
+            T,
+            scale,
+            E=E,
+            K=top_k,
+            K_PAD=triton.next_power_of_2(top_k),
+            N_GROUP=n_group,
+            TOP_GROUP=topk_group,
+            GROUPS=groups,
+            SIZE=size,
+            SIGMOID=scoring_func == "sigmoid",
+            HAS_BIAS=bias_E is not None,
+            REPLAY=replay_TK is not None,
+            NORMALISE=norm_topk_prob,
+            ROWS=rows,
+            PDL=pdl,
+            parts_ptr=parts,
+            PARTS=0 if parts is None else parts.shape[0],
+            launch_pdl=pdl,
+            num_warps=1,
+        )
+    return experts_TK, weights_TK, scores_TE
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -208,37 +273,17 @@ class _Route(torch.autograd.Function):
         scale: float,
         replay_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        T, E = logits_TE.shape
-        logits_TE = logits_TE.contiguous()
-        experts_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
-        weights_TK = torch.empty(T, top_k, dtype=torch.float32, device=logits_TE.device)
-        scores_TE = torch.empty_like(logits_TE)
-        groups, size = triton.next_power_of_2(n_group), triton.next_power_of_2(E // n_group)
-        rows = _rows_of_program(T, groups * size)
-        if T:
-            _route_kernel[(triton.cdiv(T, rows),)](
-                logits_TE,
-                bias_E,
-                None if replay_TK is None else replay_TK.contiguous(),
-                experts_TK,
-                weights_TK,
-                scores_TE,
-                T,
-                scale,
-                E=E,
-                K=top_k,
-                K_PAD=triton.next_power_of_2(top_k),
-                N_GROUP=n_group,
-                TOP_GROUP=topk_group,
-                GROUPS=groups,
-                SIZE=size,
-                SIGMOID=scoring_func == "sigmoid",
-                HAS_BIAS=bias_E is not None,
-                REPLAY=replay_TK is not None,
-                NORMALISE=norm_topk_prob,
-                ROWS=rows,
-                num_warps=1,
-            )
+        experts_TK, weights_TK, scores_TE = _choose(
+            logits_TE.contiguous(),
+            top_k,
+            scoring_func,
+            bias_E,
+            n_group,
+            topk_group,
+            norm_topk_prob,
+            scale,
+            replay_TK,
+        )
         ctx.save_for_backward(scores_TE, experts_TK)
         ctx.rule = (scoring_func == "sigmoid", norm_topk_prob, scale)
         ctx.mark_non_differentiable(experts_TK)
@@ -293,9 +338,12 @@ def route_refusal(
     replay_TK: Tensor | None,
 ) -> str | None:
     """Why the kernel does not take this call; None if it does."""
-    E = logits_TE.shape[1]
     if logits_TE.dtype != torch.float32:
         return f"logits are {logits_TE.dtype}; the kernel takes float32"
+    return _rule_refusal(logits_TE.shape[1], top_k, bias_E, n_group, topk_group)
+
+
+def _rule_refusal(E: int, top_k: int, bias_E: Tensor | None, n_group: int, topk_group: int) -> str | None:
     if E > MAX_EXPERTS:
         return f"{E} experts; a program holds at most {MAX_EXPERTS} scores a token"
     if top_k > MAX_TOP_K:
@@ -334,6 +382,32 @@ def route(
         routed_scaling_factor,
         replay_TK,
     )
+
+
+def gate_refusal(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    top_k: int,
+    scoring_func: str,
+    bias_E: Tensor | None,
+    n_group: int,
+    topk_group: int,
+    *_: Any,
+) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    refused = gate_logits_refusal(x_TD, weight_ED)
+    return refused or _rule_refusal(weight_ED.shape[0], top_k, bias_E, n_group, topk_group)
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, scores and logits, as `ops.api.gate` says: few tokens in two launches."""
+    learns = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
+    parts = None if learns else gate_parts(x_TD, weight_ED)
+    if parts is None:
+        logits_TE = gate_logits(x_TD, weight_ED)
+        return *route(logits_TE, top_k, *rule), logits_TE
+    logits_TE = torch.empty(parts.shape[1:], dtype=torch.float32, device=x_TD.device)
+    return *_choose(logits_TE, top_k, *rule, parts=parts), logits_TE
 
 
 @triton.jit(do_not_specialize=["T", "capacity"])

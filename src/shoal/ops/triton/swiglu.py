@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 from shoal.ops.triton.norms import DTYPES, rows_of
 
 BLOCK = 2048
@@ -34,7 +35,9 @@ def _swiglu_kernel(
     F: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = (tl.program_id(0) // PIECES).to(tl.int64)
     column = tl.program_id(0) % PIECES * BLOCK + tl.arange(0, BLOCK)
@@ -80,10 +83,10 @@ def _shape(dim: int) -> dict[str, int]:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     gate_NF, up_NF = rows_of(gate), rows_of(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    shape = _shape(gate.shape[-1])
+    shape, pdl = _shape(gate.shape[-1]), programmatic(gate.device)
     if out.numel():
         _swiglu_kernel[(gate_NF.shape[0] * shape["PIECES"],)](
-            gate_NF, up_NF, out, gate_NF.stride(0), up_NF.stride(0), **shape
+            gate_NF, up_NF, out, gate_NF.stride(0), up_NF.stride(0), PDL=pdl, launch_pdl=pdl, **shape
         )
     return out
 

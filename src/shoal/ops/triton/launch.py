@@ -1,0 +1,37 @@
+"""Programmatic launch: a kernel is set up while the one before it still runs, and waits for it inside.
+
+In a CUDA graph of small kernels the gap between two of them costs as much as they do. From Hopper on a kernel
+launched with `launch_pdl` may begin before its predecessor has ended. The law: every program waits, before it
+reads what that one wrote and whether it has work or not, so the order is that of plain launches, also two
+kernels on.
+
+A kernel of few programs lets its successor in as soon as it has waited; one that fills the chip does not,
+since the successor's programs would take the place of its own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """With programmatic launch: from here on, what ran before is visible, and what follows may be set up."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@lru_cache
+def _capable(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def programmatic(device: torch.device) -> bool:
+    """Whether kernels on this device are launched so."""
+    return device.type == "cuda" and _capable(device.index)

@@ -1,0 +1,222 @@
+"""Products of a few rows with one or several weights, one launch: what decoding does between its other ops.
+
+    y_i = x W_i^T + b_i     for each i
+
+With few rows every byte of the weights is read once, and what is left to lose is launches: a product of 8 MB
+takes 2 us of the memory bus, and a second kernel that adds the pieces of the first costs as much again. So
+weights that read the same rows share a launch, no sum is split, and a program is small enough that even 2048
+columns make one for each multiprocessor. The rows are the narrow side, padded to BT.
+
+Bound: bytes of the weights; on an H200 (2026-11-24) 3072 and 576 columns of 2048 take 5.8 us at 1 and 8 rows
+and 7.5 at 64, of which the bytes are 3.3; cuBLAS takes 12.4. Sums run over D in one order, in steps of BK, so
+a row's result depends on how many rows there are by the instruction alone (16, 32 or 64 rows high);
+batch-invariant mode takes 16 always. Many rows are cuBLAS's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.norms import DTYPES
+
+MAX_ROWS, MAX_WEIGHTS = 64, 3
+MIN_STEP = 64  # of the sum
+
+
+@triton.jit
+def _tile(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    block,
+    T,
+    x_stride,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    column = block * BN + tl.arange(0, BN)
+    inside = column < N
+    rows = weight_ptr + column.to(tl.int64)[:, None] * D
+    wait_for_previous(PDL)
+    token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    kept = token < T
+    total = tl.zeros((BT, BN), tl.float32)
+    for k in range(0, D, BK):
+        at = k + tl.arange(0, BK)
+        if D % BK:
+            x = tl.load(
+                x_ptr + token[:, None] * x_stride + at[None, :],
+                mask=kept[:, None] & (at < D)[None, :],
+                other=0.0,
+            )
+            w = tl.load(rows + at[None, :], mask=inside[:, None] & (at < D)[None, :], other=0.0)
+        else:
+            x = tl.load(x_ptr + token[:, None] * x_stride + at[None, :], mask=kept[:, None], other=0.0)
+            w = tl.load(rows + at[None, :], mask=inside[:, None], other=0.0)
+        total = tl.dot(x, w.T, total, input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out_ptr + token[:, None] * N + column[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=kept[:, None] & inside[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def _linears_kernel(
+    x_ptr,
+    w0_ptr,
+    w1_ptr,
+    w2_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
+    T,
+    x_stride,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0)
+    P0: tl.constexpr = (N0 + BN - 1) // BN
+    P1: tl.constexpr = (N1 + BN - 1) // BN
+    if block < P0:
+        _tile(
+            x_ptr, w0_ptr, b0_ptr, y0_ptr, block, T, x_stride,
+            N0, D, BT, BN, BK, HAS_BIAS, PDL, PRECISION,
+        )  # fmt: skip
+    if N1:  # noqa: SIM102
+        if (block >= P0) & (block < P0 + P1):
+            _tile(
+                x_ptr, w1_ptr, b1_ptr, y1_ptr, block - P0, T, x_stride,
+                N1, D, BT, BN, BK, HAS_BIAS, PDL, PRECISION,
+            )  # fmt: skip
+    if N2:  # noqa: SIM102
+        if block >= P0 + P1:
+            _tile(
+                x_ptr, w2_ptr, b2_ptr, y2_ptr, block - P0 - P1, T, x_stride,
+                N2, D, BT, BN, BK, HAS_BIAS, PDL, PRECISION,
+            )  # fmt: skip
+
+
+def tiles(rows: int, columns: int, depth: int, *, invariant: bool) -> dict[str, int]:
+    """Of a program: as few columns as give each multiprocessor of a large GPU one, 16 at least."""
+    bt = 16 if rows <= 16 or invariant else 32 if rows <= 32 else 64
+    bn = 16
+    while bn < 64 and columns // (2 * bn) >= 100:
+        bn *= 2
+    step = min(256 if bn <= 32 and bt <= 32 else 128, max(MIN_STEP, triton.next_power_of_2(depth)))
+    return {"BT": bt, "BN": bn, "BK": step, "num_warps": 2 if bn == 16 and bt == 16 else 4, "num_stages": 4}
+
+
+def _few(x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> bool:
+    """Whether one launch is the quicker way, and no gradient is asked for."""
+    return x_TD.shape[0] <= MAX_ROWS and not _learns(x_TD, weights, biases)
+
+
+def _learns(x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x_TD, *weights, *biases)
+    )
+
+
+def linears_refusal(
+    x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if x_TD.dtype not in DTYPES:
+        return f"x is {x_TD.dtype}; the kernel takes bfloat16, float16 and float32"
+    if x_TD.dim() != 2:
+        return f"x has {x_TD.dim()} dimensions; the kernel takes rows"
+    if len(weights) > MAX_WEIGHTS:
+        return f"{len(weights)} weights; a launch takes at most {MAX_WEIGHTS}"
+    for weight in weights:
+        if weight.dtype != x_TD.dtype:
+            return f"x is {x_TD.dtype} but a weight is {weight.dtype}; cast one side"
+        if not weight.is_contiguous():
+            return "a weight is not contiguous; the kernel does not copy weights"
+    if len({bias is None for bias in biases}) > 1:
+        return "some weights have a bias and some have none; a launch takes one kind"
+    return None
+
+
+def choose(
+    x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], *, invariant: bool
+) -> tuple[str, str]:
+    """What serves this call, and why."""
+    if _learns(x_TD, weights, biases):
+        return "cublas", "a gradient is asked for"
+    if invariant:
+        return "few rows", "batch-invariant"
+    if x_TD.shape[0] > MAX_ROWS:
+        return "cublas", f"{x_TD.shape[0]} rows, more than {MAX_ROWS}"
+    return "few rows", f"{x_TD.shape[0]} rows"
+
+
+def linears(
+    x_TD: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    *,
+    invariant: bool = False,
+) -> tuple[Tensor, ...]:
+    """x W^T + b of each, as `ops.api.linears` says."""
+    name, _ = choose(x_TD, weights, biases, invariant=invariant)
+    if name == "cublas":
+        return tuple(F.linear(x_TD, w, b) for w, b in zip(weights, biases, strict=True))
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    (T, D), sizes = x_TD.shape, [weight.shape[0] for weight in weights]
+    outs = tuple(x_TD.new_empty(T, size) for size in sizes)
+    if not T:
+        return outs
+    spare, pdl = MAX_WEIGHTS - len(weights), programmatic(x_TD.device)
+    shape: dict[str, Any] = tiles(T, sum(sizes), D, invariant=invariant)
+    grid = (sum(triton.cdiv(size, shape["BN"]) for size in sizes), triton.cdiv(T, shape["BT"]))
+    first_w, first_b, first_y = weights[0], biases[0], outs[0]
+    n0, n1, n2 = *sizes, *(0,) * spare
+    _linears_kernel[grid](
+        x_TD,
+        *weights,
+        *(first_w,) * spare,
+        *biases,
+        *(first_b,) * spare,
+        *outs,
+        *(first_y,) * spare,
+        T,
+        x_TD.stride(0),
+        N0=n0,
+        N1=n1,
+        N2=n2,
+        D=D,
+        HAS_BIAS=first_b is not None,
+        PDL=pdl,
+        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32",
+        launch_pdl=pdl,
+        **shape,
+    )
+    return outs

@@ -1,0 +1,154 @@
+"""Laws of the ops that decoding is made of: several products at once, MLA on either side of the cache, the
+gate, routed experts with the shared ones.
+
+Each is held to its reference in float64: a product of D terms is good to sqrt(D) of float32's rounding, and
+what is stored narrow is rounded once more for each op it stands for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.ops import dispatch
+from shoal.ops.triton import experts, latent, linears, routing
+from shoal.ops.triton.expert_plan import portable_plan
+from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
+
+pytestmark = [runs_triton, pytest.mark.usefixtures("poison"), scalars_in_arrays]
+DTYPES = (torch.float32, HALF)
+ROWS = (0, 1, 7, 17, 63, 64, 65) if GPU else (0, 1, 17)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype, roundings: int, terms: int) -> None:
+    """Within `roundings` of the dtype and a sum of `terms` in float32, of the largest value there is."""
+    assert found.shape == wanted.shape
+    if not found.numel():
+        return
+    limit = float(wanted.abs().max()) * (roundings * torch.finfo(dtype).eps + terms**0.5 * 2.0**-21)
+    assert (found.double() - wanted.double()).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", ROWS)
+@pytest.mark.parametrize(
+    ("sizes", "D", "bias"), [((96, 40), 128, False), ((33,), 200, True), ((16, 8, 8), 64, True)]
+)
+def test_products_at_once_are_products(
+    T: int, sizes: tuple[int, ...], D: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x_TD = draw(T, 2 * D, dtype=dtype)[:, :D]  # rows that lie apart
+    weights = tuple(draw(size, D, dtype=dtype, seed=size, scale=D**-0.5) for size in sizes)
+    biases = tuple(draw(size, dtype=dtype, seed=size) if bias else None for size in sizes)
+    found = linears.linears(x_TD, weights, biases, invariant=True)
+    assert linears.linears_refusal(x_TD, weights, biases) is None
+    for ours, weight, add in zip(found, weights, biases, strict=True):
+        wanted = x_TD.double() @ weight.double().t() + (0 if add is None else add.double())
+        assert_near(ours, wanted, dtype, 1, D)
+
+
+def test_a_product_does_not_depend_on_its_batch() -> None:
+    x_TD, weight = draw(70, 128, dtype=HALF), draw(48, 128, dtype=HALF, seed=1)
+    (whole,) = linears.linears(x_TD, (weight,), (None,), invariant=True)
+    for few in (1, 16, 17):
+        (part,) = linears.linears(x_TD[:few], (weight,), (None,), invariant=True)
+        assert torch.equal(part, whole[:few])
+
+
+def test_products_with_a_gradient_have_one() -> None:
+    x_TD, weight = draw(3, 64, dtype=torch.float32), draw(8, 64, dtype=torch.float32).requires_grad_()
+    (y,) = linears.linears(x_TD, (weight,), (None,))
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    assert torch.allclose(gradient, x_TD.sum(0).expand(8, -1))
+    assert linears.choose(x_TD, (weight,), (None,), invariant=False)[0] == "cublas"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", ROWS)
+@pytest.mark.parametrize(
+    ("H", "N", "R", "V", "C"),
+    [(16, 128, 64, 128, 512), (3, 24, 16, 40, 96)] if GPU else [(3, 24, 16, 40, 96)],
+)
+def test_absorbed_queries_and_values(
+    T: int, H: int, N: int, R: int, V: int, C: int, dtype: torch.dtype
+) -> None:
+    q_THQ, kv_TL = draw(T, H, N + R, dtype=dtype), draw(T, 2 * (C + R), dtype=dtype, seed=1)[:, : C + R]
+    norm_C, kv_b = draw(C, dtype=dtype, seed=2), draw(H * (N + V), C, dtype=dtype, seed=3, scale=N**-0.5)
+    angle = draw(T, R // 2, dtype=torch.float32, seed=4)
+    slots_T = torch.randperm(80, generator=torch.Generator().manual_seed(5))[:T].to(DEVICE)
+    arguments: tuple[Any, ...] = (q_THQ, kv_TL, norm_C, 1e-6, angle.cos(), angle.sin(), kv_b)
+    pages, theirs = (torch.zeros(5, 16, C + R, dtype=dtype, device=DEVICE) for _ in range(2))
+    assert latent.latent_queries_refusal(*arguments, pages, slots_T, True) is None
+    found = latent.latent_queries(*arguments, pages, slots_T, True)
+    wanted = dispatch.REFERENCE["latent_queries"](
+        *(x.double() if isinstance(x, Tensor) else x for x in arguments), theirs.double(), slots_T, True
+    )
+    dispatch.REFERENCE["latent_queries"](*arguments, theirs, slots_T, True)
+    assert_near(found, wanted, dtype, 1, N)
+    assert_near(pages, theirs.double(), dtype, 2, C)
+    o_THC = draw(T, H, C, dtype=dtype, seed=6)
+    values = latent.latent_values(o_THC, kv_b, V)
+    assert_near(values, dispatch.REFERENCE["latent_values"](o_THC.double(), kv_b.double(), V), dtype, 1, C)
+    for few in (1, 16) if T > 16 else ():
+        rows = latent.latent_values(o_THC, kv_b, V, invariant=True)[:few]
+        assert torch.equal(latent.latent_values(o_THC[:few], kv_b, V, invariant=True), rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_get_what_they_share(dtype: torch.dtype) -> None:
+    a_THN, b_TR = draw(5, 3, 40, dtype=dtype)[..., :24], draw(5, 50, dtype=dtype, seed=1)[:, 7:17]
+    assert torch.equal(latent.join_heads(a_THN, b_TR), dispatch.REFERENCE["join_heads"](a_THN, b_TR))
+    assert latent.join_heads(a_THN[:0], b_TR[:0]).shape == (0, 3, 34)
+
+
+@pytest.mark.parametrize("T", [1, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gate_is_its_two_ops(T: int, bias: bool) -> None:
+    x_TD, weight = draw(T, 300, dtype=HALF), draw(12, 300, dtype=HALF, seed=1, scale=0.06)
+    bias_E = draw(12, dtype=torch.float32, seed=2) if bias else None
+    rule = ("sigmoid" if bias else "softmax", bias_E, 3, 2, True, 2.5, None)
+    assert routing.gate_refusal(x_TD, weight, 4, *rule) is None
+    experts_TK, weights_TK, scores_TE, logits_TE = routing.gate(x_TD, weight, 4, *rule)
+    alone_TE = routing.gate_logits(x_TD, weight)
+    assert torch.equal(logits_TE, alone_TE)  # the same sums in the same order
+    for ours, theirs in zip(
+        (experts_TK, weights_TK, scores_TE), routing.route(alone_TE, 4, *rule), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["scan", "stream", "tiles"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [0, 1, 17])
+@pytest.mark.parametrize("times", [1, 2])
+def test_shared_experts_ride_along(times: int, T: int, dtype: torch.dtype, kind: str) -> None:
+    E, K, D, F = 5, 2, 64, 32
+    x_TD, generator = draw(T, D, dtype=dtype), torch.Generator().manual_seed(1)
+    experts_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :K].contiguous().to(DEVICE)
+    if T > 1:
+        experts_TK[1, 0] = -1  # dropped
+    weights_TK = draw(T, K, dtype=torch.float32, seed=2).abs()
+    stacks = (
+        draw(E, 2 * F, D, dtype=dtype, seed=3, scale=D**-0.5),
+        draw(E, D, F, dtype=dtype, seed=4, scale=0.2),
+    )
+    shared = tuple(
+        draw(*shape, dtype=dtype, seed=5 + at, scale=0.15)
+        for at, shape in enumerate(((times * F, D), (times * F, D), (D, times * F)))
+    )
+    plan = portable_plan(kind, 16)
+    assert experts.mixture_refusal(x_TD, experts_TK, weights_TK, *stacks, *shared) is None
+    found = experts.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared, plan=plan)
+    wide = [t.double() for t in (*stacks, *shared)]
+    wanted = dispatch.REFERENCE["mixture"](x_TD.double(), experts_TK, weights_TK.double(), *wide)
+    assert_near(found, wanted, dtype, 4, D + times * F)
+    apart = experts.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared, plan=plan, invariant=True)
+    assert_near(apart, wanted, dtype, 4, D + times * F)
