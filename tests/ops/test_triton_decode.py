@@ -125,10 +125,10 @@ def test_the_gate_is_its_two_ops(T: int, bias: bool) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["scan", "stream", "tiles"])
+@pytest.mark.parametrize("kind", ["scan", "scan tma", "stream", "stream tma", "tiles"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [0, 1, 17])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, 2] if GPU else [2])
 def test_shared_experts_ride_along(times: int, T: int, dtype: torch.dtype, kind: str) -> None:
     E, K, D, F = 5, 2, 64, 32
     x_TD, generator = draw(T, D, dtype=dtype), torch.Generator().manual_seed(1)
@@ -144,7 +144,8 @@ def test_shared_experts_ride_along(times: int, T: int, dtype: torch.dtype, kind:
         draw(*shape, dtype=dtype, seed=5 + at, scale=0.15)
         for at, shape in enumerate(((times * F, D), (times * F, D), (D, times * F)))
     )
-    plan = portable_plan(kind, 16)
+    tma = kind.endswith("tma") and dtype == HALF
+    plan = portable_plan(kind.removesuffix(" tma"), 16, tma=tma)
     assert experts.mixture_refusal(x_TD, experts_TK, weights_TK, *stacks, *shared) is None
     found = experts.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared, plan=plan)
     wide = [t.double() for t in (*stacks, *shared)]
