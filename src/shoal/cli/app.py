@@ -243,6 +243,7 @@ def chat(
     params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)
     engine, tokenizer = _open(path, device, dtype, download)
     talk(engine, _need(tokenizer, path), params, system, raw=raw)
+    say(f"On a page, with a map of its experts: {COMMAND} serve {path} --ui")
 
 
 @app.command()

@@ -10,6 +10,7 @@ computes; the keys of the JSON are a promise (docs/json.md).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -117,6 +118,31 @@ def plan(
         _show(models[0], context, hardware, count, load, tokens, mfu, plot, as_json)
 
 
+def planned(model: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON of `plan MODEL --gpu ...`, of fields as a form has them: gpu, count, weights, batch, prompt,
+    output. ValueError for one that is unknown or no number."""
+    from shoal.analysis.planner import Load
+
+    unknown = sorted(fields.keys() - {"gpu", "count", "weights", "batch", "prompt", "output"})
+    if unknown:
+        raise ValueError(f"a plan has no field {unknown[0]!r}; leave it out")
+
+    def number(name: str) -> int | None:
+        text = fields.get(name, "")
+        if text and not (text.isascii() and text.isdigit() and len(text) < 12 and int(text)):
+            raise ValueError(f"{name} is {text!r}; it must be a whole number, 1 or more")
+        return int(text) if text else None
+
+    weights = fields.get("weights") or "bfloat16"
+    if weights not in tuple(Weights):
+        raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(Weights)}")
+    room = find_config(model).max_position_embeddings
+    output = number("output") or min(128, room // 2)
+    prompt = number("prompt") or min(1024, room - output)
+    load = Load(number("batch"), prompt, output, Weights(weights).value)
+    return _plan(model, prompt, _hardware(fields.get("gpu") or "h200", None), number("count"), load)[0]
+
+
 def _hardware(name: str, price: float | None) -> Gpu:
     from shoal.config.hardware import gpu
 
@@ -144,9 +170,8 @@ def _show(
     result, config = costs(model, context), find_config(model)
     tables = [_table(result)]
     if hardware is not None:
-        count = count or planner.fewest(config, hardware, load)
-        serving = planner.plan_serving(config, hardware, count, load)
-        result |= {"hardware": _told(hardware, count), "load": asdict(load), "serving": _served(serving)}
+        result, serving = _plan(model, context, hardware, count, load)
+        count = serving.count
         tables += [_serving_table(serving, hardware, load), _ladder_table(serving)]
         if tokens is not None:
             share = planner.TRAINING_MFU if mfu is None else mfu
@@ -158,6 +183,18 @@ def _show(
 
             plots.save(plots.serving_plan(model, hardware.name, serving), plot)
     _print(result, tables, as_json)
+
+
+def _plan(
+    model: str, context: int, hardware: Gpu, count: int | None, load: Load
+) -> tuple[dict[str, Any], Serving]:
+    """What a model costs, and how it serves the load on so many GPUs; None: the fewest that do."""
+    from shoal.analysis import planner
+
+    config = find_config(model)
+    serving = planner.plan_serving(config, hardware, count or planner.fewest(config, hardware, load), load)
+    told = {"hardware": _told(hardware, serving.count), "load": asdict(load), "serving": _served(serving)}
+    return costs(model, context) | told, serving
 
 
 def _print(result: Any, tables: list[Table], as_json: bool) -> None:

@@ -6,6 +6,7 @@ What is trained and measured is in stages/quickstart; here it is only started, r
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import typer
@@ -16,6 +17,8 @@ from rich.text import Text
 
 from shoal.cli.view import COMMAND, TrainingView, say
 from shoal.stages import pretrain, quickstart
+
+CONTINUE = "/#continue"  # the page, as base models want it
 
 
 def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> None:
@@ -34,6 +37,7 @@ def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> N
     say("comparing, drawing, writing")
     summary = quickstart.summarise(config, folder)
     _print(summary)
+    _offer_page(summary.export)
 
 
 def _print(summary: quickstart.Summary) -> None:
@@ -60,7 +64,17 @@ def _print(summary: quickstart.Summary) -> None:
     )
     console.print(
         f"The model, for any tool that reads Hugging Face folders: {summary.export}\n"
-        f"Give it the start of a text:  {COMMAND} chat {summary.export} --raw",
+        f"Give it the start of a text:  {COMMAND} chat {summary.export} --raw\n"
+        f"On a page, with a map of its experts:  {COMMAND} serve {summary.export} --ui\n"
+        f"(there, at {CONTINUE}, it goes on with a text; it has learned no conversations)",
         highlight=False,
         markup=False,
     )
+
+
+def _offer_page(export: Path) -> None:
+    """Where somebody sits before a terminal: the page, now, until Ctrl-C."""
+    from shoal.cli.serve import serve
+
+    if sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Open the page now?", default=False):
+        serve(str(export), ui=True)

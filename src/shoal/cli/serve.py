@@ -8,10 +8,10 @@ server's, and go to standard error like everything else.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from shoal.cli.device import Device
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
+    from shoal.server.page import Page
 
 KEY_VARIABLE = "SHOAL_API_KEY"
 
@@ -78,6 +79,10 @@ def serve(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    ui: Annotated[
+        bool,
+        typer.Option("--ui", help="A page to chat on, with a map of the experts, at the address itself."),
+    ] = False,
 ) -> None:
     """Serve a model over OpenAI's API: chat completions, completions, responses (docs/serving.md)."""
     from shoal.checkpoint import hf
@@ -105,6 +110,7 @@ def serve(
             drain_seconds=drain,
         ),
         chat_template=find_template(chat_template),
+        page=_page(folder) if ui else None,
     )
     opening = Opening(
         folder,
@@ -115,6 +121,7 @@ def serve(
             prefix_cache=prefix_cache,
             memory=memory,
             speculate=speculate,
+            record_weights=ui,
         ),
         device,
         dtype,
@@ -124,9 +131,36 @@ def serve(
     def on_progress(what: str, done: int, total: int) -> None:
         say(f"{what} {done}/{total}" if total > 1 else what)
 
-    code = run(opening, tokenizer, settings, say=say, on_progress=on_progress)
+    def on_ready(address: str) -> None:
+        if ui:
+            say(f"the page: {address}/")
+            _open_browser(address)
+
+    code = run(opening, tokenizer, settings, say=say, on_progress=on_progress, on_ready=on_ready)
     if code:
         raise typer.Exit(code)
+
+
+def _page(folder: Path) -> Page:
+    from shoal.cli.plan import find_config, planned
+    from shoal.server.page import Page
+
+    def plan(fields: Mapping[str, str]) -> dict[str, Any]:
+        return planned(str(folder), fields)
+
+    return Page(find_config(str(folder)), plan)
+
+
+def _open_browser(address: str) -> None:
+    """Where somebody sits at a screen: a terminal, and a browser with windows."""
+    import sys
+    import webbrowser
+
+    windows = (
+        sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    )
+    if windows and sys.stderr.isatty():
+        webbrowser.open(address)
 
 
 def find_template(name: str | None) -> str | None:

@@ -169,10 +169,11 @@ class EventStream(Response):
         await write(b"", more=False)
 
 
-def create_app(service: Service, keys: tuple[str, ...] = ()) -> FastAPI:
+def create_app(service: Service, keys: tuple[str, ...] = (), opened: frozenset[str] = frozenset()) -> FastAPI:
+    """`opened` are paths, beside its own, that need no key."""
     app = FastAPI(title="Shoal", version=VERSION, docs_url=None, redoc_url=None)
     app.router.route_class = _StrictRoute
-    app.add_middleware(Gate, keys=keys, limits=service.limits, metrics=service.metrics)  # type: ignore[arg-type]
+    app.add_middleware(Gate, keys=keys, limits=service.limits, metrics=service.metrics, opened=opened)  # type: ignore[arg-type]
     _add_errors(app)
     _add_answers(app, service)
     _add_state(app, service)

@@ -31,7 +31,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("shoal.server")
 
 OPEN = frozenset({"/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"})
-QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: no line of log
+QUIET = frozenset(
+    {"/health", "/ready", "/metrics", "/page/state.json", "/page/heat.json"}
+)  # asked every few seconds: no line of log
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -55,8 +57,17 @@ class Limits:
 
 
 class Gate:
-    def __init__(self, app: App, *, keys: tuple[str, ...], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: tuple[str, ...],
+        limits: Limits,
+        metrics: Metrics,
+        opened: frozenset[str] = frozenset(),
+    ) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
+        self._open = OPEN | opened
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +109,7 @@ class Gate:
                 log.info("request", extra={**fields, "status": status, "seconds": seconds})
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._keys or path in OPEN:
+        if not self._keys or path in self._open:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         # Every key is compared, and each in constant time, so that time tells nothing of any

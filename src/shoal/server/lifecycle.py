@@ -28,6 +28,7 @@ from shoal.data.text import Tokenizer
 from shoal.server.app import Service, create_app
 from shoal.server.gate import Limits
 from shoal.server.metrics import Metrics
+from shoal.server.page import PATHS, Page, add_page
 from shoal.server.process import EngineProcess
 from shoal.server.prompts import Prompter
 from shoal.server.worker import Build
@@ -47,6 +48,7 @@ class ServerSettings:
     restarts: int = 3
     silence_seconds: float = 120.0
     chat_template: str | None = None
+    page: Page | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -62,6 +64,7 @@ def run(
     *,
     say: Callable[[str], None],
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_ready: Callable[[str], None] = lambda address: None,
 ) -> int:
     """Serve until a signal. The exit code."""
     with bind(settings.host, settings.port) as listener:
@@ -70,7 +73,9 @@ def run(
             say(f"warning: {host} is open to others and no API key is set; give one with --api-key-file")
         with asyncio.Runner(loop_factory=_find_loop()) as runner:
             address = f"http://{host}:{port}"
-            return runner.run(_serve(build, tokenizer, settings, listener, address, say, on_progress))
+            return runner.run(
+                _serve(build, tokenizer, settings, listener, address, say, on_progress, on_ready)
+            )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -95,6 +100,7 @@ async def _serve(
     address: str,
     say: Callable[[str], None],
     on_progress: Callable[[str, int, int], None],
+    on_ready: Callable[[str], None],
 ) -> int:
     process = EngineProcess(build, restarts=settings.restarts, silence_seconds=settings.silence_seconds)
     process.on_progress = on_progress
@@ -106,9 +112,14 @@ async def _serve(
         limits=settings.limits,
         created=int(time.time()),
     )
+    app = create_app(service, settings.keys, frozenset() if settings.page is None else PATHS)
+    watching = None
+    if settings.page is not None:
+        history = add_page(app, settings.page, process, service.prompter, settings.model)
+        watching = asyncio.ensure_future(history.run())
     server = _Server(
         uvicorn.Config(
-            create_app(service, settings.keys),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -139,6 +150,7 @@ async def _serve(
         await asyncio.wait({*ends, usable}, return_when=asyncio.FIRST_COMPLETED)
         if usable.done():
             say(f"{process.info.ledger if process.info else ''}\n{settings.model} is ready on {address}")
+            on_ready(address)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if process.failed.done():
             if process.info is None:  # it never served: what is wrong is in the settings or the checkpoint
@@ -147,6 +159,8 @@ async def _serve(
             return 1
         return 0
     finally:
+        if watching is not None:
+            watching.cancel()
         usable.cancel()
         leaving.cancel()
         server.should_exit = True
