@@ -1,8 +1,8 @@
-"""The page in a real Chromium, over a real server: keyboard, streams, experts, contrast, and what it must not do.
+"""The page in a real Chromium, over a real server: keyboard, streams, experts, contrast, and what it may not.
 
-Where no Chromium is (`apt install chromium`) the browser's tests skip. The model's weights are random; where a
-test needs an answer of its own, it adds a grammar to the page's request on the way, so that the engine writes
-that answer token by token. Screenshots go to SHOAL_SHOTS, or to pytest's own folder.
+Where no Chromium is (`apt install chromium`) the browser's tests skip. The model's weights are random; where
+a test needs an answer of its own, it adds a grammar to the page's request on the way, so that the engine
+writes that answer token by token. Screenshots go to SHOAL_SHOTS, or to pytest's own folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> [a](javascript:alert(1))"
+HOSTILE = (
+    "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script> "
+    "[a](javascript:alert(1))"
+)
 CALL = (
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
     '```json\n{"town":"Ulm"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
@@ -292,7 +295,10 @@ def test_hostile_text_stays_text(view: Open) -> None:
 
 
 def test_code_thinking_and_lists_are_laid_out(view: Open, shots: Path) -> None:
-    text = "<think>\nFirst this.</think>Here:\n\n```python\ndef add(a, b):\n    return a + b  # <b>\n```\n\n- **one**\n- `two`\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    text = (
+        "<think>\nFirst this.</think>Here:\n\n```python\ndef add(a, b):\n    return a + b  # <b>\n```\n\n"
+        "- **one**\n- `two`\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    )
     page = view(extra=force(text))
     ask(page, "Write add.")
     wait_for_end(page)
@@ -371,6 +377,10 @@ def test_tabs_by_keyboard_show_load_and_plan(view: Open, shots: Path) -> None:
     page.screenshot(path=shots / "plan.png")
 
 
+WIDER = """() => [...document.querySelectorAll(
+  'html, body, main, header, [role=tabpanel], #scroll, #experts, #composer')]
+  .filter((node) => node.checkVisibility() && node.scrollWidth > node.clientWidth + 1)
+  .map((node) => node.id || node.tagName)"""
 PHONE = {
     "viewport": {"width": 360, "height": 740},
     "has_touch": True,
@@ -388,14 +398,13 @@ def test_a_phone_scrolls_down_only(view: Open, shots: Path) -> None:
         page.get_by_role("tab", name=tab).tap()
         if tab == "Plan":
             page.locator(".verdict").wait_for()
-        wide = page.evaluate(
-            "[...document.querySelectorAll('html, body, main, header, [role=tabpanel], #scroll, #experts, #composer')]"
-            ".filter((node) => node.scrollWidth > node.clientWidth + 1 && node.offsetParent !== null).map((node) => node.id || node.tagName)"
-        )
+        wide = page.evaluate(WIDER)
         assert wide == [], tab
         page.screenshot(path=shots / f"phone-{tab.lower()}.png")
-    box = page.locator("#send").bounding_box() if page.locator("#send").is_visible() else None
-    assert box is None or box["x"] + box["width"] <= 360
+    page.get_by_role("tab", name="Chat").tap()
+    box = page.locator("#send").bounding_box()
+    assert box is not None
+    assert box["x"] + box["width"] <= 360
 
 
 CONTRAST = """() => {
@@ -404,18 +413,21 @@ CONTRAST = """() => {
     paint.clearRect(0, 0, 1, 1); paint.fillStyle = color; paint.fillRect(0, 0, 1, 1);
     return [...paint.getImageData(0, 0, 1, 1).data];
   };
-  const light = ([r, g, b]) => [r, g, b].map((v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  const light = ([r, g, b]) => [r, g, b]
+    .map((v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, at) => sum + v * [.2126, .7152, .0722][at], 0);
-  const over = (top, below) => top.slice(0, 3).map((v, at) => v * top[3] / 255 + below[at] * (1 - top[3] / 255));
-  const ground = (node) => node ? over(rgba(getComputedStyle(node).backgroundColor), ground(node.parentElement)) : [255, 255, 255];
+  const over = (top, below) => below.map((v, at) => top[at] * top[3] / 255 + v * (1 - top[3] / 255));
+  const ground = (node) => node
+    ? over(rgba(getComputedStyle(node).backgroundColor), ground(node.parentElement)) : [255, 255, 255];
   const poor = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const node = walk.currentNode.parentElement;
-    if (!walk.currentNode.data.trim() || !node.checkVisibility() || node.closest('.unseen, .skip, option, canvas')) continue;
+    if (!walk.currentNode.data.trim() || !node.checkVisibility()) continue;
+    if (node.closest('.unseen, .skip, option, canvas')) continue;
     const [text, below] = [rgba(getComputedStyle(node).color), ground(node)].map((each) => light(each));
     const ratio = (Math.max(text, below) + .05) / (Math.min(text, below) + .05);
-    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.tagName}.${node.className}: ${walk.currentNode.data.slice(0, 30)}`);
+    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${node.tagName}.${node.className}: ${node.innerText}`);
   }
   return poor;
 }"""
@@ -455,9 +467,8 @@ def test_every_control_has_a_name_and_every_text_contrast(view: Open, scheme: An
             and not node.get("name", {}).get("value")
         ]
         assert nameless == [], where
-        assert page.evaluate(
-            "[...document.querySelectorAll('[id]')].length === new Set([...document.querySelectorAll('[id]')].map((n) => n.id)).size"
-        )
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
+        assert len(ids) == len(set(ids))
 
     check("chat")
     page.locator("#tint").select_option("1")

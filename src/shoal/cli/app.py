@@ -238,6 +238,7 @@ def chat(
 ) -> None:
     """Talk to a model, turn by turn; a base model with --raw. End with Ctrl-D."""
     from shoal.cli.chat import talk
+    from shoal.cli.view import COMMAND, say
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)

@@ -1,12 +1,10 @@
 """History: how the server was over the last minutes, for whoever looks at it later than it happened.
 
-A sample a second of what the engine reports (worker.plain), ten minutes of them; every fifth keeps the counts of
-all experts too. Counts are cumulative, as reported: a rate is the difference of two samples. When
-the engine is started again its counts begin at zero, and a difference across that is not shown.
+A sample a second of what the engine reports (worker.plain), ten minutes of them; every fifth keeps the counts
+of all experts too. Counts are cumulative, as reported: a rate is the difference of two samples. When the
+engine is started again its counts begin at zero, and what was before is forgotten.
 
 The law: watching costs the engine nothing; the reports come anyway.
-
-Shape letters: N samples, L layers that route, E experts.
 """
 
 from __future__ import annotations
