@@ -1,6 +1,6 @@
 """The page in a real Chromium, over a real server: keyboard, streams, experts, contrast, and what it may not.
 
-Where no Chromium is (`apt install chromium`) the browser's tests skip. The model's weights are random; where
+The browser's tests are slow ones, and skip where no Chromium is (`apt install chromium`). The model's weights are random; where
 a test needs an answer of its own, it adds a grammar to the page's request on the way, so that the engine
 writes that answer token by token. Screenshots go to SHOAL_SHOTS, or to pytest's own folder.
 """
@@ -201,6 +201,7 @@ def force(text: str) -> dict[str, Any]:
     return {"structured_outputs": {"choice": [text]}, "max_tokens": 600, "ignore_eos": False}
 
 
+@pytest.mark.slow
 def test_by_keyboard_alone_a_prompt_is_sent_streams_and_is_stopped(view: Open, served: Server) -> None:
     page = view(extra={"max_tokens": 2000, "ignore_eos": True})
     page.keyboard.type("What is 2 + 2?")  # the prompt has the focus
@@ -223,6 +224,7 @@ def test_by_keyboard_alone_a_prompt_is_sent_streams_and_is_stopped(view: Open, s
     assert page.locator("#prompt").input_value() == "again"
 
 
+@pytest.mark.slow
 def test_each_token_tells_its_experts_by_mouse_by_arrow_and_by_slider(view: Open, shots: Path) -> None:
     page = view(extra=force("one two three four"))
     ask(page, "What is 2 + 2?")
@@ -254,6 +256,7 @@ def test_each_token_tells_its_experts_by_mouse_by_arrow_and_by_slider(view: Open
     page.locator(".tinted [data-hue]").first.wait_for()
 
 
+@pytest.mark.slow
 def test_the_map_is_what_the_api_tells(view: Open, served: Server) -> None:
     """Hovered weights are those of the server's own record of the same text."""
     page = view(extra={"temperature": 0, "max_tokens": 12, "ignore_eos": True})
@@ -284,6 +287,7 @@ def test_the_map_is_what_the_api_tells(view: Open, served: Server) -> None:
             ]
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text(view: Open) -> None:
     page = view(extra=force(HOSTILE))
     ask(page, HOSTILE)
@@ -294,6 +298,7 @@ def test_hostile_text_stays_text(view: Open) -> None:
     assert page.title() != "taken"
 
 
+@pytest.mark.slow
 def test_code_thinking_and_lists_are_laid_out(view: Open, shots: Path) -> None:
     text = (
         "<think>\nFirst this.</think>Here:\n\n```python\ndef add(a, b):\n    return a + b  # <b>\n```\n\n"
@@ -315,6 +320,7 @@ def test_code_thinking_and_lists_are_laid_out(view: Open, shots: Path) -> None:
     page.screenshot(path=shots / "code.png")
 
 
+@pytest.mark.slow
 def test_a_tool_call_is_shown_and_its_result_given_back(view: Open) -> None:
     page = view(extra=force(CALL))
     page.locator("#open-settings").click()
@@ -334,6 +340,7 @@ def test_a_tool_call_is_shown_and_its_result_given_back(view: Open) -> None:
     page.locator("#send").wait_for()
 
 
+@pytest.mark.slow
 def test_two_prompts_run_side_by_side(view: Open, shots: Path) -> None:
     page = view(extra={"max_tokens": 24, "ignore_eos": True}, color_scheme="dark")
     page.get_by_role("button", name="Side by side").click()
@@ -350,6 +357,7 @@ def test_two_prompts_run_side_by_side(view: Open, shots: Path) -> None:
     page.screenshot(path=shots / "side-by-side-dark.png")
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_said_and_the_prompt_kept(view: Open) -> None:
     page = view(extra={"n": 999}, refused=True)
     page.locator("#prompt").fill("Hello")
@@ -358,6 +366,7 @@ def test_a_wrong_setting_is_said_and_the_prompt_kept(view: Open) -> None:
     assert page.locator("#prompt").input_value() == "Hello"
 
 
+@pytest.mark.slow
 def test_tabs_by_keyboard_show_load_and_plan(view: Open, shots: Path) -> None:
     page = view(extra={"max_tokens": 64, "ignore_eos": True})
     ask(page, "Some load")
@@ -389,6 +398,7 @@ PHONE = {
 }
 
 
+@pytest.mark.slow
 def test_a_phone_scrolls_down_only(view: Open, shots: Path) -> None:
     page = view(extra=force("x" * 80 + "\n\n```\n" + "y" * 90 + "\n```\n\n" + "word " * 12), **PHONE)
     ask(page, "z" * 60)
@@ -447,6 +457,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_every_control_has_a_name_and_every_text_contrast(view: Open, scheme: Any) -> None:
     page = view(extra=force("<think>\nhm</think>a `b` **c**\n\n> d\n\n```\ne\n```"), color_scheme=scheme)
     ask(page, "What is 2 + 2?")
