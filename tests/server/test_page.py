@@ -1,8 +1,8 @@
 """The page in a real Chromium, over a real server: keyboard, streams, experts, contrast, and what it may not.
 
-The browser's tests are slow ones, and skip where no Chromium is (`apt install chromium`). The model's weights are random; where
-a test needs an answer of its own, it adds a grammar to the page's request on the way, so that the engine
-writes that answer token by token. Screenshots go to SHOAL_SHOTS, or to pytest's own folder.
+The browser's tests are slow ones, and skip where no Chromium is (`apt install chromium`). The model's weights
+are random; where a test needs an answer of its own, it adds a grammar to the page's request on the way, so
+that the engine writes that answer token by token. Screenshots go to SHOAL_SHOTS, or to pytest's own folder.
 """
 
 from __future__ import annotations
