@@ -203,3 +203,32 @@ def test_prompt_logprobs_come_once_however_often_the_prompt_is_read(prompts: lis
         mine = [event for event in events if event.request == request]
         assert [event.prompt_logprobs is not None for event in mine] == [True] + [False] * 15
         assert mine[0].prompt_logprobs == pytest.approx(done.prompt_logprobs, abs=TOLERANCE)
+
+
+def test_a_text_is_scored_by_the_experts_on_record(prompts: list[list[int]]) -> None:
+    """In chunks: recorded choices give what the router's own do, and others give what they give in one plain
+    pass."""
+    model = build("deepseek-v3")
+    engine = Engine(model, replace(PLAIN, max_batch_tokens=8, max_sequences=1))
+    ids = prompts[3]
+    own_TLK, _ = plain_pass(model, ids[:-1])
+    assert engine.score(ids, own_TLK.to(torch.int16)) == pytest.approx(engine.score(ids), abs=TOLERANCE)
+    other_TLK = (own_TLK + 1) % 8
+    _, logits_TV = plain_pass(model, ids[:-1], routing=other_TLK)
+    expected = logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    scores = engine.score(ids, other_TLK)
+    assert scores == pytest.approx(expected.tolist(), abs=TOLERANCE)
+    assert scores != pytest.approx(engine.score(ids), abs=100 * TOLERANCE)
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_a_record_of_something_else_is_refused(prompts: list[list[int]]) -> None:
+    model = build("deepseek-v3")
+    engine, ids = Engine(model, PLAIN), prompts[2]
+    own_TLK, _ = plain_pass(model, ids[:-1])
+    with pytest.raises(ValueError, match=r"routing has shape \(15, .* need \(16, "):
+        engine.score(ids, own_TLK[1:])
+    with pytest.raises(ValueError, match="routing has experts 0 to 99; this model has 0 to"):
+        engine.score(ids, own_TLK.clone().fill_(0).index_fill_(0, torch.tensor([3]), 99))
+    with pytest.raises(ValueError, match="this model routes nothing"):
+        Engine(build("r1-distill-qwen-1.5b"), PLAIN).score(ids, own_TLK)

@@ -28,6 +28,7 @@ from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
 from shoal.engine.events import Completion, Event, Routed, complete
 from shoal.engine.grammar import Grammars, Matcher, Vocabulary
+from shoal.engine.records import check_record
 from shoal.engine.runner import Runner, Span, Step
 from shoal.engine.sampling import Draw, History, Sample, hash_pair
 from shoal.engine.scheduler import Pick, Scheduler
@@ -258,12 +259,15 @@ class Engine:
                 self._drop(request)
         return [complete(of_request) for of_request in events.values()]
 
-    def score(self, ids: list[int]) -> list[float]:
+    def score(self, ids: list[int], routing: Tensor | None = None) -> list[float]:
         """Log-probability of each token after the first, given those before it, in float32.
 
         Read through free pages in steps of `max_batch_tokens`, so memory does not grow with the text.
+        `routing` (tokens - 1, L, K) replays experts that were recorded of this text.
         """
         self._check_ids("text", ids)
+        if routing is not None:
+            check_record(self.config, routing, len(ids) - 1)
         self._check_positions(len(ids), f"a text of {len(ids)} tokens", "score it in pieces")
         sequence = Sequence(ids[:-1], SamplingParams())
         needed = self.pool.count_pages(sequence.num_pending)
@@ -279,7 +283,8 @@ class Engine:
                 start = sequence.num_computed
                 end = start + min(sequence.num_pending, self.settings.max_batch_tokens)
                 span = Span(sequence.pages, start, ids[start:end], num_drawn=0)
-                logprobs += self.runner.score(span, ids[start + 1 : end + 1])
+                replay = None if routing is None else routing[start:end]
+                logprobs += self.runner.score(span, ids[start + 1 : end + 1], replay)
                 sequence.num_computed = end
         finally:
             self.pool.release(sequence.pages)

@@ -34,6 +34,26 @@ def _count_layers(config: ModelConfig) -> int:
     return sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
 
 
+def check_record(config: ModelConfig, experts_TLK: Tensor, tokens: int) -> None:
+    """ValueError where this is no record of so many positions of this model. -1 is a choice that was dropped."""
+    if config.moe is None:
+        raise ValueError("routing is given, but this model routes nothing; leave it out")
+    wanted = tokens, _count_layers(config), config.moe.num_experts_per_tok
+    if tuple(experts_TLK.shape) != wanted:
+        raise ValueError(
+            f"routing has shape {tuple(experts_TLK.shape)}; this text and model need {wanted}: positions but "
+            f"the last, layers that route, experts a token"
+        )
+    if (
+        experts_TLK.numel()
+        and not -1 <= int(experts_TLK.min()) <= int(experts_TLK.max()) < config.moe.n_routed_experts
+    ):
+        raise ValueError(
+            f"routing has experts {int(experts_TLK.min())} to {int(experts_TLK.max())}; this model has 0 to "
+            f"{config.moe.n_routed_experts - 1}, and -1 is a choice that was dropped"
+        )
+
+
 class Records:
     """With `weights` also what each chosen expert's output was multiplied by, as float16."""
 

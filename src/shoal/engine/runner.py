@@ -17,7 +17,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -147,9 +147,13 @@ class Runner:
                 self.buckets.capture(self._forward_padded, tokens)
 
     @torch.inference_mode()
-    def score(self, span: Span, targets: list[int]) -> list[float]:
-        """Log-probability of the token that follows each of the span's."""
-        hidden_TD = self.run([span]).hidden_TD
+    def score(self, span: Span, targets: list[int], routing_TLK: Tensor | None = None) -> list[float]:
+        """Log-probability of the token that follows each of the span's, by recorded experts if given."""
+        if routing_TLK is None:
+            hidden_TD = self.run([span]).hidden_TD
+        else:
+            batch = replace(self.batch(self.inputs([span])), routing=routing_TLK.to(self.device))
+            hidden_TD = self.model(batch).hidden_TD
         targets_T = torch.tensor(targets, device=self.device)
         weights_T = torch.ones(len(targets), device=self.device)
         loss = ops.linear_cross_entropy(hidden_TD, self.model.head_weight(), targets_T, weights_T)

@@ -219,7 +219,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         job = chat_job(body, service.prompter, service.info)
-        writer = ChatWriter(body, service.model, VERSION, tokenizer)
+        writer = ChatWriter(body, job.parts[0][0], service.model, VERSION, tokenizer)
         usage = body.stream_options is not None and body.stream_options.include_usage
         return await answer(request, job, writer, events(job, writer, usage) if body.stream else None)
 

@@ -108,7 +108,7 @@ async def answer(service: Service, line: Line) -> dict[str, Any]:
             case "/v1/chat/completions":
                 chat = ChatRequest.model_validate({**line.body, "stream": False})
                 job = chat_job(chat, service.prompter, info)
-                writer: Any = ChatWriter(chat, service.model, VERSION, tokenizer)
+                writer: Any = ChatWriter(chat, job.parts[0][0], service.model, VERSION, tokenizer)
             case "/v1/completions":
                 text = CompletionRequest.model_validate({**line.body, "stream": False})
                 job = completion_job(text, service.prompter, info)

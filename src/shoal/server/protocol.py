@@ -94,6 +94,7 @@ class Told(Sampling):
     user: str | None = None
     return_routed_experts: bool = False
     routed_experts_start_len: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    return_token_ids: bool = False
 
 
 class FunctionCall(Lenient):

@@ -28,12 +28,16 @@ def new_id(kind: str) -> str:
 
 
 class ChatWriter:
-    def __init__(self, request: ChatRequest, model: str, version: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, request: ChatRequest, prompt_ids: list[int], model: str, version: str, tokenizer: Tokenizer
+    ) -> None:
         self._tokenizer, n = tokenizer, request.n or 1
         self._head = _head("chatcmpl", model, version)
         self._logprobs = bool(request.logprobs)
         self._single_call = request.parallel_tool_calls is False
         self._replies = [Reply() for _ in range(n)]
+        self._ids: list[list[int]] | None = [[] for _ in range(n)] if request.return_token_ids else None
+        self._prompt_ids = prompt_ids
         self._noted: list[list[dict[str, Any]]] = [[] for _ in range(n)]
         self._finish = ["stop"] * n
         self._asked = request.return_routed_experts
@@ -60,7 +64,11 @@ class ChatWriter:
         if fields or logprobs or routed:
             out.append(self._chunk(piece.choice, fields, logprobs=logprobs, routed=routed))
         if piece.finish is not None:
-            out.append(self._chunk(piece.choice, {}, finish=self._finish[piece.choice]))
+            last = self._chunk(piece.choice, {}, finish=self._finish[piece.choice])
+            if self._ids is not None:
+                last["choices"][0]["token_ids"] = self._ids[piece.choice]
+                last["prompt_token_ids"] = self._prompt_ids
+            out.append(last)
         return out
 
     def take(self, piece: Piece) -> None:
@@ -98,10 +106,12 @@ class ChatWriter:
                     "message": message,
                     "logprobs": logprobs,
                     "finish_reason": self._finish[index],
+                    **({} if self._ids is None else {"token_ids": self._ids[index]}),
                     **({"routed_experts": _routed(self._routed[index])} if self._asked else {}),
                 }
             )
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": tally.usage}
+        whole = {**self._head, "object": "chat.completion", "choices": choices, "usage": tally.usage}
+        return whole if self._ids is None else {**whole, "prompt_token_ids": self._prompt_ids}
 
     def last(self, tally: Tally) -> Chunk:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": tally.usage}
@@ -113,6 +123,8 @@ class ChatWriter:
             delta = Delta(delta.reasoning, delta.content, calls)
         reply = self._replies[piece.choice]
         reply.add(delta)
+        if self._ids is not None:
+            self._ids[piece.choice] += _drawn(piece.tokens)
         if piece.finish is not None:
             called = bool(reply.calls) and piece.finish == "stop"
             self._finish[piece.choice] = "tool_calls" if called else piece.finish
@@ -159,6 +171,7 @@ class CompletionWriter:
         count = len(prompts) * self._n
         self._said, self._finish = [""] * count, ["length"] * count
         self._records = [_Record(tokenizer) for _ in range(count)]
+        self._ids: list[list[int]] | None = [[] for _ in range(count)] if request.return_token_ids else None
         self._asked = request.return_routed_experts
         self._routed: list[list[Token]] = [[] for _ in range(count)]
         self._begun: set[int] = set()
@@ -175,6 +188,8 @@ class CompletionWriter:
         body = {"index": piece.choice, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}
         if routed is not None:
             body["routed_experts"] = routed
+        if piece.finish is not None:
+            body |= self._both_ids(piece.choice)
         return [{**self._head, "object": "text_completion", "choices": [body]}]
 
     def take(self, piece: Piece) -> str:
@@ -192,6 +207,8 @@ class CompletionWriter:
                 if token.token is not None:
                     record.add(token.token, token.logprob, token.top)
         self._said[choice] += text
+        if self._ids is not None:
+            self._ids[choice] += _drawn(piece.tokens)
         if piece.finish is not None:
             self._finish[choice] = piece.finish
         return text
@@ -203,6 +220,7 @@ class CompletionWriter:
                 "text": text,
                 "logprobs": None if self._logprobs is None else self._records[index].written(self._logprobs),
                 "finish_reason": self._finish[index],
+                **self._both_ids(index),
                 **({"routed_experts": _routed(self._routed[index])} if self._asked else {}),
             }
             for index, text in enumerate(self._said)
@@ -211,6 +229,12 @@ class CompletionWriter:
 
     def last(self, tally: Tally) -> Chunk:
         return {**self._head, "object": "text_completion", "choices": [], "usage": tally.usage}
+
+    def _both_ids(self, choice: int) -> dict[str, Any]:
+        """The ids of a choice and of its prompt, if asked for: told with its end."""
+        if self._ids is None:
+            return {}
+        return {"token_ids": self._ids[choice], "prompt_token_ids": self._prompts[choice // self._n]}
 
 
 class _Record:
@@ -253,6 +277,10 @@ class _Record:
             "top_logprobs": self._tops[start:] if count else None,
             "text_offset": self._offsets[start:],
         }
+
+
+def _drawn(tokens: Iterable[Token]) -> list[int]:
+    return [token.token for token in tokens if token.token is not None]
 
 
 def _routed(tokens: Iterable[Token]) -> dict[str, Any] | None:

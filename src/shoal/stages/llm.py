@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from shoal.checkpoint import hf
 from shoal.checkpoint.shards import Progress
@@ -75,6 +76,21 @@ class LLM:
         """Answer conversations: lists of {"role": ..., "content": ...}."""
         prompts = [self.tokenizer.chat(messages, thinking=thinking) for messages in conversations]
         return self.generate(prompts, params, stop=stop)
+
+    def score(
+        self, texts: Sequence[str | list[int]], routing: Sequence[Tensor | None] = ()
+    ) -> list[list[float]]:
+        """Log-probability of each token of each text after the first.
+
+        `routing` replays experts that were recorded over the same ids: a `completion.routing`, or what a
+        server told as `routed_experts`.
+        """
+        bos = self.tokenizer.adds_bos
+        ids = [self.tokenizer.encode(text, bos=bos) if isinstance(text, str) else text for text in texts]
+        records = routing or [None] * len(ids)
+        if len(records) != len(ids):
+            raise ValueError(f"there are {len(ids)} texts and {len(records)} records; give one for each")
+        return [self.engine.score(each, record) for each, record in zip(ids, records, strict=True)]
 
     def _read(self, completion: Completion, prompt: list[int], stop: Sequence[str]) -> TextCompletion:
         stream, stops = TextStream(self.tokenizer), StopStrings(stop)
