@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
@@ -363,6 +363,10 @@ class Engine:
         read = [pick.sequence for pick in picks if pick.reads_all]
         routed = self._collect_routed(picks)
         starts = [pick.sequence.num_computed for pick in picks]
+        now = monotonic()
+        for pick in picks:
+            if pick.sequence.began is None:
+                pick.sequence.began = now
         self.scheduler.launch(picks)
         self._steps += 1
         return Flight(picks, starts, step, drawn, samples, scores, read, routed)
@@ -548,6 +552,7 @@ class Engine:
             top=() if drawn is None else drawn.top,
             finish=finish,
             cached=sequence.cached or 0,
+            began=sequence.began,
             prompt_logprobs=tuple(score.logprob for score in sequence.scores) if told else None,
             prompt_tops=tuple(score.top for score in sequence.scores) if told else None,
             routing=routing,

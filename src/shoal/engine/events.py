@@ -37,6 +37,7 @@ class Event:
     top: Top  # as many as the request asked for
     finish: FinishReason | None
     cached: int = 0  # positions of the prompt that the prefix cache had
+    began: float | None = None  # when its first step was launched, by time.monotonic(); None: it had none
     prompt_logprobs: tuple[float, ...] | None = None  # on the first: of each prompt token but the first
     prompt_tops: tuple[Top, ...] | None = None
     routing: Tensor | None = field(default=None, compare=False)  # on the last: (positions - 1, L, K) int16

@@ -35,7 +35,7 @@ def _count_layers(config: ModelConfig) -> int:
 
 
 def check_record(config: ModelConfig, experts_TLK: Tensor, tokens: int) -> None:
-    """ValueError where this is no record of so many positions of this model. -1 is a choice that was dropped."""
+    """ValueError where this is no record of so many positions of this model; -1 is a dropped choice."""
     if config.moe is None:
         raise ValueError("routing is given, but this model routes nothing; leave it out")
     wanted = tokens, _count_layers(config), config.moe.num_experts_per_tok

@@ -143,6 +143,7 @@ class Sequence:
     num_drafts: int = 0  # tokens guessed ahead, on the device
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
     node: int = 0  # the pool's name for those contents
+    began: float | None = None  # when its first step was launched, by time.monotonic()
     cached: int | None = None  # positions that the pool had when it was first admitted
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens after the first, if asked for
     matcher: Matcher | None = None  # where its text stands in its grammar

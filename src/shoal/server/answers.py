@@ -128,7 +128,7 @@ async def serve(
                 piece = writers[part].push(part, tokens)
                 gained = sum(token.token is not None for token in piece.tokens)
                 tally.generated += gained
-                clock.tell(part, gained)
+                clock.tell(part, gained, tokens[0].began)
                 if piece.finish is not None:
                     ticket.close(part)  # a stop string ended it, not the engine
                     clock.end(part, piece.finish)
@@ -155,15 +155,21 @@ class _Clock:
     start: float = field(default_factory=time.monotonic)
     last: dict[int, float] = field(default_factory=dict)
     first: dict[int, float] = field(default_factory=dict)
+    began: dict[int, float] = field(default_factory=dict)
     count: dict[int, int] = field(default_factory=dict)
 
     def starts(self, part: int) -> bool:
         return part not in self.first
 
-    def tell(self, part: int, gained: int) -> None:
+    def tell(self, part: int, gained: int, began: float | None) -> None:
+        """`began`: when the engine's first step for it was launched, by the same clock of this machine."""
         now = time.monotonic()
         if part not in self.first:
             self.first[part] = now
+            if began is not None:
+                self.began[part] = began
+                self.metrics.queue_time.observe(max(0.0, began - self.start))
+                self.metrics.prefill_time.observe(max(0.0, now - began))
             self.metrics.first_token.observe(now - self.start)
         elif gained:
             for _ in range(gained):
@@ -180,6 +186,8 @@ class _Clock:
         metrics.request_generation_tokens.observe(count)
         if part in self.first:
             metrics.decode_time.observe(now - self.first[part])
+            if part in self.began:
+                metrics.inference_time.observe(max(0.0, now - self.began[part]))
             if count > 1:
                 metrics.per_output_token.observe((now - self.first[part]) / (count - 1))
 

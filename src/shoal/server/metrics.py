@@ -37,6 +37,9 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time a token after the first.", _GAPS
         )
         self.end_to_end = histogram("e2e_request_latency_seconds", "Arrival to end.", _LONG)
+        self.queue_time = histogram("request_queue_time_seconds", "Arrival to first step.", _LONG)
+        self.prefill_time = histogram("request_prefill_time_seconds", "First step to first token.", _LONG)
+        self.inference_time = histogram("request_inference_time_seconds", "First step to end.", _LONG)
         self.decode_time = histogram("request_decode_time_seconds", "First token to end.", _LONG)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Of each request.", _TOKENS)
         self.request_generation_tokens = histogram("request_generation_tokens", "Of each request.", _TOKENS)

@@ -40,6 +40,7 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...]
     finish: str | None
     cached: int
+    began: float | None
     prompt_logprobs: tuple[float, ...] | None
     prompt_tops: tuple[tuple[tuple[int, float], ...], ...] | None
     error: str | None

@@ -64,7 +64,7 @@ class EngineInfo:
         )
 
 
-# An event as it travels: key, token, logprob, top, finish, cached, prompt_logprobs and tops, error, routed
+# An event as it travels, in the order of process.Token
 Row = tuple[Any, ...]
 
 
@@ -165,7 +165,7 @@ class _Loop:
             del self._key_of[event.request], self._request_of[key]
         return (
             *(key, event.token, event.logprob, event.top, event.finish, event.cached),
-            *(event.prompt_logprobs, event.prompt_tops, event.error, _pack(event.routed)),
+            *(event.began, event.prompt_logprobs, event.prompt_tops, event.error, _pack(event.routed)),
         )
 
 

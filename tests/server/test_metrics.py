@@ -1,0 +1,35 @@
+"""Laws of the times that are exported: a request's parts are all there, and add up to the whole."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.server.conftest import Server
+
+PARTS = {
+    "queue": "request_queue_time_seconds",
+    "prefill": "request_prefill_time_seconds",
+    "decode": "request_decode_time_seconds",
+    "inference": "request_inference_time_seconds",
+    "first": "time_to_first_token_seconds",
+    "whole": "e2e_request_latency_seconds",
+}
+
+
+def test_the_parts_of_a_request_add_up(server: Server, http: httpx.Client) -> None:
+    def read(kind: str) -> dict[str, float]:
+        return {part: server.metric(f"{name}_{kind}") for part, name in PARTS.items()}
+
+    counts, sums = read("count"), read("sum")
+    for prompt in ("a", "b", "c"):
+        body = {"prompt": prompt, "max_tokens": 8, "ignore_eos": True, "n": 2}
+        assert http.post("/v1/completions", json=body).status_code == 200
+    more = {part: count - counts[part] for part, count in read("count").items()}
+    assert more == dict.fromkeys(PARTS, 6)
+    took = {part: total - sums[part] for part, total in read("sum").items()}
+    assert all(seconds > 0 for seconds in took.values())
+    # Each is taken at its own moment, a line of code later: far less than a millisecond a request.
+    assert took["queue"] + took["prefill"] == pytest.approx(took["first"], abs=6e-3)
+    assert took["prefill"] + took["decode"] == pytest.approx(took["inference"], abs=6e-3)
+    assert took["queue"] + took["inference"] == pytest.approx(took["whole"], abs=6e-3)
