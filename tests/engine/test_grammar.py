@@ -160,3 +160,11 @@ def test_a_grammar_needs_a_vocabulary_and_an_end() -> None:
 def test_xgrammar_is_not_imported_before_it_is_needed() -> None:
     program = "import sys, shoal.engine; sys.exit('xgrammar' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_blanks_in_json_come_to_an_end() -> None:
+    """Of a model that likes nothing better than a blank."""
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 2}
+    for written, _, _ in serve(Grammar("json_schema", json.dumps(schema)), 2, logit_bias=((32, 1000.0),)):
+        assert " " * 40 in written
+        assert " " * 41 not in written

@@ -211,10 +211,10 @@ def test_a_text_is_scored_by_the_experts_on_record(prompts: list[list[int]]) -> 
     model = build("deepseek-v3")
     engine = Engine(model, replace(PLAIN, max_batch_tokens=8, max_sequences=1))
     ids = prompts[3]
-    own_TLK, _ = plain_pass(model, ids[:-1])
+    own_TLK = plain_pass(model, ids[:-1])[0]
     assert engine.score(ids, own_TLK.to(torch.int16)) == pytest.approx(engine.score(ids), abs=TOLERANCE)
     other_TLK = (own_TLK + 1) % 8
-    _, logits_TV = plain_pass(model, ids[:-1], routing=other_TLK)
+    logits_TV = plain_pass(model, ids[:-1], routing=other_TLK)[1]
     expected = logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
     scores = engine.score(ids, other_TLK)
     assert scores == pytest.approx(expected.tolist(), abs=TOLERANCE)
@@ -225,7 +225,7 @@ def test_a_text_is_scored_by_the_experts_on_record(prompts: list[list[int]]) -> 
 def test_a_record_of_something_else_is_refused(prompts: list[list[int]]) -> None:
     model = build("deepseek-v3")
     engine, ids = Engine(model, PLAIN), prompts[2]
-    own_TLK, _ = plain_pass(model, ids[:-1])
+    own_TLK = plain_pass(model, ids[:-1])[0]
     with pytest.raises(ValueError, match=r"routing has shape \(15, .* need \(16, "):
         engine.score(ids, own_TLK[1:])
     with pytest.raises(ValueError, match="routing has experts 0 to 99; this model has 0 to"):

@@ -15,7 +15,6 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from time import monotonic, perf_counter
@@ -24,13 +23,14 @@ import torch
 from torch import Tensor
 
 from shoal.engine import grammar, ledger, sampling, staging
+from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
 from shoal.engine.events import Completion, Event, Routed, complete
-from shoal.engine.grammar import Grammars, Matcher, Vocabulary
+from shoal.engine.grammar import Vocabulary
 from shoal.engine.records import check_record
 from shoal.engine.runner import Runner, Span, Step
-from shoal.engine.sampling import Draw, History, Sample, hash_pair
+from shoal.engine.sampling import Draw, History, Sample
 from shoal.engine.scheduler import Pick, Scheduler
 from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence
 from shoal.engine.settings import EngineSettings
@@ -98,9 +98,7 @@ class Engine:
             self._drafter = Drafter(self.runner, settings.speculate, self.scheduler.reserve)
         self._governor = governor or Governor()
         self._overlaps = settings.overlap or (settings.overlap is None and on_cuda and not settings.speculate)
-        eos = self.config.eos_token_id
-        self._eos_ids = frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
-        self._grammars = Grammars(vocabulary, self.config.vocab_size, self._eos_ids)
+        self.admission = Admission(self.config, self.ledger.longest, settings.seed, vocabulary)
         self._live: dict[int, Sequence] = {}
         self._num_requests = 0
         self._flight: Flight | None = None
@@ -115,30 +113,8 @@ class Engine:
 
     def add(self, ids: list[int], params: SamplingParams) -> int:
         """Queue a request and name it. One that could never be served is refused."""
-        self._check_ids("prompt", ids)
-        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
-        self._check_vocabulary("logit_bias", (token for token, _ in params.logit_bias))
-        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs or 0)):
-            if count > self.config.vocab_size:
-                raise ValueError(f"{name} is {count}; the vocabulary has {self.config.vocab_size} tokens")
-        if (params.routing or params.routing_from is not None) and self.config.moe is None:
-            raise ValueError("the experts are asked for, but this model routes nothing; do not ask for them")
-        if params.routing_from is not None and not 0 <= params.routing_from <= len(ids):
-            raise ValueError(
-                f"routing_from is {params.routing_from}; it must be a position of the prompt, 0 to {len(ids)}"
-            )
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
         request = self._num_requests
-        sequence = Sequence(
-            ids=list(ids),
-            params=params,
-            request=request,
-            seed=hash_pair(self.settings.seed, request) if params.seed is None else params.seed,
-            stop_ids=stop_ids,
-            max_len=len(ids) + self._count_wanted(len(ids), params),
-            matcher=self._match(params, stop_ids),
-            num_routed=params.routing_from or 0,
-        )
+        sequence = self.admission.admit(request, ids, params)
         self.scheduler.add(sequence)
         self._live[request] = sequence
         self._num_requests += 1
@@ -265,10 +241,10 @@ class Engine:
         Read through free pages in steps of `max_batch_tokens`, so memory does not grow with the text.
         `routing` (tokens - 1, L, K) replays experts that were recorded of this text.
         """
-        self._check_ids("text", ids)
+        self.admission.check_ids("text", ids)
         if routing is not None:
             check_record(self.config, routing, len(ids) - 1)
-        self._check_positions(len(ids), f"a text of {len(ids)} tokens", "score it in pieces")
+        self.admission.check_positions(len(ids), f"a text of {len(ids)} tokens", "score it in pieces")
         sequence = Sequence(ids[:-1], SamplingParams())
         needed = self.pool.count_pages(sequence.num_pending)
         if needed > self.pool.num_free:
@@ -293,45 +269,6 @@ class Engine:
     def forget_prefixes(self) -> None:
         """The weights have changed: what the cache remembers is no longer what the model would compute."""
         self.pool.forget_all()
-
-    def _check_ids(self, what: str, ids: list[int]) -> None:
-        if not ids:
-            raise ValueError(f"the {what} is empty; give at least one token, such as the beginning of text")
-        self._check_vocabulary(f"the {what}", ids)
-
-    def _check_vocabulary(self, what: str, ids: Iterable[int]) -> None:
-        size = self.config.vocab_size
-        wrong = [token for token in ids if not 0 <= token < size]
-        if wrong:
-            raise ValueError(
-                f"{what} has token {wrong[0]}, outside the vocabulary of {size}; use the model's tokenizer"
-            )
-
-    def _check_positions(self, needed: int, what: str, fix: str) -> None:
-        limit = self.config.max_position_embeddings
-        if needed > limit:
-            raise ValueError(
-                f"{what} needs {needed} positions, but the model has {limit} (max_position_embeddings); {fix}"
-            )
-
-    def _count_wanted(self, num_prompt: int, params: SamplingParams) -> int:
-        """Tokens a request may generate: what it says, or else all that the context has room for."""
-        room = self.ledger.longest - num_prompt
-        wanted = max(room, params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
-        self._check_positions(
-            num_prompt + wanted,
-            f"a prompt of {num_prompt} tokens with {wanted} to generate",
-            "shorten the prompt or lower max_tokens",
-        )
-        return wanted
-
-    def _match(self, params: SamplingParams, stop_ids: frozenset[int]) -> Matcher | None:
-        if params.grammar is None:
-            return None
-        think_end_id, min_tokens = params.think_end_id, params.min_tokens
-        return self._grammars.match(
-            params.grammar, stop_ids, think_end_id=think_end_id, min_tokens=min_tokens
-        )
 
     # ------------------------------------------------------------------------------------------------
     # A step goes out

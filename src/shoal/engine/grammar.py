@@ -5,12 +5,16 @@ made and two requests that ask for the same are seen to. `Vocabulary` is what th
 engine by whoever has the tokenizer: the engine itself knows no text. `GrammarCompiler` makes one out of
 both, by xgrammar, which is imported when the first request asks for it; `Matcher` is where a text stands.
 
+JSON may be spaced and indented, but only so far: a model that is unsure would else write blanks for ever.
+
 The law: after every token the text can still be completed, and it ends only where the grammar does.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,6 +23,8 @@ from torch import Tensor
 
 from shoal.engine import staging
 
+MOST_BLANKS = 40  # in a row between two tokens of JSON: a line break and ten levels indented by four
+MOST_BYTES = 1 << 30  # of compiled grammars that are remembered
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
 VocabularyKind = Literal["raw", "byte_level", "byte_fallback"]
 
@@ -101,7 +107,8 @@ class GrammarCompiler:
             vocab_size=vocab_size,
             stop_token_ids=sorted(stop_ids),
         )
-        self._compiler = xgrammar.GrammarCompiler(info)
+        threads = min(8, max(1, (os.cpu_count() or 1) // 2))  # the others go on being served
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=threads, cache_limit_bytes=MOST_BYTES)
 
     def match(self, grammar: Grammar, stop_ids: frozenset[int], think_end_id: int | None) -> Matcher:
         """A text at its beginning, which may end by these ids. ValueError if the grammar is none."""
@@ -119,9 +126,9 @@ class GrammarCompiler:
         compiler, text = self._compiler, grammar.text
         match grammar.kind:
             case "json_schema":
-                return compiler.compile_json_schema(text)
+                return compiler.compile_json_schema(text, max_whitespace_cnt=MOST_BLANKS)
             case "json_object":
-                return compiler.compile_json_schema('{"type": "object"}')
+                return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=MOST_BLANKS)
             case "regex":
                 return compiler.compile_regex(text)
             case "ebnf":
@@ -134,11 +141,13 @@ class GrammarCompiler:
 
 
 class Grammars:
-    """The grammars that the requests of one engine ask for; made ready when the first asks."""
+    """The grammars that the requests of one engine ask for; made ready when the first asks. Threads may ask
+    at once: the compiler allows it, and lets others run."""
 
     def __init__(self, vocabulary: Vocabulary | None, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._vocabulary, self._vocab_size, self._eos_ids = vocabulary, vocab_size, eos_ids
         self._compiler: GrammarCompiler | None = None
+        self._making = threading.Lock()
 
     def match(
         self, grammar: Grammar, stop_ids: frozenset[int], *, think_end_id: int | None, min_tokens: int
@@ -155,8 +164,9 @@ class Grammars:
             raise ValueError(
                 f"min_tokens is {min_tokens}, but a grammar says when it ends; leave one of them out"
             )
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._vocabulary, self._vocab_size, self._eos_ids)
+        with self._making:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._vocabulary, self._vocab_size, self._eos_ids)
         return self._compiler.match(grammar, stop_ids, think_end_id)
 
 

@@ -17,6 +17,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from shoal.engine.stats import Stats
 
 LENGTH = struct.Struct("!I")
 BEAT_SECONDS = 1.0
+COMPILING_SECONDS = 0.005  # between two looks at what is being compiled, where there is nothing else to do
 STATS_SECONDS = 0.25  # between two reports while it works
 
 
@@ -112,9 +114,12 @@ class _Loop:
         self._request_of: dict[int, int] = {}  # the server's key -> the engine's request
         self._key_of: dict[int, int] = {}
         self._told = 0.0
+        self._compilers = ThreadPoolExecutor(2, "grammar")
+        self._compiling: dict[int, tuple[Future[Any], list[int], SamplingParams]] = {}  # by the server's key
 
     def run(self) -> None:
         while self._listen():
+            self._admit_compiled()
             if self.engine.busy:
                 events = self.engine.step()
                 if events:
@@ -126,7 +131,7 @@ class _Loop:
 
     def _listen(self) -> bool:
         """Take what the server has sent; wait for it where there is nothing else to do. False at its end."""
-        wait = 0.0 if self.engine.busy else BEAT_SECONDS
+        wait = 0.0 if self.engine.busy else COMPILING_SECONDS if self._compiling else BEAT_SECONDS
         while select.select([self.end], [], [], wait)[0]:
             data = self.end.recv(1 << 20)
             if not data:
@@ -144,12 +149,33 @@ class _Loop:
             message = pickle.loads(self._buffer[LENGTH.size : LENGTH.size + size])
             del self._buffer[: LENGTH.size + size]
             if message[0] == "add":
-                self._add(*message[1:])
+                self._take(*message[1:])
             else:
                 assert message[0] == "cancel"
+                self._compiling.pop(message[1], None)
                 request = self._request_of.get(message[1])
                 if request is not None:
                     self.engine.cancel(request)
+
+    def _take(self, key: int, ids: list[int], params: SamplingParams) -> None:
+        """A request with a grammar waits until that is compiled, in a thread: nobody waits for it."""
+        if params.grammar is None:
+            self._add(key, ids, params)
+        else:
+            compiled = self._compilers.submit(self.engine.admission.prepare, params)
+            self._compiling[key] = compiled, ids, params
+
+    def _admit_compiled(self) -> None:
+        done = [key for key, (compiled, *_) in self._compiling.items() if compiled.done()]
+        for key in done:
+            compiled, ids, params = self._compiling.pop(key)
+            error = compiled.exception()
+            if error is None:
+                self._add(key, ids, params)
+            elif isinstance(error, ValueError):
+                self.end.sendall(frame(("refused", key, str(error))))
+            else:
+                raise error
 
     def _add(self, key: int, ids: list[int], params: SamplingParams) -> None:
         try:
