@@ -168,3 +168,17 @@ def test_blanks_in_json_come_to_an_end() -> None:
     for written, _, _ in serve(Grammar("json_schema", json.dumps(schema)), 2, logit_bias=((32, 1000.0),)):
         assert " " * 40 in written
         assert " " * 41 not in written
+
+
+def test_a_grammar_that_no_token_can_go_on_ends_its_request_alone() -> None:
+    """The vocabulary has no u with dots: the text stops there, with an error, and the others go on."""
+    engine = Engine(build("deepseek-v3", eos=(EOS,)), SETTINGS, VOCABULARY)
+    bad = engine.add([40, 50], replace(HOT, grammar=Grammar("regex", "ab\u00fcc")))
+    good = engine.add([40, 50], replace(HOT, grammar=Grammar("regex", "abc")))
+    ends = {}
+    while engine.busy:
+        ends |= {event.request: event for event in engine.step() if event.finish is not None}
+    assert ends[bad].finish == "error"
+    assert "no token of the vocabulary can go on its grammar" in (ends[bad].error or "")
+    assert ends[good].finish == "stop"
+    assert engine.pool.num_free == 256

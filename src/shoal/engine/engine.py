@@ -413,7 +413,15 @@ class Engine:
             samples = samples[: self._drafter.verify(sequence, [sample.token for sample in samples])]
         samples = list(takewhile(lambda sample: math.isfinite(sample.logprob), samples))
         if not samples:
-            return [self._break(sequence)]
+            return [
+                self._break(
+                    sequence,
+                    f"are not finite; the weights are broken, or overflow {self.runner.pages[0].dtype}",
+                )
+            ]
+        # Nothing is guessed ahead where there is a grammar: there is one token.
+        if sequence.matcher is not None and not sequence.matcher.accept(samples[0].token):
+            return [self._break(sequence, "are of no use: no token of the vocabulary can go on its grammar")]
         first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
         taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
         known = len(sequence.ids) - 1  # a guess that was wrong went through experts that the text does not
@@ -422,8 +430,6 @@ class Engine:
             sequence.num_routed = min(sequence.num_routed, known)
         events = []
         for place, sample in enumerate(samples[: len(taken)]):
-            if sequence.matcher is not None:
-                sequence.matcher.accept(sample.token)
             finish = sequence.finish if place == len(taken) - 1 else None
             events.append(
                 self._tell(
@@ -448,14 +454,11 @@ class Engine:
             top = zip(map(int, tops[:num_top]), tops[num_top:], strict=True)
             sequence.scores.append(Scored(logprob, tuple(top)))
 
-    def _break(self, sequence: Sequence) -> Event:
-        """A request whose logits are not numbers ends; nobody finds what its pages hold."""
+    def _break(self, sequence: Sequence, why: str) -> Event:
+        """A request ends that nothing can be drawn for; nobody finds what its pages hold."""
         self.scheduler.forget(sequence)
         self._drop(sequence.request)
-        error = (
-            f"request {sequence.request}: the logits of token {len(sequence.ids)} are not finite; "
-            f"the weights are broken, or overflow {self.runner.pages[0].dtype}"
-        )
+        error = f"request {sequence.request}: the logits of token {len(sequence.ids)} {why}"
         return self._tell(sequence, None, "error", error=error)
 
     def _drop(self, request: int, *, tell: bool = False) -> Sequence | None:

@@ -73,13 +73,15 @@ class Matcher:
     def __init__(self, matcher: Any, think_end_id: int | None) -> None:
         self._matcher, self._think_end_id = matcher, think_end_id
 
-    def accept(self, token: int) -> None:
-        """The text goes on with a token, one of those that `fill` left."""
+    def accept(self, token: int) -> bool:
+        """The text goes on with a token. False if it may not: none may, where the vocabulary has no token that
+        the grammar wants next."""
         if self._think_end_id is not None:
             if token == self._think_end_id:
                 self._think_end_id = None
         elif not self._matcher.is_terminated():
-            assert self._matcher.accept_token(token), f"token {token} was drawn against its grammar"
+            return self._matcher.accept_token(token)
+        return True
 
     def fill(self, words_SW: Tensor, row: int) -> None:
         """Write which tokens may come next: bit i of word w is token 32 w + i."""
