@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from shoal.config.model import ModelConfig
 from shoal.engine.grammar import Grammars, Matcher, Vocabulary
+from shoal.engine.records import check_record
 from shoal.engine.sampling import hash_pair
 from shoal.engine.sequence import SamplingParams, Sequence
 
@@ -28,7 +31,7 @@ class Admission:
 
     def admit(self, request: int, ids: list[int], params: SamplingParams) -> Sequence:
         """The request, ready to be scheduled. ValueError if it could never be served."""
-        self.check_ids("prompt", ids)
+        self._check_ids("prompt", ids)
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
         self._check_vocabulary("logit_bias", (token for token, _ in params.logit_bias))
         for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs or 0)):
@@ -65,12 +68,19 @@ class Admission:
             min_tokens=params.min_tokens,
         )
 
-    def check_ids(self, what: str, ids: list[int]) -> None:
+    def check_text(self, ids: list[int], routing: Tensor | None) -> None:
+        """A text to be scored, and the experts that were recorded of it."""
+        self._check_ids("text", ids)
+        self._check_positions(len(ids), f"a text of {len(ids)} tokens", "score it in pieces")
+        if routing is not None:
+            check_record(self.config, routing, len(ids) - 1)
+
+    def _check_ids(self, what: str, ids: list[int]) -> None:
         if not ids:
             raise ValueError(f"the {what} is empty; give at least one token, such as the beginning of text")
         self._check_vocabulary(f"the {what}", ids)
 
-    def check_positions(self, needed: int, what: str, fix: str) -> None:
+    def _check_positions(self, needed: int, what: str, fix: str) -> None:
         limit = self.config.max_position_embeddings
         if needed > limit:
             raise ValueError(
@@ -92,7 +102,7 @@ class Admission:
         """Tokens a request may generate: what it says, or else all that the context has room for."""
         room = self.longest - num_prompt
         wanted = max(room, params.min_tokens, 1) if params.max_tokens is None else params.max_tokens
-        self.check_positions(
+        self._check_positions(
             num_prompt + wanted,
             f"a prompt of {num_prompt} tokens with {wanted} to generate",
             "shorten the prompt or lower max_tokens",

@@ -15,42 +15,27 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, ledger, sampling, staging
+from shoal.engine import grammar, ledger, sampling, scoring, staging
 from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
 from shoal.engine.events import Completion, Event, Routed, complete
+from shoal.engine.flight import Flight, collect_routed, open_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
-from shoal.engine.records import check_record
 from shoal.engine.runner import Runner, Span, Step
 from shoal.engine.sampling import Draw, History, Sample
 from shoal.engine.scheduler import Pick, Scheduler
-from shoal.engine.sequence import FinishReason, SamplingParams, Scored, Sequence
+from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
 from shoal.engine.settings import EngineSettings
 from shoal.engine.speculation import Drafter, Governor, Seen
 from shoal.engine.stats import Stats
 from shoal.model.transformer import Transformer
-
-
-@dataclass(frozen=True, eq=False)
-class Flight:
-    """A step on its way: who gets what when it comes."""
-
-    picks: list[Pick]
-    starts: list[int]  # the position of each pick's first token
-    step: Step
-    drawn: list[Pick]  # those that get tokens, in the order of the rows
-    samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
-    scores: list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
-    read: list[Sequence]  # prompts that wanted no more than to be read
-    routed: dict[int, tuple[int, staging.Parcel]]  # by request: where its positions from one on were sent
 
 
 class Engine:
@@ -241,30 +226,8 @@ class Engine:
         Read through free pages in steps of `max_batch_tokens`, so memory does not grow with the text.
         `routing` (tokens - 1, L, K) replays experts that were recorded of this text.
         """
-        self.admission.check_ids("text", ids)
-        if routing is not None:
-            check_record(self.config, routing, len(ids) - 1)
-        self.admission.check_positions(len(ids), f"a text of {len(ids)} tokens", "score it in pieces")
-        sequence = Sequence(ids[:-1], SamplingParams())
-        needed = self.pool.count_pages(sequence.num_pending)
-        if needed > self.pool.num_free:
-            raise ValueError(
-                f"a text of {len(ids)} tokens needs {needed} pages, but {self.pool.num_free} of "
-                f"{self.pool.num_pages} are free; score it in pieces, let requests finish, or raise num_pages"
-            )
-        sequence.pages = self.pool.take(needed)
-        logprobs: list[float] = []
-        try:
-            while sequence.num_pending:
-                start = sequence.num_computed
-                end = start + min(sequence.num_pending, self.settings.max_batch_tokens)
-                span = Span(sequence.pages, start, ids[start:end], num_drawn=0)
-                replay = None if routing is None else routing[start:end]
-                logprobs += self.runner.score(span, ids[start + 1 : end + 1], replay)
-                sequence.num_computed = end
-        finally:
-            self.pool.release(sequence.pages)
-        return logprobs
+        self.admission.check_text(ids, routing)
+        return scoring.score(self.runner, self.pool, ids, routing, most=self.settings.max_batch_tokens)
 
     def forget_prefixes(self) -> None:
         """The weights have changed: what the cache remembers is no longer what the model would compute."""
@@ -296,9 +259,9 @@ class Engine:
             ) from error
         drawn = [pick for pick in picks if pick.samples]
         samples = self._draw(drawn, picks, step) if drawn else None
-        scores = self._score(picks, step)
+        scores = score_prompts(self.runner, picks, step)
         read = [pick.sequence for pick in picks if pick.reads_all]
-        routed = self._collect_routed(picks)
+        routed = collect_routed(self.runner.records, picks)
         starts = [pick.sequence.num_computed for pick in picks]
         now = monotonic()
         for pick in picks:
@@ -334,34 +297,6 @@ class Engine:
             self.runner.keep(result.tokens_S1.squeeze(1), sequences)
         return staging.Parcel(result.pack())
 
-    def _score(self, picks: list[Pick], step: Step) -> list[tuple[Sequence, int, staging.Parcel]]:
-        """Log-probabilities of the prompt tokens that follow those in this step, where they are wanted."""
-        scores = []
-        row = 0
-        for pick in picks:
-            sequence, start = pick.sequence, pick.sequence.num_computed
-            num_top = sequence.params.prompt_logprobs
-            targets = sequence.ids[start + 1 : min(start + pick.num_new, sequence.num_prompt - 1) + 1]
-            if num_top is not None and targets and len(sequence.scores) <= start:
-                hidden_TD = step.hidden_TD[row : row + len(targets)]
-                packed = self.runner.score_rows(hidden_TD, targets, num_top)
-                scores.append((sequence, start, staging.Parcel(packed)))
-            row += pick.num_tokens
-        return scores
-
-    def _collect_routed(self, picks: list[Pick]) -> dict[int, tuple[int, staging.Parcel]]:
-        """Send home where positions were sent that have not been told, of those that get a token and ask."""
-        parcels = {}
-        for pick in picks:
-            sequence, start = pick.sequence, pick.sequence.num_routed
-            end = sequence.num_computed + pick.num_tokens
-            wanted = sequence.params.routing_from is not None and (pick.samples or pick.reads_all)
-            if wanted and start < end:
-                parcel = staging.Parcel(self.runner.records.routed(sequence.pages, start, end))
-                parcels[sequence.request] = start, parcel
-                sequence.num_routed = end
-        return parcels
-
     # ------------------------------------------------------------------------------------------------
     # A step comes in
 
@@ -370,11 +305,11 @@ class Engine:
         assert flight is not None
         events: list[Event] = []
         for sequence, start, packed in flight.scores:
-            self._take_scores(sequence, start, packed.open())
+            take_scores(sequence, start, packed.open())
         for sequence in flight.read:
             if sequence.request in self._live:
                 sequence.finish = "length"
-                routed = _open(flight.routed.get(sequence.request), sequence.num_prompt)
+                routed = open_routed(flight.routed.get(sequence.request), sequence.num_prompt)
                 events.append(
                     self._tell(sequence, None, "length", pages=sequence.pages, first=True, routed=routed)
                 )
@@ -425,7 +360,7 @@ class Engine:
         first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
         taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
         known = len(sequence.ids) - 1  # a guess that was wrong went through experts that the text does not
-        routed = _open(parcel, known)
+        routed = open_routed(parcel, known)
         if pick.num_drafts:
             sequence.num_routed = min(sequence.num_routed, known)
         events = []
@@ -445,14 +380,6 @@ class Engine:
         if sequence.finish:
             del self._live[sequence.request]
         return events
-
-    def _take_scores(self, sequence: Sequence, start: int, packed: Tensor) -> None:
-        if len(sequence.scores) != start:
-            return  # its pages were taken meanwhile, and its prompt is read again
-        num_top = sequence.params.prompt_logprobs or 0
-        for logprob, *tops in packed.tolist():
-            top = zip(map(int, tops[:num_top]), tops[num_top:], strict=True)
-            sequence.scores.append(Scored(logprob, tuple(top)))
 
     def _break(self, sequence: Sequence, why: str) -> Event:
         """A request ends that nothing can be drawn for; nobody finds what its pages hold."""
@@ -499,12 +426,3 @@ class Engine:
             error=error,
             routed=routed,
         )
-
-
-def _open(sent: tuple[int, staging.Parcel] | None, end: int) -> Routed | None:
-    """Where the positions before `end` were sent."""
-    if sent is None:
-        return None
-    start, parcel = sent
-    experts, *weights = parcel.open()[:, : end - start]
-    return Routed(start, experts, weights[0].view(torch.float16) if weights else None)

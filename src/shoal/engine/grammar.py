@@ -74,8 +74,7 @@ class Matcher:
         self._matcher, self._think_end_id = matcher, think_end_id
 
     def accept(self, token: int) -> bool:
-        """The text goes on with a token. False if it may not: none may, where the vocabulary has no token that
-        the grammar wants next."""
+        """The text goes on with a token. False if it may not, as where the vocabulary has none that may."""
         if self._think_end_id is not None:
             if token == self._think_end_id:
                 self._think_end_id = None

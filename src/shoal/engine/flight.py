@@ -1,0 +1,89 @@
+"""Flight: a step on its way, and what it sends home beside the tokens that are drawn.
+
+Log-probabilities of prompts, and the experts that positions were sent to, are gathered when a step is
+launched, travel in parcels, and are opened when it lands: the host waits for none of them in between.
+
+The law: a position is told once, by the step that brings its request a token after it, unless a guess that
+was wrong, or a prompt that lost its pages, has to be gone through again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.engine import staging
+from shoal.engine.events import Routed
+from shoal.engine.records import Records
+from shoal.engine.runner import Runner, Step
+from shoal.engine.scheduler import Pick
+from shoal.engine.sequence import Scored, Sequence
+
+Scores = list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step on its way: who gets what when it comes."""
+
+    picks: list[Pick]
+    starts: list[int]  # the position of each pick's first token
+    step: Step
+    drawn: list[Pick]  # those that get tokens, in the order of the rows
+    samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
+    scores: Scores
+    read: list[Sequence]  # prompts that wanted no more than to be read
+    routed: dict[int, tuple[int, staging.Parcel]]  # by request: where its positions from one on were sent
+
+
+def score_prompts(
+    runner: Runner, picks: list[Pick], step: Step
+) -> list[tuple[Sequence, int, staging.Parcel]]:
+    """Log-probabilities of the prompt tokens that follow those in this step, where they are wanted."""
+    scores = []
+    row = 0
+    for pick in picks:
+        sequence, start = pick.sequence, pick.sequence.num_computed
+        num_top = sequence.params.prompt_logprobs
+        targets = sequence.ids[start + 1 : min(start + pick.num_new, sequence.num_prompt - 1) + 1]
+        if num_top is not None and targets and len(sequence.scores) <= start:
+            hidden_TD = step.hidden_TD[row : row + len(targets)]
+            packed = runner.score_rows(hidden_TD, targets, num_top)
+            scores.append((sequence, start, staging.Parcel(packed)))
+        row += pick.num_tokens
+    return scores
+
+
+def take_scores(sequence: Sequence, start: int, packed: Tensor) -> None:
+    """A prompt gets the scores of its positions from `start` on."""
+    if len(sequence.scores) != start:
+        return  # its pages were taken meanwhile, and its prompt is read again
+    num_top = sequence.params.prompt_logprobs or 0
+    for logprob, *tops in packed.tolist():
+        top = zip(map(int, tops[:num_top]), tops[num_top:], strict=True)
+        sequence.scores.append(Scored(logprob, tuple(top)))
+
+
+def collect_routed(records: Records, picks: list[Pick]) -> dict[int, tuple[int, staging.Parcel]]:
+    """Send home where positions were sent that have not been told, of those that get a token and ask."""
+    parcels = {}
+    for pick in picks:
+        sequence, start = pick.sequence, pick.sequence.num_routed
+        end = sequence.num_computed + pick.num_tokens
+        wanted = sequence.params.routing_from is not None and (pick.samples or pick.reads_all)
+        if wanted and start < end:
+            parcel = staging.Parcel(records.routed(sequence.pages, start, end))
+            parcels[sequence.request] = start, parcel
+            sequence.num_routed = end
+    return parcels
+
+
+def open_routed(sent: tuple[int, staging.Parcel] | None, end: int) -> Routed | None:
+    """Where the positions before `end` were sent."""
+    if sent is None:
+        return None
+    start, parcel = sent
+    experts, *weights = parcel.open()[:, : end - start]
+    return Routed(start, experts, weights[0].view(torch.float16) if weights else None)
