@@ -6,7 +6,7 @@ tokens chose, and the cache. Four blocks take turns, so none finds its weights i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -68,7 +68,7 @@ def cases() -> Iterator[Case]:
                 stacked = ".experts." in name and "shared" not in name
                 moved += parameter.nbytes * (chosen / parameter.shape[0] if stacked else 1) / BLOCKS
         moved += tokens * CONTEXT * pages[0][0, 0].nbytes
-        calls: dict[str, list[Callable[[], object]]] = {
+        calls: dict[str, Sequence[Callable[[], object]]] = {
             "ours": [partial(_run, block, x_TD, y_TD, angles, batch) for block in blocks]
         }
         yield Case(

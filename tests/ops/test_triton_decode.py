@@ -86,8 +86,9 @@ def test_absorbed_queries_and_values(
     slots_T = torch.randperm(80, generator=torch.Generator().manual_seed(5))[:T].to(DEVICE)
     arguments: tuple[Any, ...] = (q_THQ, kv_TL, norm_C, 1e-6, angle.cos(), angle.sin(), kv_b)
     pages, theirs = (torch.zeros(5, 16, C + R, dtype=dtype, device=DEVICE) for _ in range(2))
-    assert latent.latent_queries_refusal(*arguments, pages, slots_T, True) is None
-    found = latent.latent_queries(*arguments, pages, slots_T, True)
+    rest: tuple[Any, ...] = (pages, slots_T, True)
+    assert latent.latent_queries_refusal(*arguments, *rest) is None
+    found = latent.latent_queries(*arguments, *rest)
     wanted = dispatch.REFERENCE["latent_queries"](
         *(x.double() if isinstance(x, Tensor) else x for x in arguments), theirs.double(), slots_T, True
     )

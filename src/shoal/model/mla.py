@@ -179,7 +179,8 @@ class MLA(nn.Module):
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What queries are projected from, they, and the latents."""
         if self.mla.q_lora_rank is None:
-            return x_TD, *together(x_TD, self.q_proj, self.kv_a_proj_with_mqa)
+            q_TX, kv_TL = together(x_TD, self.q_proj, self.kv_a_proj_with_mqa)
+            return x_TD, q_TX, kv_TL
         low_TX, kv_TL = together(x_TD, self.q_a_proj, self.kv_a_proj_with_mqa)
         low_TX = self.q_a_layernorm(low_TX)
         return low_TX, self.q_b_proj(low_TX), kv_TL
