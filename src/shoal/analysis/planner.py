@@ -30,7 +30,8 @@ LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STEP_OVERHEAD, SEQUENCE_OVERHEAD = 30e-6, 0.8e-6
 PREFILL_SHARE = 0.66  # of the floor that the engine reaches on four prompts of 4K, same file
 # What DeepSeek reports of V3's training on 2,048 H800: share of the bfloat16 rate, causal attention counted
-# once (arXiv 2505.09343, table 4).
+# once (arXiv 2505.09343, table 4). Its other figures say the same: 180,000 hours for 1e12 tokens (arXiv
+# 2412.19437, table 1) at 250 GFLOPs each (2505.09343, table 2) are 39.0% of 989.5 TFLOP/s.
 TRAINING_MFU = 0.3894
 STATE_BYTES = 16  # a parameter: bfloat16 weight and gradient, float32 master and two moments
 

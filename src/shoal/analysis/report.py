@@ -156,7 +156,7 @@ def _summary(told: dict[str, Any]) -> str:
             f"{one['bits_per_byte']:.3f}",
             f"{mean[0]:.2f}",
             f"{mean[1]:.1f}",
-            special,
+            special or "none",
         )
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f'<th scope="col">{head}</th>' for head in heads)
@@ -184,10 +184,19 @@ def _controls(layers: list[str]) -> str:
 
 def _tokens(found: Inspection, domain: int) -> str:
     spans = "".join(
-        f'<button class="token" data-at="{domain},{number}">{html.escape(piece) or "&nbsp;"}</button>'
+        f'<button class="token" data-at="{domain},{number}" data-text="{html.escape(piece)}">'
+        f"{html.escape(_visible(piece))}</button>{'<br>' if piece.endswith(BREAKS) else ''}"
         for number, piece in enumerate(found.pieces[domain])
     )
     return f'<h3>{html.escape(found.seen[domain].name)}</h3><div class="text">{spans}</div>'
+
+
+BREAKS = ("\n", "\r")
+
+
+def _visible(piece: str) -> str:
+    """A token in one line: its line breaks as signs, the break itself comes after it."""
+    return piece.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥") or "\N{NO-BREAK SPACE}"
 
 
 def _data(found: Inspection) -> str:
@@ -219,8 +228,10 @@ figcaption {{ color: #52606d; font-size: .9rem; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .9rem; }}
 th, td {{ text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #d9dee4; vertical-align: top; }}
 .text {{ line-height: 2; overflow-wrap: anywhere; }}
-.token {{ font: inherit; border: 0; border-radius: .2rem; padding: 0 .1rem; margin: 0; white-space: pre-wrap;
+.token {{ font: inherit; border: 0; border-radius: .2rem; padding: 0 .1rem; margin: 0; white-space: pre;
   color: inherit; cursor: pointer; }}
+@media (max-width: 45rem) {{ figure {{ overflow-x: auto; }} figure img {{ max-width: none; width: 45rem; }}
+  figcaption {{ position: sticky; left: 0; max-width: 92vw; }} }}
 .token:focus {{ outline: 2px solid #2563eb; }}
 #told {{ position: sticky; top: 0; background: #fff; border: 1px solid #d9dee4; border-radius: .3rem;
   padding: .5rem; max-height: 40vh; overflow: auto; font-size: .9rem; }}
@@ -246,7 +257,7 @@ function show(token) {
   const [domain, number] = at(token), one = data.samples[domain];
   told.textContent = "";
   const head = document.createElement("strong");
-  head.textContent = JSON.stringify(token.textContent);
+  head.textContent = JSON.stringify(token.dataset.text);
   told.append(head);
   one.experts[number].forEach((chosen, n) => {
     const line = document.createElement("div");

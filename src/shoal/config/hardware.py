@@ -2,7 +2,8 @@
 
 A row holds what a datasheet prints, and beside it what was measured, where somebody measured: a roofline
 takes the measured figure. Dense rates, without sparsity; links in one direction. The law: no figure without a
-source, and no price where none was found: whoever knows one passes it in.
+source, and no price where none was found: whoever knows one passes it in. The printed figures were read again
+in reprints of their sheets on 2026-11-24 (H200, H100, B200, L40S and 4090 agree; A100 and H800 not found).
 """
 
 from __future__ import annotations
