@@ -98,6 +98,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart"),
     steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
     fresh: Annotated[bool, typer.Option(help="Start over, if the folder holds a run.")] = False,
+    sums: Annotated[bool, typer.Option("--sums", help="Then teach it sums, by SFT and GRPO.")] = False,
 ) -> None:
     """Train a tiny DeepSeek-V3 on your text, here and now: tokenizer, model, pictures, samples (minutes on
     2 cores).
@@ -106,7 +107,7 @@ def quickstart(
 
     if more and not text:
         raise ValueError(f"{more[0]!r} is out of place; give files as --text {' '.join(more)}")
-    show(patterns=[*(text or []), *(more or [])], folder=out, steps=steps, fresh=fresh)
+    show(patterns=[*(text or []), *(more or [])], folder=out, steps=steps, fresh=fresh, teaches=sums)
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""`shoal quickstart`: train, then show what came of it and what to do next.
+"""`shoal quickstart`: train, teach, then show what came of it and what to do next.
 
-What is trained and measured is in stages/quickstart; here it is only started, resumed and printed.
+What is trained and measured is in stages/quickstart and stages/lesson; here it is only started, resumed and
+printed.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.view import COMMAND, TrainingView, say
-from shoal.stages import pretrain, quickstart
+from shoal.stages import lesson, pretrain, quickstart
 
 CONTINUE = "/#continue"  # the page, as base models want it
 
 
-def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> None:
+def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool, *, teaches: bool) -> None:
     config = quickstart.recipe(patterns, steps)
     if fresh and (folder / "config.toml").exists():
         shutil.rmtree(folder)
@@ -37,7 +38,18 @@ def show(patterns: list[str], folder: Path, steps: int | None, fresh: bool) -> N
     say("comparing, drawing, writing")
     summary = quickstart.summarise(config, folder)
     _print(summary)
+    if teaches:
+        _teach(folder)
     _offer_page(summary.export)
+
+
+def _teach(folder: Path) -> None:
+    with TrainingView() as view:
+        learned = lesson.run(folder / "export", folder / "sums", view)
+    if learned is None:
+        say("stopped and saved; the same command goes on")
+        raise typer.Exit(130)
+    _print_lesson(learned)
 
 
 def _print(summary: quickstart.Summary) -> None:
@@ -78,3 +90,23 @@ def _offer_page(export: Path) -> None:
 
     if sys.stdin.isatty() and sys.stdout.isatty() and typer.confirm("Open the page now?", default=False):
         serve(str(export), ui=True)
+
+
+def _print_lesson(learned: lesson.Lesson) -> None:
+    console = Console()
+    table = Table(title=f"{lesson.HELD_OUT} sums that no stage has seen", title_justify="left")
+    for column in ("model", "right", "95% interval"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for mark in learned.marks:
+        table.add_row(mark.name, f"{mark.right:.1%}", f"{mark.low:.1%} to {mark.high:.1%}")
+    console.print(table)
+    console.print(
+        f"SFT saw sums that forget {lesson.SLIPS:.0%} of their carries; GRPO was told right or wrong.",
+        style="dim",
+    )
+    told = Text.assemble((learned.thought, "dim italic"), "\n", learned.said)
+    title = f"{learned.asked}, thought and answered (it is {learned.answer})"
+    console.print(Panel(told, title=title, title_align="left"))
+    console.print(
+        f"Ask it yourself, digits apart:  {COMMAND} chat {learned.export}", highlight=False, markup=False
+    )
