@@ -18,7 +18,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 FILES = SOURCES + [
-    path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("tests", "benchmarks", "experiments")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
 

@@ -9,8 +9,9 @@ Shape letters: T tokens, S sequences, P pages, L layers that route, K experts pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -65,3 +66,12 @@ class Batch:
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens_S1.shape[0] - 1
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, itself where it is there already. One with a cache stays with it."""
+        if self.ids_T.device == device:
+            return self
+        if self.kv is not None:
+            raise ValueError(f"the batch reads a cache on {self.ids_T.device}; it cannot go to {device}")
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

@@ -271,7 +271,7 @@ class Trainer:
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation + self.passed_over
         mine = range(first, first + self.settings.accumulation)[self.team.rank :: self.team.ranks]
-        return [_move(self.batches(index), self.device) for index in mine]
+        return [self.batches(index).to(self.device) for index in mine]
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Add up the gradients of the step's micro-batches, and the objective's terms."""
@@ -366,7 +366,7 @@ class Trainer:
         """Of a whole text, and how many tokens they are of."""
         nats, count = 0.0, 0
         for batch, counts in self.team.share(evaluation.batches()):
-            batch = _move(batch, self.device)
+            batch = batch.to(self.device)
             assert batch.weights_T is not None
             hidden_TD = self.model(batch).hidden_TD
             # Detached: the op makes the gradient of a weight that wants one as it goes.
@@ -416,13 +416,3 @@ class Trainer:
     @staticmethod
     def _own(name: str, rank: int) -> str:
         return name if rank == 0 else f"{name}.{rank}"
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; itself where it is there already."""
-    if batch.ids_T.device == device:
-        return batch
-    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(
-        batch, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-    )

@@ -1,0 +1,119 @@
+"""What is asked of a trained model beside its held-out loss: redundancy, specialisation, guesses that stand.
+
+Each function takes the model, the text and the plan of a study and returns numbers for its record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.study import Plan, measure, on
+from experiments.text import Text
+from shoal.analysis.observe import Observation, divergence, observe, specialists
+from shoal.data.pack import evaluation_batches
+from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.moe import Gate, MoE
+from shoal.model.transformer import Transformer
+from shoal.ops.api import Routing
+
+MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, each token's best
+PROMPTS, PROMPT, ANSWER = 16, 64, 64
+
+
+class WithoutBest(nn.Module):
+    """A gate without groups that may not choose a token's `count` best experts: the next stand in."""
+
+    def __init__(self, gate: Gate, count: int) -> None:
+        super().__init__()
+        self.gate, self.count = gate, count
+
+    def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> Routing:
+        free = self.gate(x_TD, replay_TK)
+        top_k = free.experts_TK.shape[1]
+        selection_TE = free.scores_TE
+        if self.gate.e_score_correction_bias is not None:
+            selection_TE = selection_TE + self.gate.e_score_correction_bias
+        ranked_TE = selection_TE.sort(dim=-1, descending=True, stable=True).indices
+        return self.gate(x_TD, ranked_TE[:, self.count : self.count + top_k])
+
+
+@contextmanager
+def without_best(model: Transformer, share: float) -> Iterator[None]:
+    """Within the block no token reaches the best `share` of all experts."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    gates = [layer.gate for layer in layers]
+    try:
+        for layer, gate in zip(layers, gates, strict=True):
+            layer.gate = WithoutBest(gate, round(share * gate.moe.n_routed_experts))  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, gate in zip(layers, gates, strict=True):
+            layer.gate = gate
+
+
+def at_experts(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    """Held-out loss without each token's best experts, and what the experts do domain by domain."""
+    moe = model.config.moe
+    if moe is None:
+        return {}
+    sizes = {name: shard.num_bytes for name, shard in text.held_out.items()}
+    masked = {}
+    for share in MASKED if moe.topk_method in ("greedy", "noaux_tc") and moe.n_group == 1 else ():
+        with without_best(model, share):
+            bits = {name: measure(model, shard, plan)[0] for name, shard in text.held_out.items()}
+        masked[f"{share:.4f}"] = sum(bits[name] * sizes[name] for name in bits) / sum(sizes.values())
+    seen: list[Observation] = []
+    for name, shard in text.held_out.items():
+        batches = evaluation_batches(shard, plan.tokens_per_batch, plan.seq_len)
+        seen.append(observe(model, name, on(model, batches), shard.num_bytes))
+    loads_DLE = torch.stack([each.load_LE for each in seen])
+    return {
+        "masked": masked,
+        "divergence": divergence(loads_DLE).mean().item(),  # bits, of at most log2(domains)
+        "specialists": {
+            each.name: len(found) for each, found in zip(seen, specialists(loads_DLE), strict=True)
+        },
+        # The fewest experts that take 80% of a domain's choices, and what the two busiest take.
+        "experts_for_80": {each.name: each.experts_for(0.8).double().mean().item() for each in seen},
+        "share_of_two": {each.name: share_of_best(each.load_LE, 2) for each in seen},
+    }
+
+
+def share_of_best(load_LE: Tensor, count: int) -> float:
+    """Of a layer's choices, what its busiest experts take; mean of layers."""
+    best = load_LE.double().topk(count, dim=1).values.sum(1) / load_LE.double().sum(1)
+    return best.mean().item()
+
+
+def at_guesses(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    """Greedy answers to held-out text, plain and with guesses of the prediction module: how many stand, and
+    tokens a second of both. The texts must be equal."""
+    if not model.config.num_nextn_predict_layers:
+        return {}
+    prompts: list[list[int]] = []
+    for shard in text.held_out.values():
+        for batch in islice(evaluation_batches(shard, PROMPT * PROMPTS, PROMPT), 1):
+            prompts += [part.tolist() for part in batch.ids_T.split(PROMPT)[:PROMPTS]]
+    wish = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    told: dict[str, Any] = {}
+    answers = []
+    for speculate in (0, 1):
+        settings = EngineSettings(cache_bytes=1 << 27, speculate=speculate, prefix_cache=False)
+        engine = Engine(model, settings)
+        engine.generate(prompts[:2], wish)
+        before, start = engine.stats(), time.perf_counter()
+        answers.append([done.ids for done in engine.generate(prompts, wish)])
+        told[f"tokens_per_second_{speculate}"] = len(prompts) * ANSWER / (time.perf_counter() - start)
+    after = engine.stats()
+    guessed = [b - a for a, b in zip(before.drafted, after.drafted, strict=True)]
+    stood = [b - a for a, b in zip(before.accepted, after.accepted, strict=True)]
+    told["acceptance"] = [s / g if g else 0.0 for s, g in zip(stood, guessed, strict=True)]
+    told["same_answers"] = sum(a == b for a, b in zip(*answers, strict=True)) / len(prompts)
+    return told

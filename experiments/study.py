@@ -1,0 +1,215 @@
+"""A study: variants of one small model, each trained by the Trainer on the same text with several seeds.
+
+A variant is a model and how it is balanced; all else is the study's. The law: a run is a function of its
+variant and seed, the seeds are the same for all variants, and what is compared is measured on the same
+held-out text. Runs go side by side in processes of their own, on one GPU too: a small model waits for its
+launches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.text import Text, load
+from shoal.batch import Batch
+from shoal.config import cost
+from shoal.config.model import ModelConfig
+from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
+from shoal.data.pack import evaluation_batches
+from shoal.data.shard import Shard
+from shoal.model.transformer import Transformer
+from shoal.ops import api as ops
+from shoal.train.balance import max_violation
+from shoal.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    model: ModelConfig
+    balance: BalanceConfig
+    mtp_loss_weight: float = 0.0
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a study share."""
+
+    text: str  # a folder of text.py
+    device: str = "cpu"
+    steps: int = 400
+    tokens_per_batch: int = 8192
+    seq_len: int = 512
+    lr: float = 2e-3
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. `flops` are those of training, by config/cost.py."""
+
+    variant: str
+    seed: int
+    bits_per_byte: float  # of all held-out text
+    domains: dict[str, float]
+    max_violation: float  # of the held-out text's routing, mean of layers; 0 where nothing routes
+    active: int
+    total: int
+    flops: float
+    seconds: float  # of training, with the others of the study beside it
+    extra: dict[str, Any]
+
+
+Extra = Callable[[Transformer, Text, Plan], dict[str, Any]]
+
+
+def nothing_more(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    return {}
+
+
+def train(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transformer, float]:
+    """The model after its last step, and the seconds that took."""
+    device = torch.device(plan.device)
+    # A CPU computes in float32: it has no fast bfloat16.
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, variant.dtype)
+    config = replace(variant.model, vocab_size=text.tokenizer.vocab_size)
+    model = Transformer(config, device="meta", dtype=dtype)
+    model.allocate(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    model.init_weights(generator)
+    warmup = max(1, plan.steps // 20)
+    settings = TrainConfig(
+        steps=plan.steps,
+        mtp_loss_weight=variant.mtp_loss_weight,
+        optim=OptimConfig(lr=plan.lr, warmup_steps=warmup, schedule="linear"),
+        balance=variant.balance,
+    )
+    batches = text.batches(plan.tokens_per_batch, plan.seq_len, seed)
+    trainer = Trainer(model, batches.batch, settings, Path(plan.text), generator=generator)
+    model.train()
+    start = time.perf_counter()
+    for _ in range(plan.steps):
+        trainer.train_step()
+    return model.eval(), time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(model: Transformer, shard: Shard, plan: Plan) -> tuple[float, torch.Tensor | None]:
+    """Bits per byte of held-out text, and each expert's tokens (L, E)."""
+    nats, load_LE = 0.0, None
+    for batch in on(model, evaluation_batches(shard, plan.tokens_per_batch, plan.seq_len)):
+        output = model(batch)
+        assert batch.targets_T is not None
+        assert batch.weights_T is not None
+        weight_VD = model.head_weight()
+        loss = ops.linear_cross_entropy(output.hidden_TD, weight_VD, batch.targets_T, batch.weights_T)
+        nats += loss.total.item()
+        if output.routing:
+            assert model.config.moe is not None
+            experts = model.config.moe.n_routed_experts
+            chosen = [layer.experts_TK.flatten() for layer in output.routing]
+            counts = torch.stack([torch.bincount(each[each >= 0], minlength=experts) for each in chosen])
+            load_LE = counts if load_LE is None else load_LE + counts
+    return nats / math.log(2) / shard.num_bytes, load_LE
+
+
+def on(model: Transformer, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches where the model is."""
+    device = model.head_weight().device
+    for batch in batches:
+        yield batch.to(device)
+
+
+def run_one(variant: Variant, seed: int, plan: Plan, extra: Extra) -> Result:
+    torch.set_num_threads(plan.threads)
+    text = load(Path(plan.text))
+    model, seconds = train(variant, seed, plan, text)
+    found = {name: measure(model, shard, plan) for name, shard in text.held_out.items()}
+    sizes = {name: shard.num_bytes for name, shard in text.held_out.items()}
+    bits = sum(value * sizes[name] for name, (value, _) in found.items()) / sum(sizes.values())
+    loads = [load_LE for _, load_LE in found.values() if load_LE is not None]
+    violation = max_violation(torch.stack(loads).sum(0)).mean().item() if loads else 0.0
+    params = cost.params(model.config, mtp=False)
+    trained = plan.steps * plan.tokens_per_batch
+    flops = trained * cost.flops_per_token(model.config, plan.seq_len // 2, mtp=variant.mtp_loss_weight > 0)
+    domains = {name: value for name, (value, _) in found.items()}
+    more = extra(model, text, plan)
+    return Result(
+        *(variant.name, seed, bits, domains, violation),
+        *(params.active, params.total, flops, seconds, more),
+    )
+
+
+def run(
+    variants: Sequence[Variant], seeds: Sequence[int], plan: Plan, jobs: int, extra: Extra = nothing_more
+) -> list[Result]:
+    """All of them, `jobs` at a time; each is told as it ends."""
+    work = [(variant, seed) for seed in seeds for variant in variants]
+    results: list[Result] = []
+    start = time.perf_counter()
+    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(run_one, variant, seed, plan, extra) for variant, seed in work]
+        for done in as_completed(waiting):
+            result = done.result()
+            results.append(result)
+            print(
+                f"{len(results)}/{len(work)} {result.variant}, seed {result.seed}: "
+                f"{result.bits_per_byte:.4f} bits per byte, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    names = [variant.name for variant in variants]
+    return sorted(results, key=lambda each: (names.index(each.variant), each.seed))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant over its seeds."""
+
+    variant: str
+    seeds: int
+    bits_per_byte: float
+    deviation: float
+    max_violation: float
+    active: int
+    total: int
+    flops: float
+    seconds: float
+
+
+def summarise(results: Sequence[Result]) -> list[Row]:
+    rows = []
+    for name in dict.fromkeys(each.variant for each in results):
+        of = [each for each in results if each.variant == name]
+        bits = [each.bits_per_byte for each in of]
+        rows.append(
+            Row(
+                name,
+                len(of),
+                statistics.mean(bits),
+                statistics.stdev(bits) if len(bits) > 1 else math.nan,
+                statistics.mean(each.max_violation for each in of),
+                of[0].active,
+                of[0].total,
+                of[0].flops,
+                statistics.mean(each.seconds for each in of),
+            )
+        )
+    return rows
+
+
+def to_record(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
+    where = torch.cuda.get_device_name() if plan.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    told = {key: value for key, value in asdict(plan).items() if key != "text"}
+    return {"hardware": where, "plan": told, "results": [asdict(each) for each in results]}

@@ -1,0 +1,95 @@
+"""Laws of the experiments: a run is a function of its variant and seed, variants are what their claim says,
+and masking leaves out what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiments import look, text
+from experiments.claims import claims
+from experiments.study import Plan, Variant, nothing_more, run_one, summarise
+from shoal.batch import Batch
+from shoal.config import cost
+from shoal.config.families import tiny
+from shoal.config.model import ModelConfig
+from shoal.config.run import BalanceConfig
+from shoal.model.transformer import Transformer
+
+CLAIMS = claims(64)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("text")
+    source = folder / "en.txt"
+    source.write_text(
+        "\n".join(f"The {n}th line says that {n} is {n % 7} more than it was." for n in range(400))
+    )
+    text.make(folder, {"en": [str(source)]}, 16_000, 400)
+    return Plan(str(folder), steps=3, tokens_per_batch=256, seq_len=64)
+
+
+def small(model: ModelConfig) -> ModelConfig:
+    """A claim's model, as it routes but narrow."""
+    moe = model.moe and replace(model.moe, moe_intermediate_size=8)
+    return replace(model, hidden_size=32, intermediate_size=16, num_hidden_layers=2, moe=moe)
+
+
+def test_a_run_is_a_function_of_its_variant_and_seed(plan: Plan) -> None:
+    variant = Variant("tiny", tiny("deepseek-moe-16b"), BalanceConfig())
+    first, same, other = (run_one(variant, seed, plan, nothing_more) for seed in (0, 0, 1))
+    assert replace(same, seconds=first.seconds) == first
+    assert other.bits_per_byte != first.bits_per_byte
+    (row,) = summarise([first, other])
+    assert row.seeds == 2
+    assert row.bits_per_byte == pytest.approx((first.bits_per_byte + other.bits_per_byte) / 2)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claims_variants_are_alike_but_for_what_it_compares(name: str) -> None:
+    """As many active parameters, to the routers' own (2.5%), but where a row says otherwise."""
+    sizes = [
+        cost.params(each.model, mtp=False).active
+        for each in CLAIMS[name].variants
+        if "all parameters" not in each.name
+    ]
+    assert max(sizes) / min(sizes) < 1.025
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_variant_trains_and_is_looked_at(name: str, plan: Plan) -> None:
+    claim = CLAIMS[name]
+    variants = claim.variants[-1:] if name in ("segments", "balance") else claim.variants
+    for variant in variants:
+        result = run_one(replace(variant, model=small(variant.model)), 0, replace(plan, steps=1), claim.extra)
+        assert 0 < result.bits_per_byte < 16
+        assert (result.max_violation > 0) == (variant.model.moe is not None)
+        if variant.name in ("GShard", "DeepSeekMoE"):
+            assert len(result.extra["masked"]) == len(look.MASKED)
+        if "acceptance" in result.extra:
+            assert result.extra["same_answers"] == 1.0
+
+
+@torch.inference_mode()
+def test_masking_leaves_out_the_best_and_nothing_else() -> None:
+    model = Transformer(tiny("deepseek-moe-16b"))
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.eval()
+    assert model.config.moe is not None
+    experts = model.config.moe.n_routed_experts
+    ids_T = torch.arange(40)
+    ends = torch.tensor([0, 40], dtype=torch.int32)
+    batch = Batch(ids_T=ids_T, positions_T=ids_T, cu_seqlens_S1=ends, max_seqlen=40)
+    plain = model(batch)
+    with look.without_best(model, 0.0):
+        same = model(batch)
+    with look.without_best(model, 2 / experts):
+        masked = model(batch)
+    assert torch.equal(model(batch).hidden_TD, plain.hidden_TD)  # the gates are back
+    for ours, theirs in zip(same.routing, plain.routing, strict=True):
+        assert torch.equal(ours.experts_TK.sort(-1).values, theirs.experts_TK.sort(-1).values)
+    first = plain.routing[0].experts_TK[:, :2]  # its input is the same, so its best are
+    assert not (masked.routing[0].experts_TK.unsqueeze(-1) == first.unsqueeze(-2)).any()
