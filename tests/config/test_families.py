@@ -14,7 +14,7 @@ import pytest
 
 from shoal.config import hf
 from shoal.config.families import FAMILIES, family, tiny
-from shoal.config.model import GQAConfig, MLAConfig, ModelConfig, YarnScaling
+from shoal.config.model import GQAConfig, MLAConfig, ModelConfig, NSAConfig, YarnScaling
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "deepseek"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"DeepSeek's published configs are not at {DATA}")
@@ -116,6 +116,11 @@ def _features(config: ModelConfig) -> dict[str, Any]:
         features["grouped"] = heads > shared
         features["wide"] = heads * attention.head_dim > config.hidden_size
         features["bias and norm"] = (attention.qkv_bias, attention.o_bias, attention.qk_norm)
+    elif isinstance(attention, NSAConfig):
+        heads, shared = attention.num_attention_heads, attention.num_key_value_heads
+        features["grouped"] = heads > shared
+        features["two widths"] = attention.qk_head_dim > attention.v_head_dim
+        features["forced"] = attention.select_topk > attention.select_first + attention.select_local
     else:
         features["latent"] = (attention.q_lora_rank is not None, attention.attention_bias)
     if moe is not None:

@@ -19,7 +19,14 @@ from shoal.batch import Batch
 from shoal.config.families import tiny
 from shoal.model.transformer import Transformer
 
-FAMILIES = ["deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite", "qwen3-30b-a3b", "r1-distill-qwen-1.5b"]
+FAMILIES = [
+    "deepseek-v3",
+    "deepseek-v3.2",
+    "deepseek-v2-lite",
+    "nsa-27b",
+    "qwen3-30b-a3b",
+    "r1-distill-qwen-1.5b",
+]
 VOCABULARY = 512
 # Two ways to the same logits differ by rounding alone: values up to 8, rounded to 2^-24 of themselves by each
 # of about two hundred products, norms and sums, make 1e-4. A wrong position or page moves whole units.
@@ -38,7 +45,8 @@ def build(family: str, eos: tuple[int, ...] | None = None) -> Transformer:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> Transformer:
-    """Latent attention with and without q_lora, grouped attention with head norms and with biases."""
+    """Latent attention with and without q_lora, sparse attention of both kinds, grouped attention with head
+    norms and with biases."""
     return build(request.param)
 
 

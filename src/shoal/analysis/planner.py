@@ -18,7 +18,7 @@ from typing import Literal
 from shoal.config import cost
 from shoal.config.cost import WeightDtype
 from shoal.config.hardware import NODE, Gpu
-from shoal.config.model import GQAConfig, MLAConfig, ModelConfig
+from shoal.config.model import MLAConfig, ModelConfig, NSAConfig
 
 Layout = Literal["whole", "expert parallel", "tensor parallel"]
 
@@ -312,12 +312,16 @@ def _cache_bytes(config: ModelConfig, load: Load, slices: int) -> float:
     """Of one token on one GPU. Tensor parallelism splits key-value heads; a latent row it repeats."""
     whole = cost.kv_bytes_per_token(config, "bfloat16") * load.cache_bits / 16
     attention = config.attention
-    return whole / min(slices, attention.num_key_value_heads) if isinstance(attention, GQAConfig) else whole
+    return whole if isinstance(attention, MLAConfig) else whole / min(slices, attention.num_key_value_heads)
 
 
 def _looked_back_on(config: ModelConfig, load: Load, slices: int) -> float:
-    """Bytes of its cache that a token reads: all, or with an indexer its keys and the rows that it picks."""
+    """Bytes of its cache that a token reads: all, or what sparse attention picks, and what it picks by."""
     attention, whole = config.attention, _cache_bytes(config, load, slices)
+    if isinstance(
+        attention, NSAConfig
+    ):  # a row is four keys and values, of which it reads one of some tokens
+        return whole / 4 * cost.tokens_read(attention, load.context, average=False)
     indexer = attention.indexer if isinstance(attention, MLAConfig) else None
     if indexer is None or load.context <= indexer.index_topk:
         return load.context * whole

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from shoal.config.model import Fp8Blocks, GQAConfig, MLAConfig, ModelConfig
+from shoal.config.model import Fp8Blocks, GQAConfig, MLAConfig, ModelConfig, NSAConfig
 
 Part = Literal["embedding", "attention", "dense", "routed", "shared", "router", "norms", "head", "mtp"]
 Phase = Literal["training", "prefill", "decode"]
@@ -45,6 +45,7 @@ class Weight:
     """`count` tensors of one shape, `active` of them read by a token.
 
     `storage`: `low` where FP8 and int4 checkpoints quantise, `plain` where they keep bfloat16, or `float32`.
+    `uses`: how often a token is multiplied by each, where that is not once.
     """
 
     part: Part
@@ -52,6 +53,7 @@ class Weight:
     count: int = 1
     active: int = 1
     storage: Literal["low", "plain", "float32"] = "low"
+    uses: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -84,11 +86,13 @@ def _norms(size: int, count: int = 1) -> Weight:
 def _block(config: ModelConfig, layer: int) -> Iterator[Weight]:
     attention, moe = config.attention, config.moe
     yield _norms(config.hidden_size, 2)
-    yield from (
-        _latent_attention(config.hidden_size, attention)
-        if isinstance(attention, MLAConfig)
-        else _grouped_attention(config.hidden_size, attention)
-    )
+    match attention:
+        case MLAConfig():
+            yield from _latent_attention(config.hidden_size, attention)
+        case NSAConfig():
+            yield from _native_sparse_attention(config.hidden_size, attention)
+        case GQAConfig():
+            yield from _grouped_attention(config.hidden_size, attention)
     if moe is None or not config.is_moe_layer(layer):
         yield from _swiglu("dense", config.hidden_size, config.intermediate_size)
         return
@@ -146,6 +150,20 @@ def _grouped_attention(hidden: int, gqa: GQAConfig) -> Iterator[Weight]:
         yield _norms(keys)
 
 
+def _native_sparse_attention(hidden: int, nsa: NSAConfig) -> Iterator[Weight]:
+    heads, groups = nsa.num_attention_heads, nsa.num_key_value_heads
+    yield from _linear(heads * nsa.qk_head_dim, hidden)
+    yield from _linear(3 * groups * nsa.qk_head_dim, hidden)
+    yield from _linear(3 * groups * nsa.v_head_dim, hidden)
+    yield Weight("attention", (3 * heads, hidden), storage="plain")  # the gates
+    yield from _linear(hidden, heads * nsa.v_head_dim)
+    for dim in (nsa.qk_head_dim, nsa.v_head_dim):  # what compresses: its positions, its MLP
+        yield Weight("attention", (nsa.compress_block, dim), storage="plain", uses=0.0)
+        often = groups / nsa.compress_stride
+        yield Weight("attention", (dim, nsa.compress_block * dim), uses=often)
+        yield Weight("attention", (dim, dim), uses=often)
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Elements of the state dict by part, and how many of all of them one token reads."""
@@ -183,13 +201,19 @@ def flops_per_token(
       costs a head 2C + R, not N + R + V; the halves of `kv_b_proj`, on the query's side, cost what they did.
     - With an indexer, a context beyond its `index_topk` is scored whole, and attended to, absorbed, where it
       chose; a shorter one is attended to whole and not scored.
+    - Native sparse attention reads its compressed keys, the selected blocks and the window; the scores of
+      blocks are those of the compressed keys.
 
     With `mtp`, each prediction module adds its block and one more pass of the head.
     """
     if context < 1:
         raise ValueError(f"context is {context}; a token sees at least itself, so use 1 or more")
     modules = config.num_nextn_predict_layers if mtp else 0
-    linear = sum(weight.active * weight.numel for weight in weights(config, mtp=mtp) if _multiplies(weight))
+    linear = sum(
+        weight.active * weight.numel * weight.uses
+        for weight in weights(config, mtp=mtp)
+        if _multiplies(weight)
+    )
     head = (1 + modules) * config.vocab_size * config.hidden_size
     pairs = (config.num_hidden_layers + modules) * _pairs(config, context, phase)
     if phase == "prefill":
@@ -210,6 +234,8 @@ def _multiplies(weight: Weight) -> bool:
 def _pairs(config: ModelConfig, context: int, phase: Phase) -> float:
     """Multiply-adds of attention for one token in one layer."""
     attention, decode = config.attention, phase == "decode"
+    if isinstance(attention, NSAConfig):
+        return tokens_read(attention, context, average=not decode) * _pair(config, absorbed=False)
     seen = context if decode else (context + 1) / 2
     indexer = attention.indexer if isinstance(attention, MLAConfig) else None
     if indexer is None or context <= indexer.index_topk:
@@ -219,11 +245,32 @@ def _pairs(config: ModelConfig, context: int, phase: Phase) -> float:
     return seen * indexer.index_n_heads * (indexer.index_head_dim + 1) + read * _pair(config, absorbed=True)
 
 
+def tokens_read(nsa: NSAConfig, context: int, *, average: bool) -> float:
+    """Keys that native sparse attention reads for the last of `context` tokens, or on average for each.
+
+    (s - l) / d + 1 compressed ones, up to n l' in selected blocks, up to w in the window.
+    """
+
+    def seen(most: int) -> float:
+        """Of the last `most` tokens, as many as there are."""
+        most = min(context, most)
+        return most * (1 - (most - 1) / (2 * context)) if average else most
+
+    length, stride = nsa.compress_block, nsa.compress_stride
+    entries = max(0, (context - length) // stride + 1)
+    compressed = float(entries)
+    if average:  # entry j is seen by the last context - j stride - length + 1 tokens
+        compressed *= (context - length + 1 - stride * (entries - 1) / 2) / context
+    return compressed + seen(nsa.select_topk * nsa.select_block) + seen(nsa.sliding_window)
+
+
 def _pair(config: ModelConfig, *, absorbed: bool) -> int:
     """Multiply-adds of attention for one query token and one token that it sees, in one layer."""
     attention = config.attention
     if isinstance(attention, GQAConfig):
         return attention.num_attention_heads * 2 * attention.head_dim
+    if isinstance(attention, NSAConfig):
+        return attention.num_attention_heads * attention.row_dim
     if absorbed:
         return attention.num_attention_heads * (2 * attention.kv_lora_rank + attention.qk_rope_head_dim)
     return attention.num_attention_heads * (attention.qk_head_dim + attention.v_head_dim)
@@ -298,6 +345,12 @@ def forward_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int
         expanded = heads * (3 * query + attention.qk_nope_head_dim + 2 * value) + 2 * row
         absorbed = heads * (query + row + 2 * attention.kv_lora_rank + value) + 2 * row
         attending = max(expanded, absorbed)
+    elif isinstance(attention, NSAConfig):
+        # Queries twice, three outputs and their sum, keys and values of four sets, their windows of l tokens.
+        heads, groups, row = attention.num_attention_heads, attention.num_key_value_heads, attention.row_dim
+        gathered = attention.compress_block // attention.compress_stride * groups * row
+        attending = heads * (2 * attention.qk_head_dim + 4 * attention.v_head_dim)
+        attending += 4 * groups * row + 2 * gathered
     else:
         width = attention.num_attention_heads + 2 * attention.num_key_value_heads
         attending = attention.head_dim * (2 * width + attention.num_attention_heads)

@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.config.model import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, MoEConfig
+from shoal.config.model import (
+    Attention,
+    GQAConfig,
+    IndexerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    NSAConfig,
+)
 
 Fields = Mapping[str, Any]
 Values = Mapping[str, tuple[Any, ...]]
@@ -41,6 +49,7 @@ LATENT = (
     "attention_bias",
 )
 INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+BRANCHES = tuple(field.name for field in dataclasses.fields(NSAConfig))
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Dialect:
 
     architecture: str
     defaults: Fields
-    read: Callable[[Fields], tuple[MLAConfig | GQAConfig, MoEConfig | None]]
+    read: Callable[[Fields], tuple[Attention, MoEConfig | None]]
     write: Callable[[ModelConfig], dict[str, Any]]
     fixed: Values = field(default_factory=dict[str, tuple[Any, ...]])
     rope_theta: float = 10000.0
@@ -92,7 +101,8 @@ def _write_mla(config: ModelConfig) -> dict[str, Any]:
     mla = config.attention
     if not isinstance(mla, MLAConfig):
         raise ValueError(
-            f"a {config.model_type} config.json cannot say grouped-query attention; change model_type"
+            f"a {config.model_type} config.json cannot say the attention of {type(mla).__name__}; "
+            f"change model_type"
         )
     heads = mla.num_attention_heads
     return {"num_attention_heads": heads, "num_key_value_heads": heads} | {k: getattr(mla, k) for k in LATENT}
@@ -101,7 +111,10 @@ def _write_mla(config: ModelConfig) -> dict[str, Any]:
 def _write_gqa(config: ModelConfig, *keys: str) -> dict[str, Any]:
     gqa = config.attention
     if not isinstance(gqa, GQAConfig):
-        raise ValueError(f"a {config.model_type} config.json cannot say latent attention; change model_type")
+        raise ValueError(
+            f"a {config.model_type} config.json cannot say the attention of {type(gqa).__name__}; "
+            f"change model_type"
+        )
     said = {**dataclasses.asdict(gqa), "attention_bias": gqa.qkv_bias}
     return {key: said[key] for key in ("num_attention_heads", "num_key_value_heads", *keys)}
 
@@ -264,6 +277,23 @@ def _write_deepseek_v32(config: ModelConfig) -> dict[str, Any]:
     return written | {key: getattr(mla.indexer, key) for key in INDEXER}
 
 
+def _read_nsa(fields: Fields) -> tuple[NSAConfig, MoEConfig | None]:
+    heads, shared = fields["num_attention_heads"], fields["num_key_value_heads"]
+    said = {key: fields[key] for key in BRANCHES} | {
+        "num_key_value_heads": heads if shared is None else shared
+    }
+    return NSAConfig(**said), _read_deepseek_moe(fields)
+
+
+def _write_nsa(config: ModelConfig) -> dict[str, Any]:
+    nsa = config.attention
+    if not isinstance(nsa, NSAConfig):
+        raise ValueError(
+            f"an nsa config.json cannot say attention by {type(nsa).__name__}; change model_type"
+        )
+    return dataclasses.asdict(nsa) | _write_deepseek_moe(config)
+
+
 BASE: Fields = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -407,6 +437,15 @@ DEEPSEEK_V32: Fields = {
     "mlp_layer_types": None,
 }
 
+NSA: Fields = {  # a dialect of our own: no model of the kind was published
+    **{
+        key: value
+        for key, value in DEEPSEEK.items()
+        if key not in ("attention_bias", "head_dim", *CAPACITY, *DEEPSEEK_GROUPS)
+    },
+    **dataclasses.asdict(NSAConfig(32, 32, 192, 128)),
+    "num_key_value_heads": None,
+}
 BIASED: Values = {"attention_bias": (True,)}  # q, k and v always have a bias
 UNBIASED: Values = {"attention_bias": (False,)}
 SOFTMAX: Values = {"scoring_func": ("softmax",)}
@@ -441,4 +480,5 @@ DIALECTS: Mapping[str, Dialect] = {
         _write_deepseek_v32,
         {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,)},
     ),
+    "nsa": Dialect("NSAForCausalLM", NSA, _read_nsa, _write_nsa, SOFTMAX),
 }

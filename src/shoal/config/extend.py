@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from shoal.config.model import GQAConfig, ModelConfig, YarnScaling
+from shoal.config.model import MLAConfig, ModelConfig, YarnScaling
 from shoal.config.require import require
 from shoal.config.run import DataConfig, TrainConfig, build, load_table
 
@@ -105,8 +105,9 @@ def stretch(model: ModelConfig, yarn: YarnScaling | None) -> ModelConfig:
         f"say {known}",
     )
     require(
-        not isinstance(model.attention, GQAConfig) or (yarn.mscale is None and yarn.mscale_all_dim is None),
-        "yarn.mscale and mscale_all_dim scale the softmax of MLA, and this model has GQA; leave them out",
+        isinstance(model.attention, MLAConfig) or (yarn.mscale is None and yarn.mscale_all_dim is None),
+        "yarn.mscale and mscale_all_dim scale the softmax of MLA, which this model does not have; leave them "
+        "out",
     )
     return replace(
         model,

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from shoal.config.model import (
+    Attention,
     Fp8Blocks,
     GQAConfig,
     IndexerConfig,
@@ -24,6 +25,7 @@ from shoal.config.model import (
     MLAConfig,
     ModelConfig,
     MoEConfig,
+    NSAConfig,
     RopeConfig,
     YarnScaling,
 )
@@ -51,9 +53,7 @@ class Family:
     source: str
 
 
-def sized(
-    row: ModelConfig, hidden: int, intermediate: int, layers: int, attention: MLAConfig | GQAConfig
-) -> ModelConfig:
+def sized(row: ModelConfig, hidden: int, intermediate: int, layers: int, attention: Attention) -> ModelConfig:
     """The row at another size."""
     return replace(
         row,
@@ -205,6 +205,15 @@ MOONLIGHT = replace(
     eos_token_id=163585,
 )
 
+# The model of the NSA paper, section 4.1. It prints no width of experts: 1536 gives its 27B (27.2B without
+# the embeddings). Its "3B active" is met by the experts alone (2.7B): 64 heads of 192 and 128 add 1.9B.
+NSA_27B = replace(
+    sized(MOE_16B, 2560, 8 * 1536, 30, NSAConfig(64, 4, 192, 128)),
+    model_type="nsa",
+    moe=MoEConfig(72, 6, 1536, n_shared_experts=2, first_k_dense_replace=1),
+    max_position_embeddings=8192,
+)
+
 # --------------------------------------------------------------------------------------------------
 # The models DeepSeek distilled into, and those it is measured against
 
@@ -337,6 +346,7 @@ ROWS = (
     Family("deepseek-v3.1", V31, V3_TOTAL, V3_ACTIVE, "model card"),
     Family("deepseek-v3.2-exp", V32, None, None, "model card"),  # 671B is the name of V3, without indexers
     Family("deepseek-v3.2", V32, None, None, "arXiv 2512.02556"),
+    Family("nsa-27b", NSA_27B, Figure("27B", "neither"), None, "arXiv 2502.11089"),
     Family("deepseek-r1", V3, V3_TOTAL, V3_ACTIVE, R1),
     Family("deepseek-r1-zero", V3, V3_TOTAL, V3_ACTIVE, R1),
     Family(
@@ -420,8 +430,10 @@ def _tiny_intermediate_size(config: ModelConfig) -> int:
     return 48 if moe is not None and moe.moe_intermediate_size == config.intermediate_size else 128
 
 
-def _tiny_attention(config: ModelConfig) -> MLAConfig | GQAConfig:
+def _tiny_attention(config: ModelConfig) -> Attention:
     attention = config.attention
+    if isinstance(attention, NSAConfig):  # a key and a value of different dims; every branch leaves some out
+        return NSAConfig(4, 2, 24, 16, 8, 4, 8, 4, sliding_window=12)
     if isinstance(attention, MLAConfig):
         q_lora_rank = None if attention.q_lora_rank is None else 24
         indexer = None if attention.indexer is None else IndexerConfig(8, 16, 24)  # fewer than the context

@@ -215,6 +215,71 @@ class GQAConfig:
         return (2, self.num_key_value_heads, self.head_dim)
 
 
+@dataclass(frozen=True)
+class NSAConfig:
+    """Native sparse attention (arXiv 2502.11089, section 3): grouped queries, three branches, a gate of each.
+
+    - Compression: `compress_block` keys become one by an MLP, every `compress_stride` of them.
+    - Selection: of the blocks of `select_block` tokens the `select_topk` that compression scores highest for
+    a group of heads, among them always the first `select_first` and the last `select_local`.
+    - Window: the last `sliding_window` tokens.
+    """
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    qk_head_dim: int
+    v_head_dim: int
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    select_topk: int = 16
+    select_first: int = 1
+    select_local: int = 2
+    sliding_window: int = 512
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_attention_heads", "num_key_value_heads", "qk_head_dim", "v_head_dim")
+        _require_positive(self, "compress_block", "compress_stride", "select_block", "sliding_window")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads {self.num_attention_heads} is not divisible by "
+            f"num_key_value_heads {self.num_key_value_heads}; make it a multiple",
+        )
+        require(
+            self.qk_head_dim % 2 == 0,
+            f"qk_head_dim is {self.qk_head_dim}; RoPE rotates pairs, so it must be even",
+        )
+        for field in ("compress_block", "select_block"):
+            value = getattr(self, field)
+            require(
+                value % self.compress_stride == 0,
+                f"{field} is {value}, no multiple of compress_stride {self.compress_stride}; scores of "
+                f"compressed keys become scores of blocks stride by stride, so make it one",
+            )
+        forced = self.select_first + self.select_local
+        require(
+            min(self.select_first, self.select_local - 1) >= 0 and forced <= self.select_topk,
+            f"select_first {self.select_first} and select_local {self.select_local} of select_topk "
+            f"{self.select_topk} blocks; a token's own block counts as local, so select_local is at least 1, "
+            f"and both together at most select_topk",
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_head_dim
+
+    @property
+    def row_dim(self) -> int:
+        """A key and a value of one head."""
+        return self.qk_head_dim + self.v_head_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, ...]:
+        """Elements cached per token and layer: a key and a value of every key-value head, for each branch,
+        and the compressed ones of the block that ends with the token."""
+        return (4, self.num_key_value_heads, self.row_dim)
+
+
 TopkMethod = Literal["greedy", "group_limited_greedy", "noaux_tc", "hash", "expert_choice", "segments"]
 
 
@@ -345,6 +410,9 @@ class MoEConfig:
         return self.n_shared_experts * self.moe_intermediate_size
 
 
+Attention = MLAConfig | GQAConfig | NSAConfig
+
+
 @dataclass(frozen=True)
 class Fp8Blocks:
     """Weights stored as float8 e4m3 with one float32 scale a block (`weight_scale_inv`, which multiplies)."""
@@ -374,7 +442,7 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    attention: MLAConfig | GQAConfig
+    attention: Attention
     rope: RopeConfig = RopeConfig()
     moe: MoEConfig | None = None
     num_nextn_predict_layers: int = 0
@@ -435,6 +503,8 @@ class ModelConfig:
         """
         if isinstance(self.attention, GQAConfig):
             return self.attention.head_dim**-0.5
+        if isinstance(self.attention, NSAConfig):
+            return self.attention.qk_head_dim**-0.5
         scaling = self.rope.scaling
         factor = scaling.softmax_factor if isinstance(scaling, YarnScaling) else 1.0
         return self.attention.qk_head_dim**-0.5 * factor

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from shoal.config import families
-from shoal.config.model import MLAConfig, ModelConfig
+from shoal.config.model import MLAConfig, ModelConfig, NSAConfig
 from shoal.config.require import require
 
 Table = dict[str, Any]
@@ -280,6 +280,8 @@ class RunConfig:
         )
         indexed = isinstance(self.model.attention, MLAConfig) and self.model.attention.indexer is not None
         require(not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one")
+        sparse = isinstance(self.model.attention, NSAConfig)
+        require(not sparse, f"the model's attention is native sparse, not tried {told} yet; use one process")
         method = "greedy" if moe is None else moe.topk_method
         for key, value, works in (
             ("model.moe.topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc")),

@@ -3,8 +3,8 @@
 On a CPU a decoding step of a small model costs what its calls into PyTorch cost, some 90 a layer, and not
 what its weights do. Here a block is two calls. The modules stay the specification: the result equals theirs
 to rounding, and whatever these ops do not take (a narrower dtype, a Linear with another product, another
-dispatcher or rule of choice, an indexer, capacity, replayed routing, training mode, gradients) is left to
-them by returning None.
+dispatcher or rule of choice, sparse attention, capacity, replayed routing, training mode, gradients) is left
+to them by returning None.
 
 Shape letters: T tokens, D hidden.
 """
@@ -22,6 +22,7 @@ from shoal.model.gqa import GQA
 from shoal.model.layers import MLP, Linear, RMSNorm
 from shoal.model.mla import MLA
 from shoal.model.moe import Experts, Gate, LocalDispatcher, MoE
+from shoal.model.nsa import NSA
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
 from shoal.ops.api import ExpertWeights, GroupedWeights, LatentWeights, Routing
@@ -50,6 +51,8 @@ def few_rows(
         before, between = parts["input_layernorm"], parts["post_attention_layernorm"]
         assert isinstance(before, RMSNorm)
         assert isinstance(between, RMSNorm)
+        if isinstance(attention, NSA):
+            return None
         if isinstance(attention, MLA):
             y_TD = _latent(attention, x_TD, before, angles, batch, batch.kv)
         else:

@@ -25,15 +25,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.batch import Batch
-from shoal.config.model import MLAConfig, ModelConfig
+from shoal.config.model import GQAConfig, MLAConfig, ModelConfig, NSAConfig
 from shoal.model.few_rows import few_rows
 from shoal.model.gqa import GQA
 from shoal.model.layers import MLP, Embedding, Linear, RMSNorm
 from shoal.model.mla import MLA
 from shoal.model.moe import Gate, MoE, hash_experts
+from shoal.model.nsa import NSA
 from shoal.model.rope import Angles, RotaryEmbedding
 from shoal.ops import api as ops
 from shoal.ops.api import Routing
+
+
+def _attention(
+    config: ModelConfig, layer: int, *, device: torch.device | None, dtype: torch.dtype
+) -> MLA | NSA | GQA:
+    match config.attention:
+        case MLAConfig() as mla:
+            return MLA(config, mla, layer, device=device, dtype=dtype)
+        case NSAConfig() as nsa:
+            return NSA(config, nsa, layer, device=device, dtype=dtype)
+        case GQAConfig() as gqa:
+            return GQA(config, gqa, layer, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +71,7 @@ class Block(nn.Module):
             return RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
 
         self.input_layernorm = norm()
-        attention = config.attention
-        self.self_attn = (
-            MLA(config, attention, layer, device=device, dtype=dtype)
-            if isinstance(attention, MLAConfig)
-            else GQA(config, attention, layer, device=device, dtype=dtype)
-        )
+        self.self_attn = _attention(config, layer, device=device, dtype=dtype)
         self.post_attention_layernorm = norm()
         self.mlp = (
             MoE(config, config.moe, device=device, dtype=dtype)

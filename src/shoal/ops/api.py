@@ -59,6 +59,17 @@ class Sampled(NamedTuple):
     logprobs_S: Tensor  # float32, of the unpenalised logits at temperature 1
 
 
+class Blocking(NamedTuple):
+    """How native sparse attention cuts a text into blocks, in tokens but for the last three, in blocks."""
+
+    compress_block: int
+    compress_stride: int
+    select_block: int
+    top_k: int
+    first: int  # always selected
+    local: int  # always selected, a token's own block among them
+
+
 class LatentWeights(NamedTuple):
     """What MLA holds (model/mla.py), for `latent_step`."""
 
@@ -280,13 +291,19 @@ def attention(
     cu_seqlens_S1: Tensor,
     max_seqlen: int,
     scale: float,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention within each sequence of a pack: o_THV.
 
     Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
-    Differentiable in q, k and v.
+    With a `window` a token sees the last so many positions, its own among them. Differentiable in q, k and v.
     """
-    return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; a token sees at least itself, use 1 or more")
+    if window is None or window >= max_seqlen:
+        return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+    return call("window_attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale, window)
 
 
 def attention_part(
@@ -549,6 +566,113 @@ def attention_mass(
     gradient.
     """
     return call("attention_mass", q_THQ, k_TGQ, cu_seqlens_S1, max_seqlen, scale, places_TK)
+
+
+def compressed_attention(
+    q_THQ: Tensor,
+    k_MGQ: Tensor,
+    v_MGV: Tensor,
+    cu_seqlens_S1: Tensor,
+    cu_entries_S1: Tensor,
+    max_seqlen: int,
+    block: int,
+    stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a pack's tokens over entries that each stand for `block` tokens: o_THV, lse_TH (float32).
+
+    Entry j of a sequence stands for its tokens from j * `stride` on, and is seen from the last of them on.
+    The entries of all sequences lie end to end, by `cu_entries_S1`; what follows them is read by nobody, and
+    gets a gradient of 0. Who sees none gets 0, with an lse of -inf. Heads as in `attention`. Differentiable
+    in q, k and v through o (arXiv 2502.11089, eq. 7).
+    """
+    where = cu_seqlens_S1, cu_entries_S1, max_seqlen
+    o_THV, lse_TH = call("compressed_attention", q_THQ, k_MGQ, v_MGV, *where, block, stride, scale)
+    return o_THV, lse_TH
+
+
+def select_blocks(
+    q_THQ: Tensor,
+    k_MGQ: Tensor,
+    lse_TH: Tensor,
+    cu_seqlens_S1: Tensor,
+    cu_entries_S1: Tensor,
+    max_seqlen: int,
+    blocking: Blocking,
+    scale: float,
+) -> Tensor:
+    """The blocks that each token reads, the same for the heads of a group: (T, G, K) int64, ascending.
+
+    A block's value is the probability that compressed attention gives the entries that overlap it, summed
+    over heads (arXiv 2502.11089, eq. 8 to 11); the first and the local ones come before all. K is `top_k`, or
+    the blocks of `max_seqlen` if fewer; ties go to the smaller block, and where fewer can be seen -1 fills
+    the end. Inputs as in, and lse from, `compressed_attention`. No gradient.
+    """
+    where = cu_seqlens_S1, cu_entries_S1, max_seqlen
+    return call("select_blocks", q_THQ, k_MGQ, lse_TH, *where, tuple(blocking), scale)
+
+
+def block_attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    blocks_TGK: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    block: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention of each token over the blocks of its sequence that it names, by group: o_THV.
+
+    Block j is positions j * `block` on. -1 names none, and none is named twice; who sees nothing gets 0.
+    Heads as in `attention`. Differentiable in q, k and v.
+    """
+    return call("block_attention", q_THQ, k_TGQ, v_TGV, blocks_TGK, cu_seqlens_S1, max_seqlen, block, scale)
+
+
+def paged_runs_attention(
+    q_THQ: Tensor,
+    pages: Tensor,
+    starts_TGK: Tensor,
+    length: int,
+    stride: int,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of new tokens over runs of positions in a paged cache: o_THV and lse_TH (float32).
+
+    A row of `pages` (P, page_size, G, Q + V) is a key, then a value; it may be a view into wider rows. A
+    group reads, for a token, `length` positions from each of its `starts_TGK` on, every `stride`-th; those
+    below 0 or after the token are left out. Nothing read is 0, with an lse of -inf. Positions, contexts and
+    NaN as in `paged_attention`. No gradient.
+    """
+    where = block_table_SB, context_lens_S, cu_seqlens_S1, max_seqlen
+    o_THV, lse_TH = call("paged_runs_attention", q_THQ, pages, starts_TGK, length, stride, *where, scale)
+    return o_THV, lse_TH
+
+
+def paged_select_blocks(
+    q_THQ: Tensor,
+    pages: Tensor,
+    lse_TH: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    blocking: Blocking,
+    scale: float,
+) -> Tensor:
+    """`select_blocks` of new tokens over a paged cache, K by `max_context_len`.
+
+    The row of the token that completes an entry's block begins with the entry's key: `pages` (P, page_size,
+    G, Q or more). lse is of `paged_runs_attention` over the entries. No gradient.
+    """
+    where = block_table_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen
+    return call("paged_select_blocks", q_THQ, pages, lse_TH, *where, tuple(blocking), scale)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -44,6 +44,31 @@ def attention(
     return o_THQ[..., :value_dim]
 
 
+def window_attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Tokens in blocks of a window: each sees its own block and the one before."""
+    heads, outputs = q_THQ.shape[1], [q_THQ.new_empty(0, q_THQ.shape[1], v_TGV.shape[2])]
+    lengths = _lengths(cu_seqlens_S1)
+    for q, k, v in zip(q_THQ.split(lengths), k_TGQ.split(lengths), v_TGV.split(lengths), strict=True):
+        for start in range(0, q.shape[0], window):
+            rows, keys = slice(start, start + window), slice(max(0, start - window), start + window)
+            q_1HnQ, k_1GNQ, v_1GNV = (x.transpose(0, 1).unsqueeze(0) for x in (q[rows], k[keys], v[keys]))
+            back_nN = torch.arange(start, start + q_1HnQ.shape[2], device=q.device).unsqueeze(1)
+            back_nN = back_nN - torch.arange(keys.start, keys.start + k_1GNQ.shape[2], device=q.device)
+            seen_nN = (back_nN >= 0) & (back_nN < window)
+            k_1HNQ, v_1HNV = _repeat_heads(k_1GNQ, heads), _repeat_heads(v_1GNV, heads)
+            o_1HnV = F.scaled_dot_product_attention(q_1HnQ, k_1HNQ, v_1HNV, attn_mask=seen_nN, scale=scale)
+            outputs.append(o_1HnV[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 @torch.no_grad()
 def attention_part(
     q_nHQ: Tensor, k_NGQ: Tensor, v_NGV: Tensor, scale: float, causal: bool
