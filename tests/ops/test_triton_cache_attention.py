@@ -167,6 +167,17 @@ def test_every_plan_serves_every_page(name: str, page: int) -> None:
         _assert_close(_latent(call, 24, PLANS[name], invariant=invariant), wanted, HALF)
 
 
+def test_rows_may_be_parts_of_wider_ones() -> None:
+    """Behind a latent an indexer keeps its key; what lies there touches nothing."""
+    step = STEPS["a chunk beside decodes"]
+    call = _call(step, 5, (24 + 8,), 8, HALF)
+    wide = torch.full((*call.pages.shape[:2], 24 + 8 + 16), math.nan, dtype=HALF, device=DEVICE)
+    wide[..., :32] = call.pages
+    for invariant in (False, True):
+        got = _latent(call._replace(pages=wide[..., :32]), 24, invariant=invariant)
+        assert torch.equal(got, _latent(call, 24, invariant=invariant))
+
+
 def test_long_contexts_are_cut_alike_and_merged() -> None:
     """More positions than one fixed piece of 2048, beside short ones."""
     step = Step([1, 1, 2], [4100, 3, 2048])

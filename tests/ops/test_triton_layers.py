@@ -190,13 +190,15 @@ def _slots(rows: int, pages: int, size: int) -> Tensor:
 def test_write_latent_cache(
     rows: int, heads: int, rank: int, dim: int, interleaved: bool, dtype: torch.dtype
 ) -> None:
-    """Against the three ops apart, on the same side: the same bits, in the pages and beside them."""
+    """Against the three ops apart, on the same side: the same bits, in the pages and beside them. A row is
+    the first part of a wider one, whose rest is left alone."""
     q_THR = _random(rows, heads, dim + 8, dtype=dtype)[..., 8:]
     kv_TL, weight_C = _random(rows, rank + dim, seed=1, dtype=dtype), _random(rank, seed=2, dtype=dtype)
     angles, slots_T = _angles(rows, dim // 2), _slots(rows, 20, 16)
-    pages = torch.full((20, 16, rank + dim), 7.0, dtype=dtype, device=DEVICE)
-    wanted = pages.clone()
     as_given_THR = q_THR.clone()
+    whole = torch.full((20, 16, rank + dim + 24), 7.0, dtype=dtype, device=DEVICE)
+    pages, untouched = whole[..., : rank + dim], whole.clone()
+    wanted = untouched[..., : rank + dim]
     turned_THR, rows_TL = cache.write_latent_cache(
         q_THR, kv_TL, weight_C, EPS, *angles, pages, slots_T, interleaved
     )
@@ -207,7 +209,7 @@ def test_write_latent_cache(
     assert torch.equal(rows_TL[:, rank:], key_T1R.squeeze(1))
     _assert_close(rows_TL[:, :rank], latent_TC, dtype, terms=rank)
     reference_attention.write_cache(wanted, slots_T, rows_TL)
-    assert torch.equal(pages, wanted)
+    assert torch.equal(whole, untouched)
     theirs = reference_cache.write_latent_cache(
         as_given_THR.double(),
         kv_TL.double(),

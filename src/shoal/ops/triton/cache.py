@@ -25,13 +25,15 @@ MAX_LATENT = 8192  # of one program
 
 
 @triton.jit
-def _write_kernel(rows_ptr, pages_ptr, slots_ptr, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _write_kernel(
+    rows_ptr, pages_ptr, slots_ptr, row_stride, slot_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     pieces: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // pieces).to(tl.int64)
     column = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + token * row_stride + column, mask=column < WIDTH)
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    tl.store(pages_ptr + slot * WIDTH + column, row, mask=column < WIDTH)
+    tl.store(pages_ptr + slot * slot_stride + column, row, mask=column < WIDTH)
 
 
 @triton.jit
@@ -70,6 +72,7 @@ def latent_row(
     rows_ptr,
     token,
     kv_stride,
+    slot_stride,
     eps,
     C: tl.constexpr,
     R: tl.constexpr,
@@ -86,11 +89,11 @@ def latent_row(
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     normal, _ = normalise(latent, eps, C, dtype)
     latent = (normal * weight).to(dtype)
-    tl.store(pages_ptr + slot * (C + R) + column, latent, mask=column < C)
+    tl.store(pages_ptr + slot * slot_stride + column, latent, mask=column < C)
     one = tl.arange(0, 1)[:, None]
     a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
     first, second = turn(a, b, cos, sin)
-    store_pairs(pages_ptr + slot * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+    store_pairs(pages_ptr + slot * slot_stride + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
     if RETURN:
         tl.store(rows_ptr + token * (C + R) + column, latent, mask=column < C)
         store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
@@ -109,6 +112,7 @@ def _write_latent_kernel(
     q_token_stride,
     q_head_stride,
     kv_stride,
+    slot_stride,
     eps,
     H: tl.constexpr,
     C: tl.constexpr,
@@ -124,7 +128,7 @@ def _write_latent_kernel(
     cos, sin = load_angles(cos_ptr, sin_ptr, token, R, PAIRS)
     if tl.program_id(1) == 0:
         latent_row(
-            kv_ptr, weight_ptr, cos, sin, pages_ptr, slots_ptr, rows_ptr, token, kv_stride, eps,
+            kv_ptr, weight_ptr, cos, sin, pages_ptr, slots_ptr, rows_ptr, token, kv_stride, slot_stride, eps,
             C, R, BLOCK, PAIRS, INTERLEAVED, True,
         )  # fmt: skip
     else:
@@ -187,9 +191,15 @@ def _write_heads_kernel(
         )  # fmt: skip
 
 
+def are_rows(pages: Tensor) -> bool:
+    """Whether slots lie at one stride, page after page, the elements of each side by side: a cache, or a view
+    of a part of its rows."""
+    return pages[0, 0].is_contiguous() and pages.stride(0) == pages.shape[1] * pages.stride(1)
+
+
 def _pages_refusal(pages: Tensor, row: Tensor) -> str | None:
-    if not pages.is_contiguous():
-        return "the pages are not contiguous; the kernel writes rows in place"
+    if not are_rows(pages):
+        return "the pages are no rows of one stride; the kernel writes rows in place"
     if pages.dtype != row.dtype:
         return f"the pages are {pages.dtype} but what they keep is {row.dtype}; cast one side"
     return None
@@ -211,7 +221,8 @@ def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
     width = rows_TX.shape[1]
     block = min(2048, triton.next_power_of_2(width))
     grid = (rows_TX.shape[0] * triton.cdiv(width, block),)
-    _write_kernel[grid](rows_TX, pages, slots_T.contiguous(), rows_TX.stride(0), WIDTH=width, BLOCK=block)
+    strides = rows_TX.stride(0), pages.stride(1)
+    _write_kernel[grid](rows_TX, pages, slots_T.contiguous(), *strides, WIDTH=width, BLOCK=block)
 
 
 def write_latent_cache_refusal(
@@ -267,6 +278,7 @@ def write_latent_cache(
             q_THR.stride(0),
             q_THR.stride(1),
             kv_TL.stride(0),
+            pages.stride(1),
             eps,
             H=H,
             C=C,
@@ -295,6 +307,8 @@ def write_kv_cache_refusal(
         return f"queries are {q_THQ.dtype}; the kernel takes bfloat16, float16 and float32"
     if not q_THQ.dtype == k_TGQ.dtype == v_TGQ.dtype:
         return f"queries are {q_THQ.dtype}, keys {k_TGQ.dtype} and values {v_TGQ.dtype}; cast them"
+    if not pages.is_contiguous():
+        return "the pages are not contiguous; the kernel writes rows in place"
     return _pages_refusal(pages, k_TGQ)
 
 

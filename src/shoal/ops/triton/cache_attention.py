@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from shoal.ops.triton.cache import are_rows
 from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan
 from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
 from shoal.ops.triton.expert_plan import num_multiprocessors
@@ -38,8 +39,8 @@ def _refusal(
         return f"queries are {q_THd.dtype}; the kernels take bfloat16, float16 and float32"
     if q_THd.dtype != pages.dtype:
         return f"queries are {q_THd.dtype} but the cache is {pages.dtype}; cast one side"
-    if not pages.is_contiguous():
-        return "the pages are not contiguous; the kernels do not copy a cache"
+    if not are_rows(pages):
+        return "the pages are no rows of one stride; the kernels do not copy a cache"
     if value_dim > MAX_DIM or rest > MAX_DIM:
         return f"rows of {value_dim} + {rest} elements; a program holds at most {MAX_DIM} of each"
     if q_THd.shape[1] % groups:
@@ -131,6 +132,7 @@ def _attend(
         *arguments,
         R=dim - rank,
         LATENT=latent,
+        ROW=pages.stride(1),
         PAGE=page,
         BC=column,
         BR=triton.next_power_of_2(max(dim - rank, 16)),

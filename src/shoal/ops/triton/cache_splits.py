@@ -107,6 +107,7 @@ def split_kernel(
     C: tl.constexpr,
     R: tl.constexpr,  # elements of a key past the C that have a value's place in a latent row; 0 otherwise
     LATENT: tl.constexpr,
+    ROW: tl.constexpr,  # from one cached position to the next
     PAGE: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
@@ -123,7 +124,6 @@ def split_kernel(
         gdc_wait()  # and nothing is let in early: the merge would take the place of other programs
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
-    ROW: tl.constexpr = C + R if LATENT else 2 * G * C
     lane = tl.program_id(0) % (RB * G)
     w = tl.program_id(0) // (RB * G)
     group = lane // RB

@@ -85,7 +85,7 @@ def _queries_kernel(
         cos, sin = load_angles(cos_ptr, sin_ptr, one, R, PAIRS)
         if part == 0:
             latent_row(
-                kv_ptr, norm_ptr, cos, sin, pages_ptr, slots_ptr, pages_ptr, one, kv_stride, eps,
+                kv_ptr, norm_ptr, cos, sin, pages_ptr, slots_ptr, pages_ptr, one, kv_stride, C + R, eps,
                 C, R, BLOCK, PAIRS, INTERLEAVED, False,
             )  # fmt: skip
         else:
