@@ -12,7 +12,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import adamw, attention, block, experts, harness, layers, loss, routing, sampling
+from benchmarks.kernels import (
+    adamw,
+    attention,
+    block,
+    blocks,
+    experts,
+    harness,
+    layers,
+    loss,
+    routing,
+    sampling,
+    sparse,
+)
 
 OPS = {
     "adamw": adamw.cases,
@@ -23,6 +35,8 @@ OPS = {
     "layers": layers.cases,
     "loss": loss.cases,
     "sampling": sampling.cases,
+    "blocks": blocks.cases,
+    "sparse": sparse.cases,
 }
 
 

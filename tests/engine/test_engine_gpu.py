@@ -55,7 +55,8 @@ def assert_same(found: list[Completion], expected: list[Completion]) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["deepseek-v3", "deepseek-v2-lite", "qwen3-30b-a3b", "r1-distill-qwen-1.5b"]
+    "family",
+    ["deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite", "nsa-27b", "qwen3-30b-a3b", "r1-distill-qwen-1.5b"],
 )
 def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[list[int]]) -> None:
     host = build(family)

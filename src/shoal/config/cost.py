@@ -245,13 +245,13 @@ def _pairs(config: ModelConfig, context: int, phase: Phase) -> float:
     return seen * indexer.index_n_heads * (indexer.index_head_dim + 1) + read * _pair(config, absorbed=True)
 
 
-def tokens_read(nsa: NSAConfig, context: int, *, average: bool) -> float:
+def tokens_read(nsa: NSAConfig, context: float, *, average: bool) -> float:
     """Keys that native sparse attention reads for the last of `context` tokens, or on average for each.
 
     (s - l) / d + 1 compressed ones, up to n l' in selected blocks, up to w in the window.
     """
 
-    def seen(most: int) -> float:
+    def seen(most: float) -> float:
         """Of the last `most` tokens, as many as there are."""
         most = min(context, most)
         return most * (1 - (most - 1) / (2 * context)) if average else most

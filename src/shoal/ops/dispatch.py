@@ -100,6 +100,7 @@ def kernels() -> dict[str, Kernel]:
     """The Triton side. Imported when first needed: Triton is on Linux only, and takes a second to import."""
     from shoal.ops.triton import (
         adamw,
+        block_attention,
         cache_attention,
         experts,
         gate,
@@ -110,10 +111,14 @@ def kernels() -> dict[str, Kernel]:
         records,
         rotary,
         routing,
+        runs,
         sampling,
+        select,
+        sparse,
         swiglu,
     )
     from shoal.ops.triton import attention as packed_attention
+    from shoal.ops.triton import blocks as chosen
     from shoal.ops.triton import cache as cached
 
     return {
@@ -166,6 +171,20 @@ def kernels() -> dict[str, Kernel]:
             partial(latent.latent_values, invariant=True),
         ),
         "join_heads": Kernel(latent.join_heads, latent.join_heads_refusal),
+        "index_scores": Kernel(sparse.index_scores, sparse.index_scores_refusal),
+        "paged_index_scores": Kernel(sparse.paged_index_scores, sparse.paged_index_scores_refusal),
+        "select_top": Kernel(select.select_top, select.select_top_refusal),
+        "sparse_latent_attention": Kernel(
+            sparse.sparse_latent_attention, sparse.sparse_latent_attention_refusal
+        ),
+        "window_attention": Kernel(packed_attention.window_attention, packed_attention.attention_refusal),
+        "compressed_attention": Kernel(
+            packed_attention.compressed_attention, packed_attention.attention_refusal
+        ),
+        "select_blocks": Kernel(chosen.select_blocks, chosen.select_blocks_refusal),
+        "block_attention": Kernel(block_attention.block_attention, block_attention.block_attention_refusal),
+        "paged_runs_attention": Kernel(runs.paged_runs_attention, runs.paged_runs_attention_refusal),
+        "paged_select_blocks": Kernel(chosen.paged_select_blocks, chosen.paged_select_blocks_refusal),
         "linear_cross_entropy": Kernel(loss.linear_cross_entropy, loss.linear_cross_entropy_refusal),
         "sample": Kernel(sampling.sample, sampling.sample_refusal),
         "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),

@@ -58,6 +58,21 @@ class Plan:
     queries: Tile
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which keys of a pack a query sees: up to its own; the last `window`; blocks of `block` tokens every
+    `stride` that are complete."""
+
+    window: int = 0
+    block: int = 1
+    stride: int = 1
+
+    @property
+    def words(self) -> dict[str, int]:
+        return {"WINDOW": self.window, "STRIDE": self.stride, "LAG": self.block - self.stride}
+
+
+CAUSAL = Rule()
 _PORTABLE = Tile(32, 32, 4, 2)
 PORTABLE = Plan(_PORTABLE, _PORTABLE, _PORTABLE)
 # Measured on an H200, 2026-11-24, dims 192 and 128.
@@ -101,50 +116,64 @@ def _forward(
     plan: Plan,
     *,
     causal: bool,
+    rule: Rule = CAUSAL,
 ) -> tuple[Tensor, Tensor]:
     T, H = q.shape[:2]
     o_THV, lse_TH = v.new_empty(T, H, v.shape[2]), q.new_empty(T, H, dtype=torch.float32)
     tile = plan.forward
     forward_kernel[(triton.cdiv(most, tile.bm), H, cu_q.shape[0] - 1)](
         q, k, v, o_THV, lse_TH, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn, CAUSAL=causal,
-        num_warps=tile.warps, num_stages=tile.stages, **_dims(q, v),
+        num_warps=tile.warps, num_stages=tile.stages, **_dims(q, v), **rule.words,
     )  # fmt: skip
     return o_THV, lse_TH
 
 
 class _Flash(torch.autograd.Function):
+    """o and, without gradient, lse of queries over keys of their own boundaries."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_S1: Tensor, most: int, scale: float, plan: Plan
-    ) -> Tensor:
-        o_THV, lse_TH = _forward(q, k, v, cu_S1, cu_S1, most, scale, plan, causal=True)
-        ctx.save_for_backward(q, k, v, o_THV, lse_TH, cu_S1)
-        ctx.how = (most, scale, plan)
-        return o_THV
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        most: int,
+        scale: float,
+        plan: Plan,
+        rule: Rule,
+    ) -> tuple[Tensor, Tensor]:
+        o_THV, lse_TH = _forward(q, k, v, cu_q, cu_k, most, scale, plan, causal=True, rule=rule)
+        ctx.save_for_backward(q, k, v, o_THV, lse_TH, cu_q, cu_k)
+        ctx.how = (most, scale, plan, rule)
+        ctx.mark_non_differentiable(lse_TH)
+        return o_THV, lse_TH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do_THV: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o_THV, lse_TH, cu_S1 = ctx.saved_tensors
-        most, scale, plan = ctx.how
+    def backward(ctx: Any, do_THV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o_THV, lse_TH, cu_q, cu_k = ctx.saved_tensors
+        most, scale, plan, rule = ctx.how
         do_THV = do_THV.contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq = torch.empty_like(q)
+        dk, dv = ((torch.zeros_like if rule.stride > 1 else torch.empty_like)(x) for x in (k, v))
         delta_TH = torch.empty_like(lse_TH)
-        dims, S, rows = _dims(q, v), cu_S1.shape[0] - 1, lse_TH.numel()
+        dims, S, rows = _dims(q, v), cu_q.shape[0] - 1, lse_TH.numel()
         delta_kernel[(triton.cdiv(rows, 16),)](
             o_THV, do_THV, delta_TH, rows, V=dims["V"], BV=dims["BV"], ROWS=16
         )
         tile = plan.keys
-        keys_backward_kernel[(triton.cdiv(most, tile.bn), dims["G"], S)](
-            q, k, v, do_THV, lse_TH, delta_TH, dk, dv, cu_S1, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
-            num_warps=tile.warps, num_stages=tile.stages, **dims,
+        keys_backward_kernel[(triton.cdiv(most, tile.bn * rule.stride), dims["G"], S)](
+            q, k, v, do_THV, lse_TH, delta_TH, dk, dv, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
+            num_warps=tile.warps, num_stages=tile.stages, **dims, **rule.words,
         )  # fmt: skip
         tile = plan.queries
         queries_backward_kernel[(triton.cdiv(most, tile.bm), dims["H"], S)](
-            q, k, v, do_THV, lse_TH, delta_TH, dq, cu_S1, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
-            num_warps=tile.warps, num_stages=tile.stages, **dims,
+            q, k, v, do_THV, lse_TH, delta_TH, dq, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
+            num_warps=tile.warps, num_stages=tile.stages, **dims, **rule.words,
         )  # fmt: skip
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, *(None for _ in range(6))
 
 
 def _cudnn_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> str | None:
@@ -229,7 +258,46 @@ def attention(
     if who == "cudnn" and plan is None:
         return _equal_cudnn(q_THQ, k_TGQ, v_TGV, most, scale, causal=True)[0].transpose(1, 2).flatten(0, 1)
     q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
-    return _Flash.apply(q, k, v, cu_S1, most, scale, plan or _plan(q))
+    return _Flash.apply(q, k, v, cu_S1, cu_S1, most, scale, plan or _plan(q), CAUSAL)[0]
+
+
+def window_attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_S1: Tensor,
+    most: int,
+    scale: float,
+    window: int,
+    *,
+    plan: Plan | None = None,
+) -> Tensor:
+    """`ops.api.attention` with a window."""
+    if q_THQ.shape[0] == 0:
+        return attention(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale)
+    q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
+    return _Flash.apply(q, k, v, cu_S1, cu_S1, most, scale, plan or _plan(q), Rule(window))[0]
+
+
+def compressed_attention(
+    q_THQ: Tensor,
+    k_MGQ: Tensor,
+    v_MGV: Tensor,
+    cu_S1: Tensor,
+    cu_entries_S1: Tensor,
+    most: int,
+    block: int,
+    stride: int,
+    scale: float,
+    *,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.api.compressed_attention` says."""
+    if q_THQ.shape[0] == 0:
+        return attention(q_THQ, k_MGQ, v_MGV, cu_S1, most, scale), q_THQ.new_empty(0, q_THQ.shape[1]).float()
+    q, k, v = q_THQ.contiguous(), k_MGQ.contiguous(), v_MGV.contiguous()
+    rule = Rule(block=block, stride=stride)
+    return _Flash.apply(q, k, v, cu_S1, cu_entries_S1, most, scale, plan or _plan(q), rule)
 
 
 @torch.no_grad()

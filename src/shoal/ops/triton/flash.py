@@ -7,8 +7,10 @@
 Layout: rows of q, k and v are (token, head) as they come; a program takes one block of one sequence and one
 head and walks the other side, masking only the blocks on the diagonal or at the end. Keys are two products
 wide where their dim is no power of two: 192 = 128 + 64. Keys may be longer than queries: query i of n then
-sees the first N - n + i + 1 of N if CAUSAL, else all of them (a piece of a cached context). The backward pass
-is two kernels, one for each side, so every sum runs in one order and nothing is added atomically.
+sees the first N - n + i + 1 of N if CAUSAL, else all of them (a piece of a cached context). In a WINDOW it
+sees the last so many of these; with a STRIDE keys stand for blocks of tokens, and are seen when these are.
+The backward pass is two kernels, one for each side, so every sum runs in one order and nothing is added
+atomically.
 
 Bound: the matrix rate. `attention` says which calls go to cuDNN and which come here.
 """
@@ -65,6 +67,16 @@ def _span(cu_ptr, s):
 
 
 @triton.jit
+def _entries(i, STRIDE: tl.constexpr, LAG: tl.constexpr):
+    """How many compressed keys query i sees: one every STRIDE tokens, the first after STRIDE + LAG."""
+    if STRIDE == 1:
+        seen = i + 1
+    else:
+        seen = tl.maximum(i + 1 - LAG, 0) // STRIDE
+    return seen
+
+
+@triton.jit
 def _forward_blocks(
     q,
     q_rest,
@@ -90,6 +102,7 @@ def _forward_blocks(
     BN: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     for start in range(begin, end, BN):
         j = start + tl.arange(0, BN)
@@ -100,7 +113,10 @@ def _forward_blocks(
             k_rest = _load(k_ptr, k_first + j, kept, group, D1, D2, B2, G, D1 + D2)
             scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION)
         if MASK:
-            scores = tl.where(j[None, :] < seen[:, None], scores, float("-inf"))
+            sees = j[None, :] < seen[:, None]
+            if WINDOW:
+                sees = sees & (j[None, :] >= seen[:, None] - WINDOW)
+            scores = tl.where(sees, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
         ground = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(scores * scale - ground[:, None])
@@ -134,6 +150,9 @@ def forward_kernel(
     BN: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
+    STRIDE: tl.constexpr = 1,
+    LAG: tl.constexpr = 0,
 ):
     """o (T, H, V) and, in nats, lse (T, H); the longest rows of a sequence come first."""
     head, s = tl.program_id(1), tl.program_id(2)
@@ -149,10 +168,18 @@ def forward_kernel(
             q_rest = _load(q_ptr, q_first + i, kept, head, D1, D2, B2, H, D1 + D2)
         else:
             q_rest = q
-        if CAUSAL:
+        begin = 0
+        if STRIDE > 1:
+            seen = _entries(i, STRIDE, LAG)
+            end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, STRIDE, LAG))
+            whole = _entries(block * BM, STRIDE, LAG) // BN * BN
+        elif CAUSAL:
             seen = n_keys - n + 1 + i
             end = tl.minimum(n_keys, n_keys - n + (block + 1) * BM)
             whole = tl.maximum(n_keys - n + 1 + block * BM, 0) // BN * BN
+            if WINDOW:  # of a pack: as many keys as queries
+                begin = tl.maximum(block * BM + 1 - WINDOW, 0) // BN * BN
+                whole = begin
         else:
             seen = tl.zeros((BM,), tl.int32) + n_keys
             end = n_keys
@@ -162,12 +189,12 @@ def forward_kernel(
         total = tl.zeros((BM,), tl.float32)
         top = tl.full((BM,), float("-inf"), tl.float32)
         o, total, top = _forward_blocks(
-            q, q_rest, o, total, top, k_ptr, v_ptr, k_first, n_keys, seen, group, 0, whole, scale,
-            G, D1, D2, V, B1, B2, BV, BN, False, PRECISION,
+            q, q_rest, o, total, top, k_ptr, v_ptr, k_first, n_keys, seen, group, begin, whole, scale,
+            G, D1, D2, V, B1, B2, BV, BN, False, PRECISION, WINDOW,
         )  # fmt: skip
         o, total, top = _forward_blocks(
             q, q_rest, o, total, top, k_ptr, v_ptr, k_first, n_keys, seen, group, whole, end, scale,
-            G, D1, D2, V, B1, B2, BV, BN, True, PRECISION,
+            G, D1, D2, V, B1, B2, BV, BN, True, PRECISION, WINDOW,
         )  # fmt: skip
         total = tl.where(total > 0, total, 1.0)  # no key: 0 / 1, and -inf from top
         _store(o_ptr, q_first + i, kept, head, o / total[:, None], 0, V, BV, H, V)
@@ -198,6 +225,7 @@ def keys_backward_kernel(
     dk_ptr,
     dv_ptr,
     cu_ptr,
+    cu_k_ptr,
     scale,  # times log2(e)
     H: tl.constexpr,
     G: tl.constexpr,
@@ -210,26 +238,34 @@ def keys_backward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
+    STRIDE: tl.constexpr = 1,
+    LAG: tl.constexpr = 0,
 ):
     """dk and dv of BN keys of one key head, over the queries that see them, head after head of its group."""
     group, s = tl.program_id(1), tl.program_id(2)
     first, n = _span(cu_ptr, s)
+    k_first, n_keys = _span(cu_k_ptr, s)
     block = tl.program_id(0)
-    if block * BN < n:
+    if block * BN < n_keys:
         j = block * BN + tl.arange(0, BN)
-        kept = j < n
-        k = _load(k_ptr, first + j, kept, group, 0, D1, B1, G, D1 + D2)
-        v = _load(v_ptr, first + j, kept, group, 0, V, BV, G, V)
+        kept = j < n_keys
+        k = _load(k_ptr, k_first + j, kept, group, 0, D1, B1, G, D1 + D2)
+        v = _load(v_ptr, k_first + j, kept, group, 0, V, BV, G, V)
         dk = tl.zeros((BN, B1), tl.float32)
         dk_rest = tl.zeros((BN, B2), tl.float32)
         dv = tl.zeros((BN, BV), tl.float32)
         if D2:
-            k_rest = _load(k_ptr, first + j, kept, group, D1, D2, B2, G, D1 + D2)
+            k_rest = _load(k_ptr, k_first + j, kept, group, D1, D2, B2, G, D1 + D2)
         else:
             k_rest = k
+        last = n
+        if WINDOW:
+            last = tl.minimum(n, (block + 1) * BN - 1 + WINDOW)
+        begin = tl.minimum(block * BN * STRIDE + STRIDE - 1 + LAG, n) // BM * BM
         for r in range(H // G):
             head = group * (H // G) + r
-            for start in range(block * BN // BM * BM, n, BM):
+            for start in range(begin, last, BM):
                 i = start + tl.arange(0, BM)
                 there = i < n
                 q = _load(q_ptr, first + i, there, head, 0, D1, B1, H, D1 + D2)
@@ -242,7 +278,11 @@ def keys_backward_kernel(
                     q_rest = _load(q_ptr, first + i, there, head, D1, D2, B2, H, D1 + D2)
                     scores = tl.dot(k_rest, q_rest.T, scores, input_precision=PRECISION)
                 p = tl.exp2(scores * scale - lse[None, :])
-                p = tl.where((j[:, None] <= i[None, :]) & there[None, :], p, 0.0)
+                seen = _entries(i, STRIDE, LAG)
+                sees = (j[:, None] < seen[None, :]) & there[None, :]
+                if WINDOW:
+                    sees = sees & (j[:, None] >= seen[None, :] - WINDOW)
+                p = tl.where(sees, p, 0.0)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
                 dp = tl.dot(v, do.T, input_precision=PRECISION)
                 ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -250,10 +290,10 @@ def keys_backward_kernel(
                 if D2:
                     dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
         nat = scale * 0.6931471805599453
-        _store(dk_ptr, first + j, kept, group, dk * nat, 0, D1, B1, G, D1 + D2)
+        _store(dk_ptr, k_first + j, kept, group, dk * nat, 0, D1, B1, G, D1 + D2)
         if D2:
-            _store(dk_ptr, first + j, kept, group, dk_rest * nat, D1, D2, B2, G, D1 + D2)
-        _store(dv_ptr, first + j, kept, group, dv, 0, V, BV, G, V)
+            _store(dk_ptr, k_first + j, kept, group, dk_rest * nat, D1, D2, B2, G, D1 + D2)
+        _store(dv_ptr, k_first + j, kept, group, dv, 0, V, BV, G, V)
 
 
 @triton.jit
@@ -269,7 +309,7 @@ def _query_blocks(
     v_ptr,
     first,
     n,
-    i,
+    seen,
     group,
     begin,
     end,
@@ -284,6 +324,7 @@ def _query_blocks(
     BN: tl.constexpr,
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     for start in range(begin, end, BN):
         j = start + tl.arange(0, BN)
@@ -296,7 +337,10 @@ def _query_blocks(
             scores = tl.dot(q_rest, k_rest.T, scores, input_precision=PRECISION)
         p = tl.exp2(scores * scale - lse[:, None])
         if MASK:
-            p = tl.where((j[None, :] <= i[:, None]) & kept[None, :], p, 0.0)
+            sees = (j[None, :] < seen[:, None]) & kept[None, :]
+            if WINDOW:
+                sees = sees & (j[None, :] >= seen[:, None] - WINDOW)
+            p = tl.where(sees, p, 0.0)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -315,6 +359,7 @@ def queries_backward_kernel(
     delta_ptr,
     dq_ptr,
     cu_ptr,
+    cu_k_ptr,
     scale,  # times log2(e)
     H: tl.constexpr,
     G: tl.constexpr,
@@ -327,10 +372,14 @@ def queries_backward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
+    STRIDE: tl.constexpr = 1,
+    LAG: tl.constexpr = 0,
 ):
     """dq of BM queries of one head, over the keys they see."""
     head, s = tl.program_id(1), tl.program_id(2)
     first, n = _span(cu_ptr, s)
+    k_first, n_keys = _span(cu_k_ptr, s)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     if block * BM < n:
         group = head // (H // G)
@@ -347,15 +396,22 @@ def queries_backward_kernel(
         delta = tl.load(delta_ptr + at, mask=kept, other=0.0)
         dq = tl.zeros((BM, B1), tl.float32)
         dq_rest = tl.zeros((BM, B2), tl.float32)
-        whole = block * BM // BN * BN
-        end = tl.minimum(n, (block + 1) * BM)
+        seen = _entries(i, STRIDE, LAG)
+        begin = 0
+        whole = _entries(block * BM, STRIDE, LAG) // BN * BN
+        end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, STRIDE, LAG))
+        if WINDOW:
+            begin = tl.maximum(block * BM + 1 - WINDOW, 0) // BN * BN
+            whole = begin
         dq, dq_rest = _query_blocks(
-            dq, dq_rest, q, q_rest, do, lse, delta, k_ptr, v_ptr, first, n, i, group, 0, whole, scale,
-            G, D1, D2, V, B1, B2, BV, BN, False, PRECISION,
+            dq, dq_rest, q, q_rest, do, lse, delta, k_ptr, v_ptr, k_first, n_keys, seen, group,
+            begin, whole, scale,
+            G, D1, D2, V, B1, B2, BV, BN, False, PRECISION, WINDOW,
         )  # fmt: skip
         dq, dq_rest = _query_blocks(
-            dq, dq_rest, q, q_rest, do, lse, delta, k_ptr, v_ptr, first, n, i, group, whole, end, scale,
-            G, D1, D2, V, B1, B2, BV, BN, True, PRECISION,
+            dq, dq_rest, q, q_rest, do, lse, delta, k_ptr, v_ptr, k_first, n_keys, seen, group,
+            whole, end, scale,
+            G, D1, D2, V, B1, B2, BV, BN, True, PRECISION, WINDOW,
         )  # fmt: skip
         nat = scale * 0.6931471805599453
         _store(dq_ptr, first + i, kept, head, dq * nat, 0, D1, B1, H, D1 + D2)

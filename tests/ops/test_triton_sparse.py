@@ -1,0 +1,132 @@
+"""Laws of the kernels of sparse attention over latents: each is its reference, on odd sizes and hostile
+memory.
+
+Scores and outputs are sums of some hundred products in float32, so they agree to TIGHT of their size. In half
+precision both sides round the same inputs; the kernels round weights to half before the second product, which
+is 2^-11 or 2^-8 of each term: LOOSE leaves four times that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.ops import api as ops
+from shoal.ops import dispatch
+from shoal.ops.triton import select, sparse
+from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
+
+pytestmark = [runs_triton, scalars_in_arrays]
+TIGHT = 2e-5
+LOOSE = 4 * (2**-8 if torch.bfloat16 == HALF else 2**-11)
+DTYPES = [torch.float32, HALF]
+
+
+def _draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def _close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert torch.equal(got == -math.inf, wanted == -math.inf)
+    error = (got.float() - wanted.float()).nan_to_num().abs().max()
+    assert error <= tolerance * wanted.float().nan_to_num(neginf=0.0).abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "top_k"), [(1, 1), (5, 3), (33, 7), (300, 300), (2500, 40), (20000, 2048)]
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_select_top_is_its_reference(
+    columns: int, top_k: int, ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 64 if GPU else 3
+    scores_TN = _draw(rows, columns)
+    if ties:
+        scores_TN = scores_TN.mul(2).round()
+    scores_TN[0, columns // 2 :] = -math.inf
+    scores_TN[1, ::2] = math.inf
+    scores_TN[2, : columns // 3] = math.nan
+    scores_TN[2, columns // 3] = -0.0
+    with dispatch.using("reference"):
+        wanted_TK = ops.select_top(scores_TN, top_k)
+    with dispatch.using("triton"):
+        assert torch.equal(ops.select_top(scores_TN, top_k), wanted_TK)
+    monkeypatch.setattr(select, "MANY", 1 if rows < select.MANY else rows + 1)  # the other way for long rows
+    if columns > select.SHORT:
+        assert torch.equal(select.select_top(scores_TN, top_k), wanted_TK)
+
+
+LENGTHS = (300, 1, 131) if GPU else (37, 1, 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_a_pack_are_their_reference(dtype: torch.dtype, poison: None) -> None:
+    tokens, cu = sum(LENGTHS), torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
+    q, w, k = (
+        _draw(tokens, 5, 24, dtype=dtype),
+        _draw(tokens, 5, seed=1),
+        _draw(tokens, 24, seed=2, dtype=dtype),
+    )
+    with dispatch.using("reference"):
+        wanted_TN = ops.index_scores(q, w, k, cu, max(LENGTHS))
+    with dispatch.using("triton"):
+        _close(ops.index_scores(q, w, k, cu, max(LENGTHS)), wanted_TN, TIGHT * 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", [(1, 1, 1), (5, 1, 3)])
+def test_scores_over_pages_are_their_reference(
+    new: tuple[int, ...], dtype: torch.dtype, poison: None
+) -> None:
+    """Keys lie in wider rows, pages are scrambled, and what is past a context is NaN."""
+    size, width = 8, 60
+    tokens, cu = sum(new), torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
+    pages = _draw(200, size, width, dtype=dtype)
+    table_SB = (
+        torch.randperm(200, generator=torch.Generator().manual_seed(1))[:150].view(3, 50).int().to(DEVICE)
+    )
+    contexts_S = torch.tensor(LENGTHS, device=DEVICE).int()
+    for s, length in enumerate(LENGTHS):
+        pages[table_SB[s, length // size].long(), length % size :] = math.nan
+        pages[table_SB[s, length // size + 1 :].long()] = math.nan
+    q, w = _draw(tokens, 5, 24, dtype=dtype), _draw(tokens, 5, seed=1)
+    if LENGTHS[1] < new[1]:
+        pytest.skip("a sequence has no more new tokens than positions")
+    where = (pages[..., width - 24 :], table_SB, contexts_S, max(LENGTHS) + 3, cu, max(new))
+    with dispatch.using("reference"):
+        wanted_TN = ops.paged_index_scores(q, w, *where)
+    with dispatch.using("triton"):
+        _close(ops.paged_index_scores(q, w, *where), wanted_TN, TIGHT * 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("heads", [3, 40])
+def test_attention_over_named_rows_is_its_reference(
+    heads: int, parts: int | None, dtype: torch.dtype, poison: None
+) -> None:
+    """Rows are parts of wider ones; what a token does not name is NaN."""
+    tokens, rows, top_k, rank, rope = 3, 400, 70, 96, 16
+    q_THL = _draw(tokens, heads, rank + rope, dtype=dtype)
+    whole = _draw(rows, rank + rope + 8, seed=1, dtype=dtype)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(2))
+    indices_TK = order[: tokens * top_k].view(tokens, top_k).to(DEVICE)
+    indices_TK[0, 1:] = -1
+    indices_TK[1, 50:] = -1
+    whole[order[tokens * top_k :].to(DEVICE)] = math.nan
+    rows_XL = whole[:, : rank + rope]
+    with dispatch.using("reference"):
+        wanted_THC = ops.sparse_latent_attention(q_THL, rows_XL, indices_TK, rank, 0.1)
+    got_THC = sparse.sparse_latent_attention(q_THL, rows_XL, indices_TK, rank, 0.1, parts=parts)
+    _close(got_THC, wanted_THC, TIGHT if dtype == torch.float32 else LOOSE)
+
+
+def test_what_the_kernels_do_not_take_is_said() -> None:
+    q, rows, none = torch.ones(2, 2, 48), torch.ones(4, 48, requires_grad=True), torch.zeros(2, 1).long()
+    assert "no gradient" in str(sparse.sparse_latent_attention_refusal(q, rows, none, 32, 1.0))
+    assert "learning" in str(
+        sparse.index_scores_refusal(q.requires_grad_(), torch.ones(2, 2), rows[:2], none[:, 0])
+    )
