@@ -124,6 +124,18 @@ def test_attention_over_named_rows_is_its_reference(
     _close(got_THC, wanted_THC, TIGHT if dtype == torch.float32 else LOOSE)
 
 
+def test_in_batch_invariant_mode_a_token_does_not_see_its_batch() -> None:
+    """Alone, a token's rows would be shared out among programs, and its sums be others."""
+    q_THL, rows_XL = _draw(3, 4, 48, dtype=HALF), _draw(300, 48, seed=1, dtype=HALF)
+    indices_TK = torch.arange(300, device=DEVICE).expand(3, -1)
+    with dispatch.using("triton"), dispatch.batch_invariant():
+        together = ops.sparse_latent_attention(q_THL, rows_XL, indices_TK, 32, 0.1)
+        alone = [
+            ops.sparse_latent_attention(q_THL[t : t + 1], rows_XL, indices_TK[:1], 32, 0.1) for t in range(3)
+        ]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_what_the_kernels_do_not_take_is_said() -> None:
     q, rows, none = torch.ones(2, 2, 48), torch.ones(4, 48, requires_grad=True), torch.zeros(2, 1).long()
     assert "no gradient" in str(sparse.sparse_latent_attention_refusal(q, rows, none, 32, 1.0))

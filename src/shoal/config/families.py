@@ -205,7 +205,7 @@ MOONLIGHT = replace(
     eos_token_id=163585,
 )
 
-# The model of the NSA paper, section 4.1. It prints no width of experts: 1536 gives its 27B (27.2B without
+# The model of the NSA paper, section 4.1. It prints no width of experts: 1536 gives its 27B (27.4B without
 # the embeddings). Its "3B active" is met by the experts alone (2.7B): 64 heads of 192 and 128 add 1.9B.
 NSA_27B = replace(
     sized(MOE_16B, 2560, 8 * 1536, 30, NSAConfig(64, 4, 192, 128)),

@@ -1,16 +1,15 @@
 """Native sparse attention (arXiv 2502.11089, section 3): three gated branches over grouped queries.
 
-    o = sum over branches c of sigmoid(g_c) Attention(q, K_c, V_c)
+    o = sum over c of sigmoid(g_c) Attention(q, K_c, V_c), each branch with keys and values of its own
 
-- compression: l keys become one by an MLP over them and their places, every d tokens; values too;
-- selection: the blocks that compression scores highest for a group of heads, all of their tokens;
-- window: the last tokens.
-Each branch has keys and values of its own; queries are shared. Open in the paper, settled here: the
-gate is one linear map, the MLP one hidden layer of a head's width, shared by the groups; keys are compressed
-before they are rotated, and rotated where their last token stands, at whose step they are made.
+c is compression: l keys, or values, become one by an MLP over them and their places, every d tokens;
+selection: the blocks that compression scores highest for a group of heads; and a window. Open in the paper,
+settled here: the gate is one linear map, the MLP one hidden layer of a head's width, shared by the groups;
+keys are compressed before they are rotated, and rotated where their last token stands, at whose step they
+are made.
 
-The cache keeps four sets a token: what is compressed, selected and windowed, and in the row of the token that
-completes a block the compressed one, zeros in others. So a row depends on no later token, and prefixes can be
+The cache keeps four sets a token: what is compressed, selected and windowed, and in the row of the token
+that completes a block the compressed one, zeros in others: a row depends on no later token, so prefixes are
 shared. Shape letters: T tokens, D hidden, H query heads, G key-value heads, Q query dim, V value dim, M
 compressed entries, K blocks chosen, X = Q + V, L tokens of a block that is compressed.
 """

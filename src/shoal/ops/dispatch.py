@@ -175,7 +175,9 @@ def kernels() -> dict[str, Kernel]:
         "paged_index_scores": Kernel(sparse.paged_index_scores, sparse.paged_index_scores_refusal),
         "select_top": Kernel(select.select_top, select.select_top_refusal),
         "sparse_latent_attention": Kernel(
-            sparse.sparse_latent_attention, sparse.sparse_latent_attention_refusal
+            sparse.sparse_latent_attention,
+            sparse.sparse_latent_attention_refusal,
+            partial(sparse.sparse_latent_attention, parts=1),
         ),
         "window_attention": Kernel(packed_attention.window_attention, packed_attention.attention_refusal),
         "compressed_attention": Kernel(
@@ -183,8 +185,16 @@ def kernels() -> dict[str, Kernel]:
         ),
         "select_blocks": Kernel(chosen.select_blocks, chosen.select_blocks_refusal),
         "block_attention": Kernel(block_attention.block_attention, block_attention.block_attention_refusal),
-        "paged_runs_attention": Kernel(runs.paged_runs_attention, runs.paged_runs_attention_refusal),
-        "paged_select_blocks": Kernel(chosen.paged_select_blocks, chosen.paged_select_blocks_refusal),
+        "paged_runs_attention": Kernel(
+            runs.paged_runs_attention,
+            runs.paged_runs_attention_refusal,
+            partial(runs.paged_runs_attention, parts=1),
+        ),
+        "paged_select_blocks": Kernel(
+            chosen.paged_select_blocks,
+            chosen.paged_select_blocks_refusal,
+            partial(chosen.paged_select_blocks, invariant=True),
+        ),
         "linear_cross_entropy": Kernel(loss.linear_cross_entropy, loss.linear_cross_entropy_refusal),
         "sample": Kernel(sampling.sample, sampling.sample_refusal),
         "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),

@@ -38,7 +38,12 @@ def _spans(cu_S1: Tensor) -> Iterator[slice]:
 def _run(attend: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | float) -> tuple[Tensor, Tensor]:
     """By way of a checkpoint where something learns."""
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    return checkpoint(attend, *inputs, use_reentrant=False) if learns else attend(*inputs)  # type: ignore[no-any-return]
+    if not learns:
+        return attend(*inputs)
+    found = checkpoint(attend, *inputs, use_reentrant=False)
+    assert isinstance(found, tuple)
+    o, lse = found
+    return o, lse
 
 
 def _softmax(scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,13 +186,14 @@ def _values(
     page: int,
     *,
     paged: bool,
+    wide: bool = True,
 ) -> Tensor:
     (T, H, Q), G = q_THQ.shape, keys.shape[-2]
     values_TGZ = torch.empty(T, G, width, dtype=torch.float32, device=q_THQ.device)
     if values_TGZ.numel():
         rows = triton.next_power_of_2(H // G)
         half = q_THQ.dtype != torch.float32
-        tokens = max(1, (128 if half and most > 8 else 16) // rows)
+        tokens = max(1, (128 if half and wide else 16) // rows)
         values_kernel[(triton.cdiv(most, tokens), G, cu_S1.shape[0] - 1)](
             q_THQ.contiguous(), keys, lse_TH.contiguous(), values_TGZ, cu_S1, cu_entries_S1,
             table_SB, contexts_S,
@@ -240,9 +241,13 @@ def paged_select_blocks(
     most: int,
     blocking: tuple[int, ...],
     scale: float,
+    *,
+    invariant: bool = False,
 ) -> Tensor:
     """As `ops.api.paged_select_blocks` says."""
+    wide = invariant or most > 8
     strides = pages.stride(1), pages.stride(2)
     where = strides, lse_TH, cu_S1, cu_S1, table_SB.contiguous(), contexts_S, most
     width, page = triton.cdiv(longest, blocking[2]), pages.shape[1]
-    return _best(_values(q_THQ, pages, *where, width, blocking, scale, page, paged=True), blocking[3])
+    values_TGZ = _values(q_THQ, pages, *where, width, blocking, scale, page, paged=True, wide=wide)
+    return _best(values_TGZ, blocking[3])
