@@ -123,7 +123,7 @@ def test_block_attention_reads_the_named_blocks() -> None:
 
 @pytest.mark.parametrize("window", [1, 5, 8, 39])
 def test_a_window_is_the_last_positions(window: int) -> None:
-    o_THV = ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, window=window)
+    o_THV = ops.window_attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, window)
     for _, row, t in _tokens():
         read = range(row + max(0, t + 1 - window), row + t + 1)
         for h in range(HEADS):
@@ -134,10 +134,11 @@ def test_a_window_is_the_last_positions(window: int) -> None:
 
 
 def test_a_window_as_long_as_the_text_is_none() -> None:
-    whole = ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE)
-    assert torch.equal(ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, window=40), whole)
+    whole_THV = ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE)
+    o_THV = ops.window_attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, 40)
+    assert (o_THV - whole_THV).abs().max() <= EXACT
     with pytest.raises(ValueError, match="window is 0"):
-        ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, window=0)
+        ops.window_attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, 0)
 
 
 def test_gradients_are_those_of_the_formulas() -> None:
@@ -152,7 +153,7 @@ def test_gradients_are_those_of_the_formulas() -> None:
         lambda q, k, v: ops.block_attention(q, k, v, blocks_TGK, cu, 9, 2, 0.7), (q, k, v), fast_mode=True
     )
     assert torch.autograd.gradcheck(
-        lambda q, k, v: ops.attention(q, k, v, cu, 9, 0.7, window=3), (q, k, v), fast_mode=True
+        lambda q, k, v: ops.window_attention(q, k, v, cu, 9, 0.7, 3), (q, k, v), fast_mode=True
     )
     entries = [_draw(4, 2, 4, seed=s).requires_grad_() for s in (3, 4)]
     assert torch.autograd.gradcheck(
@@ -208,7 +209,7 @@ def test_the_cache_says_what_the_pack_says() -> None:
     wanted_THV = ops.block_attention(q_THQ, k_TGQ, v_TGV, _chosen(), CU, 40, 8, SCALE)
     assert (o_THV - wanted_THV[new_T]).abs().max() <= EXACT
     o_THV, _ = ops.paged_runs_attention(q, pages, (at_T - 4).expand(-1, GROUPS, 1), 5, 1, table_SB, *where)
-    wanted_THV = ops.attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, window=5)
+    wanted_THV = ops.window_attention(q_THQ, k_TGQ, v_TGV, CU, 40, SCALE, 5)
     assert (o_THV - wanted_THV[new_T]).abs().max() <= EXACT
 
 
@@ -218,7 +219,7 @@ def test_nothing_is_no_trouble() -> None:
     assert o_THV.shape == (0, 4, 6)
     blocks_TGK = ops.select_blocks(empty, none, lse_TH, cu, cu, 0, BLOCKING, 1.0)
     assert ops.block_attention(empty, none, none, blocks_TGK, cu, 0, 8, 1.0).shape == (0, 4, 6)
-    assert ops.attention(empty, none, none, cu, 9, 1.0, window=2).shape == (0, 4, 6)
+    assert ops.window_attention(empty, none, none, cu, 9, 1.0, 2).shape == (0, 4, 6)
     pages, table_SB, contexts_S = (
         torch.full((1, 4, 2, 12), math.nan),
         torch.zeros(1, 1).int(),

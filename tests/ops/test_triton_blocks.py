@@ -72,7 +72,7 @@ def _qkv(dtype: torch.dtype, keys: int = TOKENS) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [2, 7, 40] if GPU else [7])
 def test_window_attention_is_its_reference(window: int, dtype: torch.dtype) -> None:
-    _compare(lambda q, k, v: ops.attention(q, k, v, CU, MOST, SCALE, window=window), _qkv(dtype), dtype)
+    _compare(lambda q, k, v: ops.window_attention(q, k, v, CU, MOST, SCALE, window), _qkv(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

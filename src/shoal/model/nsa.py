@@ -142,7 +142,10 @@ class NSA(nn.Module):
                 q_THQ, k_TGQ, v_TGV, blocks_TGK, *where, nsa.select_block, self.scale
             )
         window = (k_T3GQ[:, WINDOW], v_T3GV[:, WINDOW])
-        windowed_THV = ops.attention(q_THQ, *window, *where, self.scale, window=nsa.sliding_window)
+        if batch.max_seqlen <= nsa.sliding_window:
+            windowed_THV = ops.attention(q_THQ, *window, *where, self.scale)
+        else:
+            windowed_THV = ops.window_attention(q_THQ, *window, *where, self.scale, nsa.sliding_window)
         return o_THV, selected_THV, windowed_THV
 
     def cached(self, q_THQ: Tensor, batch: Batch, kv: KVView) -> tuple[Tensor, Tensor, Tensor]:

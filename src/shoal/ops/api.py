@@ -291,18 +291,27 @@ def attention(
     cu_seqlens_S1: Tensor,
     max_seqlen: int,
     scale: float,
-    *,
-    window: int | None = None,
 ) -> Tensor:
     """Causal attention within each sequence of a pack: o_THV.
 
     Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
-    With a `window` a token sees the last so many positions, its own among them. Differentiable in q, k and v.
+    Differentiable in q, k and v.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}; a token sees at least itself, use 1 or more")
-    if window is None or window >= max_seqlen:
-        return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+    return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+
+
+def window_attention(
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """`attention` in which a token sees the last `window` positions, its own among them."""
+    if window < 1:
+        raise ValueError(f"window_attention: window is {window}; a token sees at least itself, use 1 or more")
     return call("window_attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale, window)
 
 
