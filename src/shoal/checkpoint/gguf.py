@@ -212,7 +212,7 @@ def _obstacles(config: ModelConfig) -> Iterator[str]:
                 f"it takes mscale and mscale_all_dim to be equal, but they are {scaling.mscale} and "
                 f"{scaling.mscale_all_dim}"
             )
-    else:
+    elif isinstance(attention, GQAConfig):
         wanted = ARCHITECTURES[config.model_type] == "qwen2"
         if attention.qkv_bias != wanted or attention.o_bias or attention.qk_norm is not None:
             yield f"its {config.model_type} has {'a' if wanted else 'no'} bias of q, k, v, and nothing else"
@@ -256,7 +256,7 @@ def _describe(writer: Any, library: Any, config: ModelConfig, kind: str, name: s
         writer.add_value_length(attention.kv_lora_rank)
         writer.add_key_length_mla(attention.qk_head_dim)
         writer.add_value_length_mla(attention.v_head_dim)
-    else:
+    elif isinstance(attention, GQAConfig):
         writer.add_head_count_kv(attention.num_key_value_heads)
         writer.add_key_length(attention.head_dim)
         writer.add_value_length(attention.head_dim)
