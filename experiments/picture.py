@@ -1,4 +1,7 @@
-"""What a study found, as a table and as a picture: every run a dot, every variant its mean and deviation."""
+"""What a study found, as a table and as a picture.
+
+Every run is a dot, every variant its mean and deviation: nothing is averaged away that a reader may want.
+"""
 
 from __future__ import annotations
 
