@@ -147,9 +147,15 @@ def train(
     if outcome.interrupted:
         if first:
             say(f"stopped after step {outcome.step}; the same command goes on from {outcome.checkpoint}")
-        raise typer.Exit(0 if outcome.preempted else 130)
-    if first:
+    elif first:
         say(f"done: the model is {out}/export; talk to it with: {COMMAND} chat {out}/export --raw")
+    code = 130 if outcome.interrupted and not outcome.preempted else 0
+    if config.parallel.ranks > 1:
+        from shoal.parallel.mesh import leave
+
+        leave(code)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -11,10 +11,11 @@ is the step of one, up to rounding. Started by torchrun, which sets RANK, WORLD_
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shoal.config.run import ParallelConfig
+from shoal.parallel.meeting import meet
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Mesh:
     device: torch.device  # of this process
     devices: DeviceMesh  # (data, expert)
     whole: DeviceMesh  # all processes on one axis
+    aside: dist.ProcessGroup  # all of them on gloo, for a thread beside the steps
 
     @property
     def rank(self) -> int:
@@ -52,8 +55,15 @@ class Mesh:
 
         It is also where processes wait for one another.
         """
+        return self._gather(value, self.whole.get_group())
+
+    def gather_aside(self, value: Any) -> list[Any]:
+        """The same, for a thread beside the steps: what the two send cannot be taken for each other's."""
+        return self._gather(value, self.aside)
+
+    def _gather(self, value: Any, group: dist.ProcessGroup) -> list[Any]:
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value, group=self.whole.get_group())
+        dist.all_gather_object(values, value, group=group)
         return values
 
 
@@ -82,14 +92,32 @@ def open_mesh(degrees: ParallelConfig, device: str) -> Iterator[Mesh | None]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    store = meet(os.environ)
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=ranks)
     try:
         yield make_mesh(degrees, place)
     finally:
         dist.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End a process of several, at once, with all its work done.
+
+    Python taken down in the usual order meets threads of gloo that still let go of tensors, and aborts now
+    and then: torchrun would take a run that ended well for one that failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def make_mesh(degrees: ParallelConfig, device: torch.device) -> Mesh:
     """The mesh of a process group that is there."""
     devices = init_device_mesh(device.type, (degrees.data, degrees.expert), mesh_dim_names=("data", "expert"))
-    return Mesh(degrees, device, devices, devices._flatten("whole"))
+    aside = dist.new_group(backend="gloo")
+    assert isinstance(aside, dist.ProcessGroup)
+    return Mesh(degrees, device, devices, devices._flatten("whole"), aside)
