@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal.checkpoint import native
-from shoal.config.run import ParallelConfig
+from shoal.config.run import OptimConfig, ParallelConfig
 from shoal.train.optim import Optimizer
 from shoal.train.team import Team
 from tests.parallel import work
@@ -50,10 +50,39 @@ def test_loss_and_gradients_are_those_of_one_process(degrees: list[tuple[int, in
         assert covered == {name: len(grad) for name, grad in grads.items()}
 
 
-def weights(folder: Path, step: int) -> dict[str, dict[str, Tensor]]:
+def test_recompute_and_other_routers_change_nothing_about_it(tmp_path: Path) -> None:
+    found = work.launch(work.gradients_of_variants, 2, tmp_path, ParallelConfig(1, 2))
+    for variant, make in work.VARIANTS.items():
+        model = make()
+        loss, grads = work.losses_and_gradients([parts.batch(i) for i in range(work.BATCHES)], model, Team())
+        for rank in found:
+            theirs, pieces = rank[variant]
+            assert theirs == pytest.approx(loss, rel=128 * EPS)
+            assert pieces.keys() == grads.keys()
+            for name, ((first, _), grad) in pieces.items():
+                assert_close(grad, grads[name][first : first + len(grad)], grads[name], f"{variant} {name}")
+
+
+def test_muon_and_quantile_biases_are_those_of_one_process(tmp_path: Path) -> None:
+    """Whole matrices are made orthogonal, and biases solved over the tokens of all. Newton-Schulz multiplies
+    what is small by up to 3.45^5 = 490, relative to the matrix's norm, and a step is 1e-3 of the result."""
+    alone = work.train(None, tmp_path / "alone", 3, work.MUON)
+    biases = work.launch(
+        work.train, 2, tmp_path / "two", ParallelConfig(2, 1), tmp_path / "two", 3, work.MUON
+    )
+    for theirs in biases:
+        for name, bias in alone.items():
+            assert_close(theirs[name], bias, torch.ones(()), name)
+            assert bias.any()
+    single, both = (weights(tmp_path / run, 3, work.MUON.optim)["model"] for run in ("alone", "two"))
+    for name, tensor in single.items():
+        assert_close(both[name], tensor, torch.ones(()), name)
+
+
+def weights(folder: Path, step: int, optim: OptimConfig = work.TRAIN.optim) -> dict[str, dict[str, Tensor]]:
     """All that a checkpoint keeps of a run, whole, whoever wrote it."""
     model = parts.model()
-    state = {"model": model.state_dict(), "optimizer": Optimizer(model, work.TRAIN.optim).state()}
+    state = {"model": model.state_dict(), "optimizer": Optimizer(model, optim).state()}
     native.load(folder / "checkpoints" / f"step-{step:06d}", state)
     return state
 

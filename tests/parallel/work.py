@@ -18,19 +18,20 @@ from torch import Tensor
 
 from shoal.batch import Batch
 from shoal.checkpoint import native
+from shoal.config.model import ModelConfig
 from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, TrainConfig
 from shoal.model.transformer import Transformer
 from shoal.parallel.expert import ExpertDispatcher
 from shoal.parallel.mesh import make_mesh
-from shoal.parallel.shard import local, rows, shard
+from shoal.parallel.shard import join, local, rows, shard
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
+from shoal.train.recompute import recompute
 from shoal.train.team import Team
 from shoal.train.trainer import Trainer
 from tests.train import parts
 
 BATCHES = 8
-CPU = torch.device("cpu")
 # No two parameters would move apart by rounding alone where Adam divides by a root near 0.
 TRAIN = TrainConfig(
     steps=4,
@@ -42,29 +43,44 @@ TRAIN = TrainConfig(
 )
 
 
-def launch(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
+NCCL = "cpu:gloo,cuda:nccl"
+
+
+def launch(
+    work: Callable[..., Any], ranks: int, folder: Path, *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """What `work(*args)` returns in each of so many processes."""
     folder.mkdir(parents=True, exist_ok=True)
     # Forked from a server that has read torch and this file once, and has run nothing yet.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     torch.multiprocessing.start_processes(
-        _enter, (work, ranks, folder, args), nprocs=ranks, start_method="forkserver"
+        _enter, (work, ranks, folder, backend, args), nprocs=ranks, start_method="forkserver"
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _enter(rank: int, work: Callable[..., Any], ranks: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, work: Callable[..., Any], ranks: int, folder: Path, backend: str, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
+    if backend == NCCL:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=ranks)
     torch.save(work(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+def on_gpu(batch: Batch) -> Batch:
+    tensors = {name: value.cuda() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
+
+
 def spread(degrees: ParallelConfig, model: Transformer) -> Team:
     """The model over all processes, in place, and what the Trainer is told of them."""
-    mesh = make_mesh(degrees, CPU)
+    mesh = make_mesh(degrees, model.head_weight().device)
     shard(model, mesh)
-    return Team(mesh.reduce, local, native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh)))
+    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh))
+    return Team(mesh.reduce, local, peers, replace(peers, gather=mesh.gather_aside), join)
 
 
 def losses_and_gradients(
@@ -73,7 +89,7 @@ def losses_and_gradients(
     """Of one step, and each gradient, of which here are the team's rows."""
     objective = NextToken(1, mtp_weight=0.3, balance_weight=1e-2)
     step = Step(0, 1, team.reduce(objective.count(batches)))
-    total = torch.zeros(())
+    total = torch.zeros((), device=model.head_weight().device)
     for batch in batches:
         share = objective.compute(model, batch, step)
         share.total.backward()
@@ -82,24 +98,74 @@ def losses_and_gradients(
     return team.reduce(total).item(), grads
 
 
-def every_gradient(degrees: list[tuple[int, int]]) -> dict[tuple[int, int], Any]:
+def every_gradient(degrees: list[tuple[int, int]], device: str = "cpu") -> dict[tuple[int, int], Any]:
     """For each pair of degrees: the loss, and for each parameter its rows here and their gradient."""
     found = {}
     for data, expert in degrees:
-        model = parts.model()
+        model = parts.model().to(device)
         team = spread(ParallelConfig(data, expert), model)
         mine = [parts.batch(index) for index in range(team.rank, BATCHES, team.ranks)]
+        mine = [on_gpu(batch) for batch in mine] if device == "cuda" else mine
         loss, grads = losses_and_gradients(mine, model, team)
         found[data, expert] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
     return found
 
 
-def train(degrees: ParallelConfig | None, folder: Path, steps: int = TRAIN.steps) -> dict[str, Tensor]:
+# Models and ways to run them that a degree must not change: what is told of each, and how it is made.
+VARIANTS: dict[str, Callable[[], Transformer]] = {
+    "selective": lambda: recompute(parts.model(), "selective"),
+    "full": lambda: recompute(parts.model(), "full"),
+    "hash": lambda: parts.model(routed("hash")),
+    "expert_choice": lambda: parts.model(routed("expert_choice")),
+    "segments": lambda: parts.model(routed("segments")),
+}
+
+
+def routed(method: str) -> ModelConfig:
+    """The small model with another router: softmax, no bias; segments are 4 of each of 4 experts."""
+    v3 = parts.config()
+    assert v3.moe is not None
+    groups = (v3.moe.n_group, v3.moe.topk_group) if method == "segments" else (1, 1)
+    moe = replace(
+        v3.moe,
+        topk_method=method,
+        num_experts_per_tok=4,
+        scoring_func="softmax",
+        norm_topk_prob=False,
+        n_group=groups[0],
+        topk_group=groups[1],
+    )
+    return replace(v3, moe=moe)
+
+
+def gradients_of_variants(degrees: ParallelConfig) -> dict[str, Any]:
+    """Of each variant: the loss, and for each parameter its rows here and their gradient."""
+    found = {}
+    for name, make in VARIANTS.items():
+        model = make()
+        team = spread(degrees, model)
+        mine = [parts.batch(index) for index in range(team.rank, BATCHES, team.ranks)]
+        loss, grads = losses_and_gradients(mine, model, team)
+        found[name] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
+    return found
+
+
+MUON = replace(
+    TRAIN,
+    optim=replace(TRAIN.optim, optimizer="muon"),
+    balance=replace(TRAIN.balance, bias_rule="quantile"),
+    checkpoint_every=0,
+)
+
+
+def train(
+    degrees: ParallelConfig | None, folder: Path, steps: int = TRAIN.steps, settings: TrainConfig = TRAIN
+) -> dict[str, Tensor]:
     """A run, or the rest of it: the biases of its routers here."""
     model = parts.model()
     team = Team() if degrees is None else spread(degrees, model)
     trainer = Trainer(
-        model, parts.batch, replace(TRAIN, steps=steps), folder, generator=torch.Generator(), team=team
+        model, parts.batch, replace(settings, steps=steps), folder, generator=torch.Generator(), team=team
     )
     trainer.resume()
     trainer.run()

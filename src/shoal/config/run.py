@@ -173,8 +173,9 @@ class TrainConfig:
     """The loop: `steps` optimizer steps of `accumulation` micro-batches each.
 
     A checkpoint and an evaluation are made every so many steps (0: none in between) and after the last;
-    `keep` checkpoints stay. `mtp_loss_weight` is lambda of the multi-token-prediction loss. `recompute` is
-    what backward makes again instead of keeping it: nothing, the attention of each block, or all of it.
+    `keep` checkpoints stay; with `background_saves` they are written from a copy in host memory while steps
+    go on. `mtp_loss_weight` is lambda of the multi-token-prediction loss. `recompute` is what backward makes
+    again instead of keeping it: nothing, the attention of each block, or all of it.
     A loss more than `spike_deviations` standard deviations above the last 64 (0: never asked) is a spike;
     `spike_action` leaves its step out, or rolls back to the last checkpoint and on with the batches after it.
     """
@@ -184,6 +185,7 @@ class TrainConfig:
     evaluate_every: int = 100
     checkpoint_every: int = 100
     keep: int = 2
+    background_saves: bool = False
     mtp_loss_weight: float = 0.3
     recompute: Recompute = "none"
     spike_deviations: float = 0.0
@@ -260,7 +262,7 @@ class RunConfig:
         require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
 
     def _check_parallel(self) -> None:
-        """What several processes can do so far; the rest is refused."""
+        """What several processes cannot do is refused."""
         ranks, optim, moe = self.parallel.ranks, self.train.optim, self.model.moe
         if ranks == 1:
             return
@@ -282,18 +284,25 @@ class RunConfig:
         require(not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one")
         sparse = isinstance(self.model.attention, NSAConfig)
         require(not sparse, f"the model's attention is native sparse, not tried {told} yet; use one process")
-        method = "greedy" if moe is None else moe.topk_method
-        for key, value, works in (
-            ("model.moe.topk_method", method, ("greedy", "group_limited_greedy", "noaux_tc")),
-            ("train.optim.optimizer", optim.optimizer, ("adamw",)),
-            ("train.optim.in_backward", optim.in_backward, (False,)),
-            ("train.optim.moments", optim.moments, ("float32", "bfloat16")),
-            ("train.recompute", self.train.recompute, ("none",)),
-            ("train.balance.bias_rule", self.train.balance.bias_rule, ("sign",)),
+        # Why, for the reader of the error: what of one process's rule there is no equal of on several.
+        for key, value, works, why in (
+            (
+                "train.optim.in_backward",
+                optim.in_backward,
+                (False,),
+                "the step of a parameter is clipped by the norm of its whole gradient, of which each process "
+                "has a part",
+            ),
+            (
+                "train.optim.moments",
+                optim.moments,
+                ("float32", "bfloat16"),
+                "blocks of 256 that share a scale would straddle the cuts between processes",
+            ),
         ):
             require(
                 value in works,
-                f"{key} is {value!r}, which does not work {told} yet; use {' or '.join(map(repr, works))}, "
+                f"{key} is {value!r}, which does not work {told}: {why}; use {' or '.join(map(repr, works))} "
                 f"or one process",
             )
 

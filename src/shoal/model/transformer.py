@@ -60,12 +60,15 @@ class Block(nn.Module):
 
     The second sum is left to whoever comes next, because a sum and the norm of it are one pass: a block is
     given the stream x and what the block before has yet to add (None before the first), and returns the like.
+    How it runs is `call`'s business: inside it, so that whoever gathers a block's weights as it is entered,
+    and drops them as it is left, does so once.
     """
 
     def __init__(
         self, config: ModelConfig, layer: int, *, device: torch.device | None, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.call: CallBlock = call_block
 
         def norm() -> RMSNorm:
             return RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
@@ -80,6 +83,11 @@ class Block(nn.Module):
         )
 
     def forward(
+        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        return self.call(self, x_TD, y_TD, angles, batch, replay_TK)
+
+    def run(
         self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing | None]:
         x_TD, normal_TD = self.attend(x_TD, y_TD, angles, batch)
@@ -123,7 +131,7 @@ def call_block(
     batch: Batch,
     replay_TK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Routing | None]:
-    return block(x_TD, y_TD, angles, batch, replay_TK)
+    return block.run(x_TD, y_TD, angles, batch, replay_TK)
 
 
 class SharedHead(nn.Module):
@@ -183,7 +191,6 @@ class Transformer(nn.Module):
         super().__init__()
         device = None if device is None else torch.device(device)
         self.config = config
-        self.call_block: CallBlock = call_block
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = None
         if not config.tie_word_embeddings:
@@ -222,8 +229,7 @@ class Transformer(nn.Module):
             replay_TK = (
                 self._hashed(batch.ids_T, layer) if batch.routing is None else batch.routing[:, len(routings)]
             )
-            assert isinstance(block, Block)
-            x_TD, y_TD, routing = self.call_block(block, x_TD, y_TD, angles, batch, replay_TK)
+            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
             if routing is not None:
                 routings.append(routing)
         assert y_TD is not None
@@ -240,7 +246,7 @@ class Transformer(nn.Module):
         x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
         angles = self.model.rotary(batch.positions_T)
         replay_TK = self._hashed(next_ids_T, self.config.num_hidden_layers + depth)
-        x_TD, y_TD, routing = self.call_block(module, x_TD, None, angles, batch, replay_TK)
+        x_TD, y_TD, routing = module(x_TD, None, angles, batch, replay_TK)
         hidden_TD = module.shared_head.norm.add(x_TD, y_TD)[1]
         return Output(hidden_TD, () if routing is None else (routing,))
 

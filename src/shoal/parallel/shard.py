@@ -53,6 +53,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def join(parameter: Tensor, here: Tensor) -> tuple[Tensor, int]:
+    """The whole of something that is cut as a parameter is, of which `here` is ours, and where ours begins.
+
+    All processes that have a part of it must ask.
+    """
+    if not isinstance(parameter, DTensor):
+        return here, 0
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    cut = DTensor.from_local(here, mesh, placements, run_check=False, shape=shape, stride=parameter.stride())
+    return cut.full_tensor(), compute_local_shape_and_global_offset(shape, mesh, placements)[1][0]
+
+
 def rows(model: Transformer, mesh: Mesh) -> dict[str, Rows]:
     """Which rows of each parameter's whole this process keeps, by name."""
     place = mesh.devices.get_local_rank("expert")

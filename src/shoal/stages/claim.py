@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "train.evaluate_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.background_saves",
     "train.recompute",
     "parallel.data",
     "parallel.expert",

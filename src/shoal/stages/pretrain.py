@@ -123,6 +123,7 @@ def _run(
     team = ALONE if mesh is None else _spread(model, mesh)
     if not first:  # the weights are the same everywhere; what is drawn from here on is not
         generator.manual_seed(generator.initial_seed() + (team.rank << 32))
+    torch.manual_seed(generator.initial_seed())  # what a library draws is the same in every start, too
 
     # 4. The loop, from the last checkpoint or the start.
     trainer = Trainer(
@@ -156,10 +157,11 @@ def _run(
 
 def _spread(model: Transformer, mesh: Mesh) -> Team:
     """Cut the model over the mesh, in place."""
-    from shoal.parallel.shard import local, rows, shard
+    from shoal.parallel.shard import join, local, rows, shard
 
     shard(model, mesh)
-    return Team(mesh.reduce, local, native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh)))
+    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh))
+    return Team(mesh.reduce, local, peers, replace(peers, gather=mesh.gather_aside), join)
 
 
 def open_corpus(folder: Path, config: RunConfig) -> Corpus:

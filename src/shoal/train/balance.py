@@ -80,14 +80,35 @@ class Balancer:
 
     @staticmethod
     def _solve(gate: Gate, need_TE: Tensor, reduce: Reduce) -> Tensor:
-        """The bias that gives each expert K/E of the tokens; over processes, the mean of theirs."""
-        T, E = need_TE.shape
+        """The bias that gives each expert K/E of the step's tokens, those of all processes."""
+        T, E = int(reduce(torch.tensor(len(need_TE), device=need_TE.device))), need_TE.shape[1]
         share = T * gate.moe.num_experts_per_tok // E
         # Between the last token that is to choose the expert and the first that is not.
-        low, high = (need_TE.kthvalue(min(max(n, 1), T), dim=0).values for n in (share, share + 1))
-        bias_E = (low + high) / 2
-        bias_E = reduce(bias_E) / reduce(torch.ones((), device=bias_E.device))
+        places = [min(max(n, 1), T) for n in (share, share + 1)]
+        bias_E = kth_smallest(need_TE, places, reduce).mean(0)
         return bias_E - bias_E.mean()
+
+
+def kth_smallest(values_TE: Tensor, places: Sequence[int], reduce: Reduce = alone) -> Tensor:
+    """For each place k, counted from 1, the k-th smallest of each column over all processes: (k, E).
+
+    By bisection over the 2^32 float32 there are, in their order: a number's bits are an integer that orders
+    positive ones, and negative ones once all but the sign is turned round. Only counts travel, 32 times, and
+    the answer is one of the values, whatever the processes.
+    """
+    bits_TE = values_TE.float().view(torch.int32)
+    keys_TE = (bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)).long()
+    low_kE = keys_TE.new_full((len(places), values_TE.shape[1]), -(2**31))
+    high_kE = low_kE + (2**32 - 1)
+    want_k1 = torch.tensor(places, device=values_TE.device).unsqueeze(1)
+    for _ in range(32):
+        middle_kE = (low_kE + high_kE) >> 1
+        up_to_kE = reduce(torch.stack([(keys_TE <= middle_E).sum(0) for middle_E in middle_kE]))
+        enough_kE = up_to_kE >= want_k1
+        high_kE = torch.where(enough_kE, middle_kE, high_kE)
+        low_kE = torch.where(enough_kE, low_kE, middle_kE + 1)
+    low_kE = low_kE.int()
+    return (low_kE ^ ((low_kE >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
 class GateNoise:

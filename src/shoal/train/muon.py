@@ -51,12 +51,24 @@ class Muon:
         updates = {slot.name: self._momentum(slot, grads[slot.name], step) for slot in slots}
         wide = {slot.name: slot.target.float() for slot in slots}
         torch._foreach_mul_(list(wide.values()), 1 - lr * self.weight_decay)
-        pairs = [(matrices(name, wide[name]), matrices(name, updates[name])) for name in wide]
-        for batch in _batches(pairs):
-            targets, steps = zip(*batch, strict=True)
+        # Of a matrix that is cut over processes each makes the whole orthogonal, and takes its rows of it.
+        # A stack is cut between its matrices.
+        joined = {
+            slot.name: slot.join(slot.source, updates[slot.name])
+            if slot.source.ndim == 2
+            else (updates[slot.name], 0)
+            for slot in slots
+        }
+        stacks = [(name, matrices(name, update)) for name, (update, _) in joined.items()]
+        for batch in _batches(stacks):
+            names, steps = zip(*batch, strict=True)
             step_NAB = orthogonalise(torch.cat(steps))
             scale = -lr * 0.2 * math.sqrt(max(step_NAB.shape[1:]))
-            torch._foreach_add_(targets, step_NAB.split([len(target) for target in targets]), alpha=scale)
+            ours = []
+            for name, step_nAB in zip(names, step_NAB.split([len(part) for part in steps]), strict=True):
+                whole, first = joined[name]
+                ours.append(step_nAB.reshape(whole.shape)[first : first + len(wide[name])])
+            torch._foreach_add_([wide[name] for name in names], ours, alpha=scale)
         for slot in slots:
             if slot.target.dtype != torch.float32:
                 ops.narrow_store(slot.target, None, wide[slot.name], slot.key, step)
@@ -83,21 +95,21 @@ class Muon:
 def matrices(name: str, tensor: Tensor) -> Tensor:
     """The independent matrices (N, A, B) that a parameter stacks: experts, and gate and up of each."""
     rows = tensor.shape[-2] // 2 if name.endswith("gate_up_proj") else tensor.shape[-2]
-    return tensor.view(-1, rows, tensor.shape[-1])
+    return tensor.reshape(tensor.numel() // (rows * tensor.shape[-1]), rows, tensor.shape[-1])
 
 
-def _batches(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Pairs whose matrices have one shape, together up to a bound on memory."""
-    shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-    for pair in pairs:
-        shapes.setdefault(tuple(pair[0].shape[1:]), []).append(pair)
+def _batches(stacks: list[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Parameters whose matrices have one shape, together up to a bound on memory."""
+    shapes: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    for stack in stacks:
+        shapes.setdefault(tuple(stack[1].shape[1:]), []).append(stack)
     for batch in shapes.values():
         start, elements = 0, 0
-        for i, (target, _) in enumerate(batch):
-            if elements and elements + target.numel() > _BATCH_ELEMENTS:
+        for i, (_, step) in enumerate(batch):
+            if elements and elements + step.numel() > _BATCH_ELEMENTS:
                 yield batch[start:i]
                 start, elements = i, 0
-            elements += target.numel()
+            elements += step.numel()
         yield batch[start:]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.config.run import OptimConfig
 from shoal.train.adamw import AdamW
 from shoal.train.muon import Muon
-from shoal.train.slot import Local, Slot, whole
+from shoal.train.slot import Join, Local, Slot, join_none, whole
 
 Trainable = Mapping[str, Tensor | None]  # a parameter's name -> the rows that learn (int64), None for all
 
@@ -62,6 +62,7 @@ class Optimizer:
         settings: OptimConfig,
         trainable: Trainable | None = None,
         local: Local = whole,  # of a model that is cut over processes
+        join: Join = join_none,
     ) -> None:
         # named_parameters gives a tied parameter once.
         parameters = dict(model.named_parameters())
@@ -72,7 +73,9 @@ class Optimizer:
         self.settings = settings
         self.parameters = {name: p for name, p in parameters.items() if name in trainable}
         self.slots = {
-            name: Slot.of(name, p, trainable[name], master=settings.master == "float32", local=local)
+            name: Slot.of(
+                name, p, trainable[name], master=settings.master == "float32", local=local, join=join
+            )
             for name, p in self.parameters.items()
         }
         muon = {

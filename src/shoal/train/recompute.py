@@ -3,7 +3,9 @@
 - `none` keeps all. At 16k tokens a V2-Lite layer keeps some 1.5 GiB.
 - `selective` makes the attention half again (norm, projections, attention): some 0.5 GiB a layer for an
   eighth of the step's arithmetic. Experts are never run twice; their op makes SwiGLU again by itself.
-- `full` keeps a block's input alone, 128 MiB, for a third more arithmetic.
+- `full` keeps a block's input alone, 128 MiB, for a third more arithmetic. Of a prediction module it makes
+  the attention half alone: cut over processes (FSDP2), the backward pass must meet its experts first outside
+  a second pass, which ends with a call that drops all gathered weights otherwise.
 
 The law: gradients are those of `none`, bit for bit where the ops are deterministic. A router is never asked
 twice: the second pass replays the choices that the first one recorded, so a near-tie that rounds the other
@@ -16,13 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoal.batch import Batch
 from shoal.config.run import Recompute
 from shoal.model.rope import Angles
-from shoal.model.transformer import Block, Transformer
+from shoal.model.transformer import Block, PredictionModule, Transformer
 from shoal.ops.api import Routing
 
 # (inputs, recorded choices or None) -> outputs, and the routing where there is one
@@ -38,7 +40,9 @@ def recompute(model: Transformer, mode: Recompute, generators: Sequence[torch.Ge
             f"would weigh more than the first one did; set train.recompute or the capacity to none"
         )
     if mode != "none":
-        model.call_block = Remaking(mode, generators)
+        for block in model.model.layers:
+            assert isinstance(block, Block)
+            block.call = Remaking(mode, generators)
     return model
 
 
@@ -59,33 +63,30 @@ class Remaking:
         replay_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         if not torch.is_grad_enabled():
-            return block(x_TD, y_TD, angles, batch, replay_TK)
+            return block.run(x_TD, y_TD, angles, batch, replay_TK)
 
         def whole(stream: Any, replay_TK: Tensor | None) -> tuple[tuple[Tensor, ...], Routing | None]:
             x_TD, y_TD = stream
-            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
+            x_TD, y_TD, routing = block.run(x_TD, y_TD, angles, batch, replay_TK)
             return (x_TD, y_TD), routing
 
         def attention(stream: Any, _: Tensor | None) -> tuple[tuple[Tensor, ...], None]:
             x_TD, y_TD = stream
             return block.attend(x_TD, y_TD, angles, batch), None
 
-        if self.mode == "full":
-            (x_TD, y_TD), routing = self._remade((block,), whole, (x_TD, y_TD), replay_TK)
+        if self.mode == "full" and not isinstance(block, PredictionModule):
+            (x_TD, y_TD), routing = self._remade(whole, (x_TD, y_TD), replay_TK)
             return x_TD, y_TD, routing
-        half = (block.input_layernorm, block.self_attn, block.post_attention_layernorm)
-        (x_TD, normal_TD), _ = self._remade(half, attention, (x_TD, y_TD), None)
+        (x_TD, normal_TD), _ = self._remade(attention, (x_TD, y_TD), None)
         return x_TD, *block.feed_forward(normal_TD, replay_TK)
 
     def _remade(
-        self,
-        modules: Sequence[nn.Module],
-        run: Run,
-        stream: tuple[Tensor, Tensor | None],
-        replay_TK: Tensor | None,
+        self, run: Run, stream: tuple[Tensor, Tensor | None], replay_TK: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Routing | None]:
-        learning = [p for module in modules for p in module.parameters() if p.requires_grad]
-        x_TD, y_TD, *routing = _Remade.apply(run, replay_TK, self.generators, *stream, *learning)
+        # Parameters get their gradients in the second pass: autograd must go there even if the stream wants
+        # none.
+        anchor = torch.zeros((), requires_grad=True)
+        x_TD, y_TD, *routing = _Remade.apply(run, replay_TK, self.generators, anchor, *stream)
         return (x_TD, y_TD), Routing(*routing) if routing else None
 
 
@@ -98,11 +99,11 @@ class _Remade(torch.autograd.Function):
         run: Run,
         replay_TK: Tensor | None,
         generators: Sequence[torch.Generator],
+        anchor: Tensor,
         x_TD: Tensor,
         y_TD: Tensor | None,
-        *learning: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.generators, ctx.learning = run, generators, learning
+        ctx.run, ctx.generators = run, generators
         ctx.states = [generator.get_state() for generator in generators]
         # As in the second pass: ops may take another way where no gradient is wanted, and round otherwise.
         with torch.enable_grad():
@@ -129,13 +130,10 @@ class _Remade(torch.autograd.Function):
             generator.set_state(state)
         outputs = (*outputs, *(part for part in routing or () if part is not None))
         told = {output: grad for output, grad in zip(outputs, grads, strict=True) if grad is not None}
-        inputs = (*stream, *ctx.learning)
-        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(list(told), wanted, list(told.values()), allow_unused=True))
-        gradients = [
-            next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs
-        ]
-        return (None, None, None, *gradients)
+        # Into the leaves, as it comes: a parameter that is gathered for this block alone is another tensor
+        # than the one that was there in the first pass.
+        torch.autograd.backward(list(told), list(told.values()))
+        return (None, None, None, None, *(None if tensor is None else tensor.grad for tensor in stream))
 
 
 def _fresh(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

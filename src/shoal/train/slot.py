@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 
 Local = Callable[[Tensor], Tensor]  # what of a tensor is on this process, over the same memory
+# Of a parameter, and of what is here of something as large: the whole of that, and at which row ours begin.
+Join = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The Local of a run of one process."""
     return tensor
+
+
+def join_none(_: Tensor, local: Tensor) -> tuple[Tensor, int]:
+    """The Join of a run of one process."""
+    return local, 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +37,25 @@ class Slot:
     local: Local
     master: Tensor | None  # float32
     rows: Tensor | None  # int64: those of dimension 0 that learn; None is all
+    join: Join = join_none
 
     @staticmethod
-    def of(name: str, parameter: Tensor, rows: Tensor | None, *, master: bool, local: Local = whole) -> Slot:
+    def of(
+        name: str,
+        parameter: Tensor,
+        rows: Tensor | None,
+        *,
+        master: bool,
+        local: Local = whole,
+        join: Join = join_none,
+    ) -> Slot:
         """`master`: whether a narrow matrix has a float32 one."""
         p = local(parameter).detach()
         if rows is not None:
             rows = rows.to(p.device)
-            return Slot(name, parameter, local, p.index_select(0, rows).float(), rows)
+            return Slot(name, parameter, local, p.index_select(0, rows).float(), rows, join)
         kept = p.dtype != torch.float32 and (master or p.ndim < 2)
-        return Slot(name, parameter, local, p.float() if kept else None, None)
+        return Slot(name, parameter, local, p.float() if kept else None, None, join)
 
     @property
     def parameter(self) -> Tensor:

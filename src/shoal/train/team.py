@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shoal.checkpoint import native
 from shoal.train.objective import Reduce, alone
-from shoal.train.slot import Local, whole
+from shoal.train.slot import Join, Local, join_none, whole
 
 T = TypeVar("T")
 
@@ -26,6 +26,8 @@ class Team:
     reduce: Reduce = alone  # must leave its argument as it was
     local: Local = whole  # of parameters and gradients of a model that is cut
     peers: native.Peers = native.ALONE
+    aside: native.Peers | None = None  # the same over a line of their own, for saves while steps go on
+    join: Join = join_none  # what all have of a tensor that is cut as a parameter is
 
     @property
     def rank(self) -> int:

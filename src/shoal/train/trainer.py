@@ -38,7 +38,6 @@ from shoal.train.auxiliary import Auxiliary
 from shoal.train.balance import Balancer, max_violation
 from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
-    CheckpointReport,
     EvaluationReport,
     MetricsLog,
     Observer,
@@ -49,6 +48,7 @@ from shoal.train.metrics import (
 )
 from shoal.train.objective import Objective, Step
 from shoal.train.optim import Optimizer, Trainable, learning_rate
+from shoal.train.saving import Saver
 from shoal.train.team import ALONE, Team
 
 
@@ -109,7 +109,7 @@ class Trainer:
             auxiliary=Auxiliary.of(settings.balance, model.config.moe),
         )
         self.team = team
-        self.optimizer = Optimizer(model, settings.optim, trainable, team.local)
+        self.optimizer = Optimizer(model, settings.optim, trainable, team.local, team.join)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.optimizer.parameters)
         if settings.optim.in_backward:
@@ -126,13 +126,19 @@ class Trainer:
         self.passed_over = 0  # micro-batches that rolling back has left out, all before the next
         self.guard = SpikeGuard(settings.spike_deviations)
         self.saved: Path | None = None  # the checkpoint of this very step
+        self.saver = Saver(
+            folder / "checkpoints",
+            settings.keep,
+            team.aside or team.peers,
+            background=settings.background_saves,
+        )
         self._spike: SpikeReport | None = None  # of the last step
         self._rolled_back: list[int] = []  # the steps of the checkpoints gone back to
 
     def run(self) -> Outcome:
         """Train from the present step to the last, or until a signal."""
         self.model.train()
-        with self._open_log() as log, Interrupt() as interrupt:
+        with self._open_log() as log, Interrupt() as interrupt, self.saver:
             while self.step < self.settings.steps and not self._stopped(interrupt):
                 report, load_LE = self.train_step()
                 if self._spike is not None and self.settings.spike_action == "rollback":
@@ -143,9 +149,16 @@ class Trainer:
                 self._report(log, report)
                 if self.evaluation and self._due(self.settings.evaluate_every):
                     self._report(log, self._evaluate(self.evaluation, load_LE))
+                if self.saver.ended and not self.saver.failed:
+                    self._settle()
                 if self._due(self.settings.checkpoint_every):
                     self.save(log)
-            checkpoint = self.saved or self.save(log)
+            self._settle()
+            if self.saved is None:
+                self.save(log)
+                self._settle()
+            checkpoint = self.saved
+            assert checkpoint is not None
             stopped, preempted = self.step < self.settings.steps, interrupt.signal == signal.SIGTERM
             preempted = self.team.any(stopped and preempted, self.device)
         return Outcome(self.step, checkpoint, interrupted=stopped, preempted=preempted)
@@ -155,6 +168,7 @@ class Trainer:
 
         Generators are each process's own; one that was not there when it was saved keeps its own.
         """
+        self._settle()
         if self.team.rank == 0:
             native.clear_leftovers(self.folder / "checkpoints")
         path = self.team.peers.gather(native.latest(self.folder / "checkpoints"))[0]
@@ -170,11 +184,11 @@ class Trainer:
         self.guard.restore(state.get("losses", ()))
         return True
 
-    def save(self, log: MetricsLog) -> Path:
-        start = time.perf_counter()
+    def save(self, log: MetricsLog) -> None:
+        """Have this step saved; `_settle` waits for it, and until then, in the background, it may fail."""
+        self._settle()
         log.sync()
-        self.saved = native.save(
-            self.folder / "checkpoints",
+        self.saver.begin(
             self.step,
             {**self._state(), GENERATORS: self._generators()},
             {
@@ -184,11 +198,15 @@ class Trainer:
                 "losses": self.guard.state(),
                 "recipe": self.recipe,
             },
-            keep=self.settings.keep,
-            peers=self.team.peers,
         )
-        self.observe(CheckpointReport(self.step, self.saved, time.perf_counter() - start))
-        return self.saved
+        if not self.settings.background_saves:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the save that is under way, if one is, and tell of it. OSError if it failed, in all."""
+        if (report := self.saver.settle()) is not None:
+            self.saved = report.path if report.step == self.step else self.saved
+            self.observe(report)
 
     def train_step(self) -> tuple[StepReport, Tensor]:
         """One step, and the experts' loads (L, E) in it."""
@@ -392,8 +410,8 @@ class Trainer:
         return MetricsLog(path, self.step)
 
     def _stopped(self, interrupt: Interrupt) -> bool:
-        """Whether a signal came, to any process: they stop after the same step."""
-        return self.team.any(interrupt.signal is not None, self.device)
+        """Whether a signal came, or a save failed, to any process: they stop after the same step."""
+        return self.team.any(interrupt.signal is not None or self.saver.failed, self.device)
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the run's state but the generators', live: what of each is on this process."""

@@ -1,0 +1,36 @@
+"""The law of parallelism on GPUs: two of them by NCCL give the gradients of one.
+
+Float32 without TF32, so the sides differ by the order of sums; the tolerance is that of test_parallel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.train.team import Team
+from tests.parallel import work
+from tests.parallel.test_parallel import EPS, TWO, assert_close
+from tests.train import parts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
+]
+
+
+def test_loss_and_gradients_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
+    model = parts.model().cuda()
+    batches = [work.on_gpu(parts.batch(i)) for i in range(work.BATCHES)]
+    loss, grads = work.losses_and_gradients(batches, model, Team())
+    found = work.launch(work.every_gradient, 2, tmp_path, TWO, "cuda", backend=work.NCCL)
+    for pair in TWO:
+        for rank in found:
+            theirs, pieces = rank[pair]
+            assert theirs == pytest.approx(loss, rel=128 * EPS)
+            assert pieces.keys() == grads.keys()
+            for name, ((first, _), grad) in pieces.items():
+                whole = grads[name].cpu()
+                assert_close(grad.cpu(), whole[first : first + len(grad)], whole, f"{pair} {name}")
