@@ -2,7 +2,7 @@
 
 torchrun keeps one store for all its starts of a run. In it lie the addresses of processes that were killed,
 so that after a restart gloo and NCCL may call the dead: the connection is refused, or nobody comes and all
-wait (pytorch issue 135712; in 2.11 half of the restarts on gloo). The number of the start cannot tell old
+wait (pytorch issue 135712; in 2.11, 5 of 9 restarts on gloo). The number of the start cannot tell old
 from new, as agents count on their own.
 
 So the first process opens a store of its own and leaves its address, with a word drawn for it, in torchrun's.
