@@ -27,6 +27,7 @@ from shoal.config.families import family
 from shoal.config.hf import to_hf
 from shoal.config.model import ModelConfig
 from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.quantised import quantise
 from shoal.model.transformer import Transformer
 
 CONTEXT, STEPS = 1024, 64
@@ -53,15 +54,19 @@ def build(config: ModelConfig) -> Transformer:
     return model.eval()
 
 
-def decode_floor_ms(config: ModelConfig, batch: int, experts: float) -> float:
+NARROW = {"fp8": 1 + 4 / 128**2, "int4": 0.5 + 2 / 128}  # bytes a weight, scales included
+
+
+def decode_floor_ms(config: ModelConfig, batch: int, experts: float, quant: str | None = None) -> float:
     """Least bytes of a step over the read rate."""
     total = batch * CONTEXT * cost.kv_bytes_per_token(config)
     for weight in cost.weights(config, mtp=False):
+        size = NARROW[quant] if quant is not None and weight.storage == "low" else 2
         if weight.part == "routed":
             assert config.moe is not None
-            total += weight.count / config.moe.n_routed_experts * experts * weight.numel * 2
+            total += weight.count / config.moe.n_routed_experts * experts * weight.numel * size
         elif weight.part != "embedding":
-            total += weight.count * weight.numel * 2
+            total += weight.count * weight.numel * size
     return 1e3 * total / PEAK_BYTES
 
 
@@ -75,7 +80,7 @@ def prompts(config: ModelConfig, count: int, length: int, seed: int = 0) -> list
     return torch.randint(config.vocab_size, (count, length), generator=generator).tolist()
 
 
-def decoding(engine: Engine, batch: int) -> Row:
+def decoding(engine: Engine, batch: int, quant: str | None = None) -> Row:
     """Steps at a context that passes through `CONTEXT`."""
     config = engine.config
     params = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True)
@@ -102,7 +107,7 @@ def decoding(engine: Engine, batch: int) -> Row:
         experts = touched / steps
     while engine.busy:
         engine.step()
-    floor = decode_floor_ms(config, batch, experts or 0.0)
+    floor = decode_floor_ms(config, batch, experts or 0.0, quant)
     return Row("decode", batch, ms, 1e3 * batch / ms, floor, TARGETS.get(batch), experts)
 
 
@@ -234,6 +239,7 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILL_TARGETS))
     parser.add_argument("--peer", action="store_true", help="transformers in the same run, batches 1 and 32")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose kernels are listed")
+    parser.add_argument("--quant", choices=["fp8", "int4"], help="experts and linears held so")
     parser.add_argument("--quick", action="store_true", help="only graphs before it begins, no other kernels")
     parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
     arguments = parser.parse_args()
@@ -244,6 +250,8 @@ def main() -> None:
     begun = time.perf_counter()
     config = family(arguments.model).config
     model = build(config)
+    if arguments.quant:
+        quantise(model, arguments.quant)
     torch.cuda.synchronize()
     say(f"{arguments.model}: {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", begun)
     most = max([*arguments.batches, *arguments.prefills, 1])
@@ -263,7 +271,7 @@ def main() -> None:
     say("warm", begun)
     rows: list[Row] = []
     for batch in arguments.batches:
-        rows.append(decoding(engine, batch))
+        rows.append(decoding(engine, batch, arguments.quant))
         say(table(rows[-1:]).splitlines()[-1], begun)
     for count in arguments.prefills:
         rows.append(prefill(engine, count))

@@ -31,6 +31,7 @@ from shoal.config.hf import to_hf
 from shoal.config.model import GQAConfig, ModelConfig, MoEConfig
 from shoal.config.run import BalanceConfig, OptimConfig, Recompute, TrainConfig
 from shoal.model.transformer import Transformer
+from shoal.train.fp8 import multiply_in_fp8
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from shoal.train.recompute import recompute
@@ -65,6 +66,7 @@ class Case:
     optim: OptimConfig | None = None
     recompute: Recompute = "none"
     sequence_loss: float = 1e-4
+    fp8: bool = False
     peer: str | None = None  # eager or compiled: transformers
 
 
@@ -87,7 +89,9 @@ def cases() -> dict[str, Case]:
     plain = Case("", V2_LITE)
     rows = [
         replace(plain, name="v2-lite"),
+        replace(plain, name="v2-lite-fp8", fp8=True),
         replace(plain, name="v2-lite-step", optim=LEAN),
+        replace(plain, name="v2-lite-fp8-step", optim=LEAN, fp8=True),
         replace(plain, name="v2-lite-step-selective", optim=LEAN, recompute="selective"),
         replace(plain, name="v2-lite-step-full-32k", optim=LEAN, recompute="full", sequences=8),
         replace(plain, name="v2-lite-no-sequence-loss", sequence_loss=0.0),
@@ -125,6 +129,8 @@ def ours(case: Case, folder: Path) -> Callable[[], object]:
     generator = torch.Generator(DEVICE).manual_seed(0)
     model.init_weights(generator)
     recompute(model, case.recompute)
+    if case.fp8:
+        multiply_in_fp8(model)
     batches = [batch(case, seed) for seed in range(4)]
     if case.optim is not None:
         balance = BalanceConfig(sequence_loss=case.sequence_loss)

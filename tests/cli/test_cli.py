@@ -44,6 +44,35 @@ def test_greedy_generation_is_what_scoring_ranks_first(shoal: Shoal, checkpoint:
     )
 
 
+@pytest.mark.parametrize("quant", ["fp8", "int4"])
+def test_a_model_answers_quantised(shoal: Shoal, checkpoint: Path, quant: str) -> None:
+    """Greedy tokens are those that scoring the same narrow weights ranks; other weights score otherwise."""
+    made = json.loads(
+        shoal(
+            "generate",
+            checkpoint,
+            "def",
+            "--max-tokens",
+            "6",
+            "--temperature",
+            "0",
+            "--quant",
+            quant,
+            "--json",
+        ).out
+    )
+    everything = ",".join(map(str, made["prompt_ids"] + made["ids"]))
+    scores = [
+        torch.tensor(
+            json.loads(shoal("score", checkpoint, "--ids", everything, *how, "--json").out)["logprobs"][1:]
+        )
+        for how in (("--quant", quant), ())
+    ]
+    narrow = scores[0][len(made["prompt_ids"]) - 1 :]
+    torch.testing.assert_close(torch.tensor(made["logprobs"]), narrow, atol=1e-4, rtol=0)
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+
 def test_generation_streams_the_text_that_json_holds(shoal: Shoal, checkpoint: Path) -> None:
     arguments = ("generate", checkpoint, "def add", "--max-tokens", "12", "--seed", "7")
     assert shoal(*arguments).out == json.loads(shoal(*arguments, "--json").out)["text"] + "\n"

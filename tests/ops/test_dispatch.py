@@ -12,12 +12,13 @@ import sys
 import pytest
 import torch
 
-from shoal.ops import api, dispatch
+from shoal.ops import api, dispatch, quantised
 
 OPS = {
     name
-    for name, function in inspect.getmembers(api, inspect.isfunction)
-    if function.__module__ == api.__name__ and not name.startswith("_")
+    for door in (api, quantised)
+    for name, function in inspect.getmembers(door, inspect.isfunction)
+    if function.__module__ == door.__name__ and not name.startswith("_")
 }
 EXPERTS = (
     torch.randn(2, 16),

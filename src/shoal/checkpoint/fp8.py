@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-SCALE_SUFFIX = "_scale_inv"
-
 
 def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
     """Of the scales that belong to a weight of `shape` (..., M, N)."""

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from shoal.checkpoint.folder import replacing
-from shoal.checkpoint.names import EMBEDDING, Piece, published
+from shoal.checkpoint.names import EMBEDDING, GATE_UP, Piece, published
 from shoal.checkpoint.shards import INDEX, PICKLES, Progress, refuse_pickle, write_shards
-from shoal.checkpoint.source import CONFIG, Source, in_memory, open_source
+from shoal.checkpoint.source import CONFIG, FLOAT8, Source, in_memory, open_source
 from shoal.config.hf import to_hf
 from shoal.config.model import ModelConfig
+from shoal.model.quantised import SCALE_SUFFIX, Scheme, check_quant, is_quantised, narrow, quantise
 from shoal.model.transformer import Transformer
+from shoal.ops.quantised import BLOCK
 
 GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = [  # files that go with the weights, where there are any
@@ -52,6 +54,7 @@ def load(
     dtype: torch.dtype | None = None,
     download: bool = False,
     mtp: bool = True,
+    quant: str | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model of a checkpoint, its weights in `dtype` (None: what its config.json says).
@@ -61,11 +64,16 @@ def load(
     the modules but not the count. `model.config` says what there is: `num_nextn_predict_layers` is then 0,
     and `quantization` always None. Router correction biases stay float32.
 
+    `quant` ("fp8", "int4") holds experts and linears quantised (model/quantised.py); what is published in
+    FP8 blocks of 128 is then taken as it is, scales and all. Memory peaks at the narrow model and one tensor.
+
     ValueError names the tensor or file that is missing, unknown, cut short, of another shape or dtype than
     config.json makes it, or that differs from what it must repeat: the embedding and head copied into
     prediction modules, a tied head.
     """
     source = open_source(find_folder(path_or_id, download=download), dtype=dtype, mtp=mtp)
+    if (scheme := check_quant(quant)) is not None:
+        quantise(source.model, scheme)
     source.model.allocate(device)
     _copy(source, source.model, progress)
     return source.model
@@ -98,10 +106,33 @@ def _copy(source: Source, model: Transformer, progress: Progress | None) -> None
     done = 0
     for number, piece in enumerate(in_file_order, start=1):
         part = piece.of(state[piece.parameter])
-        part.copy_(source.read(piece.stored, part.device))
+        scales = state.get(piece.parameter + SCALE_SUFFIX)
+        if scales is None:
+            part.copy_(source.read(piece.stored, part.device))
+        else:
+            _fill_narrow(source, piece, part, piece.of(scales))
         done += part.nbytes
         if progress is not None:
             progress(number, len(own), done)
+
+
+def _fill_narrow(source: Source, piece: Piece, values: Tensor, scales: Tensor) -> None:
+    """A stored tensor into quantised values and their scales: as it is, or quantised as it is read."""
+    scheme: Scheme = "int4" if values.dtype == torch.uint8 else "fp8"
+    stored = source.shards.table[piece.stored]
+    halves_apart = piece.half is not None or not piece.parameter.endswith(GATE_UP)
+    if scheme == "fp8" and stored.dtype == FLOAT8 and source.block == (BLOCK, BLOCK) and halves_apart:
+        values.copy_(
+            source.shards.read(piece.stored).view_as(values[0] if piece.half is not None else values)
+        )
+        scales.copy_(source.shards.read(piece.stored + SCALE_SUFFIX))
+        return
+    wide = source.read(piece.stored, values.device)
+    if not halves_apart:
+        wide = wide.unflatten(-2, (2, -1))
+    weight = narrow(wide, scheme)
+    values.copy_(weight.values)
+    scales.copy_(weight.scales)
 
 
 def save(
@@ -118,6 +149,11 @@ def save(
     It appears whole or not at all, and replaces a checkpoint only if `overwrite`. Weights keep their dtypes.
     `tokenizer_files` are copied beside them. OSError where the disk is full or refuses.
     """
+    if is_quantised(model):
+        raise ValueError(
+            "the model's weights are quantised for serving, and checkpoints hold float32, bfloat16 or "
+            "float16; save it as it is loaded without quant"
+        )
     state = model.state_dict()
 
     def part(piece: Piece) -> Tensor:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.fp8 import SCALE_SUFFIX, dequantise, scale_shape
+from shoal.checkpoint.fp8 import dequantise, scale_shape
 from shoal.checkpoint.names import EMBEDDING, Piece, prediction_prefixes, present
 from shoal.checkpoint.shards import Shards, Stored, read_json
 from shoal.config.hf import from_hf
 from shoal.config.model import ModelConfig
+from shoal.model.quantised import SCALE_SUFFIX
 from shoal.model.transformer import Transformer
 
 CONFIG = "config.json"

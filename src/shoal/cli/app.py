@@ -23,7 +23,7 @@ from shoal.cli.bench import bench_app
 from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
-from shoal.cli.device import Device, find_device
+from shoal.cli.device import Device, Quant, find_device
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
 from shoal.cli.plan import plan
@@ -241,6 +241,7 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: ComputeDtype = None,
+    quant: Quant = None,
     download: Download = False,
 ) -> None:
     """Talk to a model, turn by turn; a base model with --raw. End with Ctrl-D."""
@@ -249,7 +250,7 @@ def chat(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, download)
     talk(engine, _need(tokenizer, path), params, system, raw=raw)
     say(f"On a page, with a map of its experts: {COMMAND} serve {path} --ui")
 
@@ -268,6 +269,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     device: Device = "auto",
     dtype: ComputeDtype = None,
+    quant: Quant = None,
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
@@ -275,7 +277,7 @@ def generate(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, top_k, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, download)
     prompt_ids = _input_ids(prompt, ids, file, tokenizer, path)
     result = _generate(engine, tokenizer, prompt_ids, params, stop or [], stream=not as_json)
     if as_json:
@@ -292,11 +294,12 @@ def score(
     file: File = None,
     device: Device = "auto",
     dtype: ComputeDtype = None,
+    quant: Quant = None,
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
     """Log-probability (natural) of each token of a text, given those before it."""
-    engine, tokenizer = _open(path, device, dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, download)
     token_ids = _input_ids(text, ids, file, tokenizer, path)
     logprobs = engine.score(token_ids)
     if as_json:
@@ -361,7 +364,9 @@ def plot(
 # What several commands share
 
 
-def _open(path: str, device: str, dtype: Dtype | None, download: bool) -> tuple[Engine, Tokenizer | None]:
+def _open(
+    path: str, device: str, dtype: Dtype | None, quant: str | None, download: bool
+) -> tuple[Engine, Tokenizer | None]:
     """An engine over the checkpoint, and its tokenizer where it has one."""
     from shoal.checkpoint import hf
     from shoal.cli.view import loading
@@ -371,7 +376,12 @@ def _open(path: str, device: str, dtype: Dtype | None, download: bool) -> tuple[
     folder = hf.find_folder(path, download=download)
     with loading("loading") as progress:
         model = hf.load(
-            folder, device=find_device(device), dtype=_torch_dtype(dtype), mtp=False, progress=progress
+            folder,
+            device=find_device(device),
+            dtype=_torch_dtype(dtype),
+            mtp=False,
+            quant=quant,
+            progress=progress,
         )
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return Engine(model.eval(), EngineSettings()), tokenizer

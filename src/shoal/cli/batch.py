@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Device
+from shoal.cli.device import Device, Quant
 
 if TYPE_CHECKING:
     from shoal.server.app import Service
@@ -31,6 +31,7 @@ def batch(
     ] = None,
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    quant: Quant = None,
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format, without a server."""
@@ -41,6 +42,7 @@ def batch(
     from shoal.cli.view import say
     from shoal.data.text import Tokenizer
     from shoal.engine import EngineSettings
+    from shoal.model.quantised import check_quant
     from shoal.server.app import Service
     from shoal.server.batch import find_done, read_lines
     from shoal.server.gate import Limits
@@ -59,7 +61,7 @@ def batch(
     settings = EngineSettings(
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), max_sequences=max_sequences
     )
-    process = EngineProcess(Opening(folder, settings, device, dtype))
+    process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant)))
     service = Service(
         process=process,
         prompter=Prompter.of(Tokenizer.load(folder), find_template(chat_template)),

@@ -1,4 +1,4 @@
-"""The device that a command runs on: its option, and what `auto` comes to.
+"""The device that a command runs on, and how weights are held there: options, and what `auto` comes to.
 
 torch is loaded only to answer `auto`, inside the command, so that `--help` needs none.
 """
@@ -9,6 +9,12 @@ from typing import Annotated
 
 import typer
 
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        "--quant", help="fp8 or int4: hold experts and linears so. FP8 as published is taken as it is."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.device import Device
+from shoal.cli.device import Device, Quant
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -32,6 +32,7 @@ class Opening:
     settings: EngineSettings
     device: str = "auto"
     dtype: str | None = None
+    quant: str | None = None
 
     def __call__(self, report: Callable[[str, int, int], None]) -> Engine:
         import torch
@@ -47,7 +48,14 @@ class Opening:
                 report("loading", done, total)
 
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return open_engine(self.folder, self.settings, device=self.device, dtype=dtype, progress=progress)
+        return open_engine(
+            self.folder,
+            self.settings,
+            device=self.device,
+            dtype=dtype,
+            quant=self.quant,
+            progress=progress,
+        )
 
 
 def serve(
@@ -78,6 +86,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    quant: Quant = None,
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
     ui: Annotated[
         bool,
@@ -89,6 +98,7 @@ def serve(
     from shoal.cli.view import say
     from shoal.data.text import Tokenizer
     from shoal.engine import EngineSettings
+    from shoal.model.quantised import check_quant
     from shoal.server.gate import Limits
     from shoal.server.lifecycle import ServerSettings, log_to_stderr, run
 
@@ -125,6 +135,7 @@ def serve(
         ),
         device,
         dtype,
+        check_quant(quant),
     )
     log_to_stderr(log_level)
 

@@ -237,7 +237,9 @@ class RunConfig:
     """One run, whole. `seed` decides the weights at birth and the order of the data.
 
     `dtype` is that of the weights the model computes with; of bfloat16 ones the optimizer keeps float32
-    copies. The micro-batches of a step are shared among the processes of `parallel`.
+    copies. `precision` is that of the products: `fp8` multiplies linears and experts as DeepSeek-V3 does,
+    forward and for the gradient of their inputs; all else stays in `dtype`. The micro-batches of a step are
+    shared among the processes of `parallel`.
     """
 
     model: ModelConfig
@@ -245,6 +247,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["dtype", "fp8"] = "dtype"
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
@@ -286,6 +289,12 @@ class RunConfig:
         require(not sparse, f"the model's attention is native sparse, not tried {told} yet; use one process")
         # Why, for the reader of the error: what of one process's rule there is no equal of on several.
         for key, value, works, why in (
+            (
+                "precision",
+                self.precision,
+                ("dtype",),
+                "products in FP8 have been tried on whole weights alone, not on those that processes share",
+            ),
             (
                 "train.optim.in_backward",
                 optim.in_backward,

@@ -21,6 +21,7 @@ from shoal.engine.buckets import default_contexts
 from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import count_page_bytes
 from shoal.engine.settings import EngineSettings
+from shoal.model.quantised import scratch_bytes
 from shoal.model.transformer import Transformer
 
 _GIB = 2**30
@@ -76,14 +77,16 @@ def draw_up(
     max_sequences: int,
     graph_sizes: tuple[int, ...] = (),
     graphs_a_size: int = 1,
+    scratch: int = 0,
 ) -> Ledger:
     """The ledger of an engine with these settings: as many pages as fit, if `num_pages` does not say.
 
-    ValueError if the limit holds no cache at all, or less than the pages asked for.
+    `scratch` is what a step holds beside its activations. ValueError if the limit holds no cache at all, or
+    less than the pages asked for.
     """
     notes: list[str] = []
     activations = step_bytes(config, max_batch_tokens, min(max_batch_tokens, max_sequences), dtype_bytes)
-    activations += WORKSPACE_BYTES if graph_sizes else 0
+    activations += scratch + (WORKSPACE_BYTES if graph_sizes else 0)
     graphs = 0
     if graph_sizes:
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
@@ -158,4 +161,5 @@ def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[i
         max_sequences=settings.max_sequences,
         graph_sizes=graph_sizes,
         graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
+        scratch=scratch_bytes(model, head.dtype.itemsize),
     )

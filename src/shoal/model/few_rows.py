@@ -170,6 +170,7 @@ def _mix(mlp: MoE, x_TD: Tensor, norm: RMSNorm) -> tuple[Tensor, Routing] | None
     gate, experts, shared = parts["gate"], parts["experts"], parts.get("shared_experts")
     moe = gate.moe
     plain = type(gate) is Gate and type(experts) is Experts and type(mlp.dispatcher) is LocalDispatcher
+    plain = plain and experts.product is ops.grouped_mlp
     if not plain or moe.eval_capacity_factor is not None or moe.topk_method not in _ROUTED_BY:
         return None
     of_shared = None

@@ -158,8 +158,14 @@ def choose_segments(logits_TE: Tensor, moe: MoEConfig) -> Tensor:
     return (experts_TX.unsqueeze(-1) * size + segments_TXY).flatten(1)
 
 
+GroupedProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # as ops.grouped_mlp
+
+
 class Experts(nn.Module):
-    """The routed experts, stacked: rows 0..F of `gate_up_proj[e]` are the gate, F..2F the up projection."""
+    """The routed experts, stacked: rows 0..F of `gate_up_proj[e]` are the gate, F..2F the up projection.
+
+    `product` is the seam of `Linear`: a transform swaps it for an FP8 one.
+    """
 
     def __init__(
         self, hidden_size: int, moe: MoEConfig, *, device: torch.device | None, dtype: torch.dtype
@@ -170,6 +176,7 @@ class Experts(nn.Module):
             torch.empty(experts, 2 * width, hidden_size, device=device, dtype=dtype)
         )
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width, device=device, dtype=dtype))
+        self.product: GroupedProduct = ops.grouped_mlp
 
     def forward(
         self,
@@ -178,11 +185,17 @@ class Experts(nn.Module):
         weights_TK: Tensor,
         shared: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The routed experts, and with `shared` (gate, up, down) those that every token takes."""
+        """The routed experts; where `is_plain`, with `shared` (gate, up, down) those that all tokens take."""
         stacks = (self.gate_up_proj, self.down_proj)
         if shared is None:
-            return ops.grouped_mlp(x_TD, experts_TK, weights_TK, *stacks)
+            return self.product(x_TD, experts_TK, weights_TK, *stacks)
+        assert is_plain(self), "another product knows nothing of shared experts"
         return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared)
+
+
+def is_plain(experts: nn.Module) -> bool:
+    """Whether it is experts of wide weights, whose product is the op's own."""
+    return isinstance(experts, Experts) and experts.product is ops.grouped_mlp
 
 
 class MoE(nn.Module):
@@ -205,6 +218,7 @@ class MoE(nn.Module):
         if (
             self.shared_experts is not None
             and isinstance(self.dispatcher, LocalDispatcher)
+            and is_plain(self.experts)
             and not self.apart
         ):
             matrices = self.shared_experts.matrices()

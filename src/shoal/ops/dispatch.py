@@ -31,6 +31,7 @@ from shoal.ops.reference import (
     layers,
     loss,
     narrow,
+    quantised,
     records,
     routing,
     sampling,
@@ -82,6 +83,14 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "sample": sampling.sample,
     "penalise": sampling.penalise,
     "record": records.record,
+    "quantise_rows": quantised.quantise_rows,
+    "quantise_blocks": quantised.quantise_blocks,
+    "quantise_groups": quantised.quantise_groups,
+    "dequantise": quantised.dequantise,
+    "quantised_linear": quantised.quantised_linear,
+    "quantised_mlp": quantised.quantised_mlp,
+    "fp8_linear": quantised.fp8_linear,
+    "fp8_grouped_mlp": quantised.fp8_grouped_mlp,
 }
 
 
@@ -103,11 +112,14 @@ def kernels() -> dict[str, Kernel]:
         block_attention,
         cache_attention,
         experts,
+        fp8,
         gate,
         latent,
         linears,
         loss,
         norms,
+        quantise,
+        quantised,
         records,
         rotary,
         routing,
@@ -199,6 +211,21 @@ def kernels() -> dict[str, Kernel]:
         "sample": Kernel(sampling.sample, sampling.sample_refusal),
         "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),
         "record": Kernel(records.record, records.record_refusal),
+        "quantise_rows": Kernel(quantise.quantise_rows, quantise.quantise_refusal),
+        "quantise_blocks": Kernel(quantise.quantise_blocks, quantise.quantise_refusal),
+        "dequantise": Kernel(quantised.dequantise, lambda values, *_: quantise.lacks_e4m3(values)),
+        "quantised_linear": Kernel(
+            quantised.quantised_linear,
+            quantised.quantised_refusal,
+            partial(quantised.quantised_linear, invariant=True),
+        ),
+        "quantised_mlp": Kernel(
+            quantised.quantised_mlp,
+            quantised.quantised_refusal,
+            partial(quantised.quantised_mlp, invariant=True),
+        ),
+        "fp8_linear": Kernel(fp8.linear, fp8.linear_refusal),
+        "fp8_grouped_mlp": Kernel(fp8.grouped_mlp, fp8.grouped_mlp_refusal),
     }
 
 

@@ -23,6 +23,7 @@ from shoal.data.chat import Message
 from shoal.data.text import StopStrings, TextStream, Tokenizer
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.engine.grammar import Vocabulary
+from shoal.model.quantised import Scheme
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class LLM:
         *,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        quant: Scheme | None = None,
         download: bool = False,
         settings: EngineSettings | None = None,
     ) -> None:
         folder = hf.find_folder(model, download=download)
         self.tokenizer = Tokenizer.load(folder)
-        self.engine = open_engine(folder, settings or EngineSettings(), device=device, dtype=dtype)
+        self.engine = open_engine(
+            folder, settings or EngineSettings(), device=device, dtype=dtype, quant=quant
+        )
 
     def generate(
         self,
@@ -107,12 +111,14 @@ def open_engine(
     *,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    quant: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """An engine over a checkpoint's folder, which knows what its ids mean where there is a tokenizer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hf.load(folder, device=device, dtype=dtype, mtp=settings.speculate > 0, progress=progress).eval()
+    mtp = settings.speculate > 0
+    model = hf.load(folder, device=device, dtype=dtype, mtp=mtp, quant=quant, progress=progress).eval()
     vocabulary = None
     if (folder / "tokenizer.json").is_file():
         vocabulary = read_vocabulary(Tokenizer.load(folder), model.config.vocab_size)

@@ -32,6 +32,7 @@ from shoal.data.tokenizer import train_tokenizer
 from shoal.model.transformer import Transformer
 from shoal.stages.claim import claim, is_begun
 from shoal.train.balance import add_noise
+from shoal.train.fp8 import multiply_in_fp8
 from shoal.train.metrics import Observer, Phase
 from shoal.train.recompute import recompute
 from shoal.train.team import ALONE, Team
@@ -120,6 +121,8 @@ def _run(
     fill(model, generator)
     add_noise(model, config.train.balance.noise, generator)
     recompute(model, config.train.recompute, [generator])
+    if config.precision == "fp8":
+        multiply_in_fp8(model)
     team = ALONE if mesh is None else _spread(model, mesh)
     if not first:  # the weights are the same everywhere; what is drawn from here on is not
         generator.manual_seed(generator.initial_seed() + (team.rank << 32))

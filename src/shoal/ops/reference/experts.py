@@ -22,7 +22,7 @@ from shoal.ops.reference.layers import swiglu
 FEW_TOKENS = 64  # up to which calls cost more than arithmetic
 
 
-def _sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+def sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """The choices in order of expert, dropped ones first, and for each expert with rows (expert, start,
     end).
     """
@@ -37,7 +37,7 @@ def _sort_rows(experts_TK: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[i
     return order_M, spans
 
 
-def _sum_choices(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+def sum_choices(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
     """For each token, the weighted sum of its K rows, wherever the sort has put them."""
     place_TK = torch.empty_like(order_M).index_copy_(
         0, order_M, torch.arange(order_M.numel(), device=order_M.device)
@@ -58,7 +58,7 @@ class _GroupedMLP(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         # 1. Sort the choices by expert.
-        order_M, spans = _sort_rows(experts_TK, gate_up_E2FD.shape[0])
+        order_M, spans = sort_rows(experts_TK, gate_up_E2FD.shape[0])
         token_M = order_M // experts_TK.shape[1]
         gate_up_M2F = x_TD.new_empty(order_M.shape[0], gate_up_E2FD.shape[1])
         y_MD = x_TD.new_empty(order_M.shape[0], x_TD.shape[1])
@@ -72,7 +72,7 @@ class _GroupedMLP(torch.autograd.Function):
         ctx.save_for_backward(x_TD, order_M, weights_TK, gate_up_M2F, gate_up_E2FD, down_EDF)
         ctx.spans = spans
         # 3. Back to token order, weighted and summed.
-        return _sum_choices(y_MD, order_M, weights_TK)
+        return sum_choices(y_MD, order_M, weights_TK)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +111,7 @@ class _GroupedMLP(torch.autograd.Function):
             # 4. Through the first product.
             torch.mm(dgate_up.t(), x, out=dgate_up_E2FD[expert])
             torch.mm(dgate_up, gate_up_E2FD[expert], out=dx_MD[rows])
-        dx_TD = _sum_choices(dx_MD, order_M, torch.ones_like(weights_TK))
+        dx_TD = sum_choices(dx_MD, order_M, torch.ones_like(weights_TK))
         dweights_TK = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view_as(weights_TK)
         return dx_TD, None, dweights_TK, dgate_up_E2FD, ddown_EDF
 
@@ -149,7 +149,7 @@ def _few_tokens(
     gate, up = F.grouped_mm(x_MD, gate_up_E2FD.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     y_MD = F.grouped_mm(F.silu(gate).mul_(up), down_EDF.transpose(1, 2), offs=ends_E)
     y_MD[ends_E[-1] :].zero_()
-    return _sum_choices(y_MD, order_M, weights_TK)
+    return sum_choices(y_MD, order_M, weights_TK)
 
 
 def _takes_grouped_mm(x_TD: Tensor, *weights: Tensor) -> bool:

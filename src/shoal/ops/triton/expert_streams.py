@@ -48,7 +48,7 @@ def _claim(experts_ptr, mine, M, BM: tl.constexpr, SCAN: tl.constexpr):
 
 
 @triton.jit
-def _find(
+def find_rows(
     experts_ptr,
     choices_ptr,
     tile_experts_ptr,
@@ -162,7 +162,7 @@ def swiglu_stream_kernel(
             )  # fmt: skip
         tile -= ahead
     if mine:
-        expert, choice, row = _find(
+        expert, choice, row = find_rows(
             experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
         )
         if expert >= 0:
@@ -248,7 +248,7 @@ def stream_kernel(
             )  # fmt: skip
         tile -= ahead
     if mine:
-        expert, choice, row = _find(
+        expert, choice, row = find_rows(
             experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
         )
         if expert >= 0:

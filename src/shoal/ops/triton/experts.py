@@ -381,12 +381,12 @@ class _GroupedMLP(torch.autograd.Function):
         return dx_TD, None, dweights_TK if needs_weights else None, dgate_up_E2FD, ddown_EDF, None
 
 
-def _has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Hopper and data-centre Blackwell: TMA, and shared memory for the tiles of `expert_plan`."""
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _fits_tma(*tensors: Tensor) -> bool:
+def fits_tma(*tensors: Tensor) -> bool:
     """TMA wants 16-byte rows and bases."""
     return all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
 
@@ -419,7 +419,7 @@ def grouped_mlp(
 ) -> Tensor:
     """The layer, as `ops.api.grouped_mlp` says. `plan` overrides the choice of kernels and tiles."""
     if x_TD.shape[0] == 0:
-        return _empty(x_TD, weights_TK, gate_up_E2FD, down_EDF)
+        return nothing(x_TD, weights_TK, gate_up_E2FD, down_EDF)
     inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
     training = _learns(*inputs)
     plan = plan or _plan(*inputs, training=training)
@@ -441,7 +441,7 @@ def _plan(
     *,
     training: bool,
 ) -> Plan:
-    tma = x_TD.is_cuda and _has_tma(x_TD.device) and _fits_tma(x_TD, gate_up_E2FD, down_EDF)
+    tma = x_TD.is_cuda and has_tma(x_TD.device) and fits_tma(x_TD, gate_up_E2FD, down_EDF)
     (E, D, F), M = down_EDF.shape, experts_TK.numel()
     if tma and not training:
         return find_plan(x_TD.device.index, M, E, D, F, x_TD.dtype)
@@ -504,9 +504,9 @@ def _rides(plan: Plan, tokens: int, inner: int, shared: Shared) -> bool:
     if plan.kind == "tiles" or tokens > MAX_RIDING * plan.rows:
         return False
     fits = shared[0].shape[0] % inner == 0 and inner % plan.down.bk == 0
-    return fits and (not plan.tma or _fits_tma(*shared))
+    return fits and (not plan.tma or fits_tma(*shared))
 
 
-def _empty(x_TD: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def nothing(x_TD: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """No tokens: nothing to launch, but every input still has a gradient of zeros."""
     return x_TD + 0 * (weights_TK.sum() + gate_up_E2FD[:0].sum() + down_EDF[:0].sum()).to(x_TD.dtype)

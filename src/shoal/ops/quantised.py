@@ -1,0 +1,114 @@
+"""The door to quantised arithmetic: FP8 and INT4, for training and for serving, as `api` is to the rest.
+
+Its laws are api's: a typed function an op, whose docstring is the contract; `dispatch` picks the reference or
+a kernel. A quantised weight is two tensors, and stands for the numbers `dequantise` makes of it.
+
+Shape letters as in api; N rows and K columns of a weight, n and k the same in blocks of 128, rounded up, G
+groups of 128 columns, rounded up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.ops.dispatch import call
+
+BLOCK = 128  # columns of a group, rows and columns of a block
+FP8 = torch.float8_e4m3fn
+
+
+class Fp8Weight(NamedTuple):
+    """e4m3 and a scale for each 128 x 128: as DeepSeek-V3 is published. Leading dimensions stack matrices."""
+
+    values: Tensor  # (..., N, K) float8_e4m3fn
+    scales: Tensor  # (..., n, k) float32, which multiply
+
+
+class Int4Weight(NamedTuple):
+    """-7 to 7, and a scale for each 128 columns of a row.
+
+    Bytes 2i and 2i + 1 of a group's 64 are columns i, i + 32, i + 64 and i + 96, low half first, each plus 8.
+    """
+
+    values: Tensor  # (..., N, 64 G) uint8
+    scales: Tensor  # (..., G, N) bfloat16: the scales of a group lie together
+
+
+Weight = Fp8Weight | Int4Weight
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 of x's shape, and a float32 scale for each 128 of its last dimension: (..., k).
+
+    s = amax / 448; a value is x times the float32 inverse of s, rounded to nearest even. A block of zeros has
+    a scale that is not 0. No gradient.
+    """
+    return call("quantise_rows", x)
+
+
+def quantise_blocks(weight: Tensor) -> Fp8Weight:
+    """The same for each 128 x 128 of the last two dimensions."""
+    return Fp8Weight(*call("quantise_blocks", weight))
+
+
+def quantise_groups(weight: Tensor) -> Int4Weight:
+    """INT4 of a weight (..., N, K). s = amax / 7, rounded to bfloat16 before it divides."""
+    return Int4Weight(*call("quantise_groups", weight))
+
+
+def dequantise(weight: Weight, columns: int) -> Tensor:
+    """Float32 (..., N, K), K = `columns`: each value times its scale."""
+    return call("dequantise", weight.values, weight.scales, columns)
+
+
+def quantised_linear(x: Tensor, weight: Weight) -> Tensor:
+    """x W^T in x's dtype, for serving: x (..., K), W one matrix. Sums in float32. No gradient.
+
+    Kernels for few rows read x as it is. For FP8 and many rows they may read it as `quantise_rows` has it,
+    each element off by 2^-4 of itself at most; never in batch-invariant mode, and never in the reference.
+    """
+    _check(x, weight)
+    return call("quantised_linear", x, *weight)
+
+
+def quantised_mlp(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up: Weight, down: Weight
+) -> Tensor:
+    """`api.grouped_mlp` of quantised experts, for serving. No gradient.
+
+    `gate_up` stands for (E, 2, F, D): gate and up are matrices of their own, so no block holds rows of both.
+    `down` stands for (E, D, F). Activations as in `quantised_linear`, h = silu(g) u among them.
+    """
+    _check(x_TD, gate_up)
+    return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down)
+
+
+def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T in FP8, for training (DeepSeek-V3, section 3.3): both are quantised as they are met.
+
+    y = rows(x) blocks(W)^T and dx = rows(dy) blocks(W), where rows and blocks are what the two quantisers
+    make; dW = dy^T x of the numbers as they came. Differentiable in both.
+    """
+    return call("fp8_linear", x, weight_NK)
+
+
+def fp8_grouped_mlp(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """`api.grouped_mlp` whose products are `fp8_linear`'s, gate and up quantised apart. Differentiable as it
+    is.
+    """
+    return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def _check(x: Tensor, weight: Weight) -> None:
+    columns = weight.values.shape[-1] * (2 if isinstance(weight, Int4Weight) else 1)
+    wanted = -(-x.shape[-1] // BLOCK) * BLOCK if isinstance(weight, Int4Weight) else x.shape[-1]
+    if columns != wanted:
+        raise ValueError(
+            f"x has {x.shape[-1]} columns, and the quantised weight {columns}; quantise the weight that is "
+            f"to be multiplied with x"
+        )
