@@ -53,7 +53,7 @@ def test_a_claims_variants_are_alike_but_for_what_it_compares(name: str) -> None
     """As many active parameters, to the routers' own (2.5%), but where a row says otherwise."""
     sizes = [
         cost.params(each.model, mtp=False).active
-        for each in CLAIMS[name].variants
+        for each in claims()[name].variants
         if "all parameters" not in each.name
     ]
     assert max(sizes) / min(sizes) < 1.025

@@ -16,7 +16,7 @@ from shoal.config import cost
 from shoal.config.families import FAMILIES, family
 from shoal.config.hardware import GPUS, gpu
 
-MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-24-h200-decode.jsonl"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-24-h200-kernels.jsonl"
 LITE, H200 = family("deepseek-v2-lite").config, gpu("h200")
 
 
@@ -30,14 +30,19 @@ def test_floors_of_v2_lite_on_an_h200(batch: int, ms: float) -> None:
     assert point.bound == "memory"
 
 
-def test_prediction_against_the_measured_engine() -> None:
-    """Every decoding step of the recorded run; 20% is what the planner promises."""
+def test_prediction_against_the_measured_blocks() -> None:
+    """20% is what the planner promises. A step is its 27 blocks, as `benchmarks.kernels block` timed one in a
+    graph, and its head, whose weights are read once. (The engine's own steps of that day served two sequences
+    of three, LOG.md, and hold nothing.)
+    """
     rows = [json.loads(line) for line in MEASURED.read_text("utf-8").splitlines()]
-    steps = {row["batch"]: row["ms"] for row in rows if row["what"] == "decode"}
-    assert {1, 32, 256} <= steps.keys()
-    for batch, ms in steps.items():
+    blocks = {int(row["shape"].split()[0]): row["us"]["ours"] for row in rows if row["op"] == "block"}
+    assert {1, 8, 32, 128} <= blocks.keys()
+    head = 2 * LITE.vocab_size * LITE.hidden_size / H200.read
+    for batch, block in blocks.items():
         point = decode_point(LITE, H200, 1, Load(prompt=1023, output=2), batch)
-        assert 1e3 * point.predicted_s == pytest.approx(ms, rel=0.2), f"batch {batch}"
+        step = LITE.num_hidden_layers * block * 1e-6 + head
+        assert point.predicted_s == pytest.approx(step, rel=0.2), f"batch {batch}"
 
 
 def test_the_share_of_training_is_what_its_other_figures_say() -> None:

@@ -141,5 +141,5 @@ def test_what_cannot_be_extended_is_refused(config: ExtendConfig, tmp_path: Path
     refused("has not finished: it has no export", replace(config, model=str(tmp_path / "unfinished")))
     with pytest.raises(ValueError, match=r"needle\.lengths go to 300, beyond"):
         replace(config, needle=NeedleConfig((300,)))
-    with pytest.raises(ValueError, match="MLA, and this model has GQA"):
+    with pytest.raises(ValueError, match="MLA, which this model does not have"):
         stretch(replace(tiny("llama-2-7b"), max_position_embeddings=64), YARN)

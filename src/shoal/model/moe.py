@@ -217,7 +217,7 @@ class MoE(nn.Module):
         routing = self.gate(x_TD, replay_TK)
         if (
             self.shared_experts is not None
-            and isinstance(self.dispatcher, LocalDispatcher)
+            and type(self.dispatcher) is LocalDispatcher
             and is_plain(self.experts)
             and not self.apart
         ):
