@@ -301,6 +301,7 @@ def test_refuses_model_types_it_does_not_know() -> None:
     [
         (replace(V3, model_type="llama"), "llama config.json cannot say latent attention"),
         (replace(TINY["llama-3-8b"], model_type="deepseek_v3"), "cannot say grouped-query attention"),
+        (replace(TINY["nsa-27b"], model_type="llama"), "cannot say native sparse attention"),
         (replace(TINY["mixtral-8x7b"], moe=None), "cannot say a dense model"),
         (replace(TINY["mixtral-8x7b"], model_type="llama"), "cannot say moe ="),
         (replace(V3, model_type="deepseek_v2"), "no deepseek_v2 config.json says this model"),

@@ -11,16 +11,35 @@ import pytest
 
 from shoal.config.policy import PUBLISHED
 from shoal.config.run import build, to_toml
-from shoal.config.tune import GRPOConfig, SFTConfig, grpo_from_table, load_grpo, load_sft
+from shoal.config.tune import (
+    GRPOConfig,
+    PreferenceConfig,
+    RejectConfig,
+    SFTConfig,
+    grpo_from_table,
+    load_grpo,
+    load_preference,
+    load_reject,
+    load_sft,
+)
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "r1"
 BASE: dict[str, Any] = {"model": "m", "problems": ["p"], "rewards": ["number", "0.1 layout"]}
 
 
 def test_the_recipes_load_and_read_back_equal() -> None:
-    for name in ("1-cold-start", "3-distill"):
-        recipe = load_sft(RECIPES / f"{name}.toml")
-        assert build(SFTConfig, tomllib.loads(to_toml(recipe)), "again") == recipe
+    kinds = {
+        SFTConfig: (load_sft, ("1-cold-start", "4-sft", "6-distill")),
+        GRPOConfig: (load_grpo, ("0-zero", "2-reasoning-rl", "5-rl-all-scenarios", "gsm8k", "math")),
+        RejectConfig: (load_reject, ("3-rejection-sampling",)),
+        PreferenceConfig: (load_preference, ("5-preference",)),
+    }
+    loaded = {name for _, names in kinds.values() for name in names}
+    assert loaded == {path.stem for path in RECIPES.glob("*.toml")}
+    for kind, (load, names) in kinds.items():
+        for name in names:
+            recipe = load(RECIPES / f"{name}.toml")
+            assert build(kind, tomllib.loads(to_toml(recipe)), "again") == recipe
     rl = load_grpo(RECIPES / "2-reasoning-rl.toml", ["policy.kl_weight=0.01"])
     assert rl.policy == replace(PUBLISHED["r1"], kl_weight=0.01)
     assert build(GRPOConfig, tomllib.loads(to_toml(rl)), "again") == rl

@@ -31,7 +31,14 @@ from shoal.model.quantised import (
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
 
-FAMILIES = ("deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite", "qwen3-30b-a3b", "r1-distill-qwen-1.5b")
+FAMILIES = (
+    "deepseek-v3",
+    "deepseek-v3.2",
+    "deepseek-v2-lite",
+    "qwen3-30b-a3b",
+    "r1-distill-qwen-1.5b",
+    "nsa-27b",
+)
 SCHEMES = get_args(Scheme)
 
 

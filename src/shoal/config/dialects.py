@@ -97,12 +97,18 @@ def _read_mla(fields: Fields) -> MLAConfig:
     return mla
 
 
+ATTENTION = {
+    MLAConfig: "latent attention",
+    GQAConfig: "grouped-query attention",
+    NSAConfig: "native sparse attention",
+}
+
+
 def _write_mla(config: ModelConfig) -> dict[str, Any]:
     mla = config.attention
     if not isinstance(mla, MLAConfig):
         raise ValueError(
-            f"a {config.model_type} config.json cannot say the attention of {type(mla).__name__}; "
-            f"change model_type"
+            f"a {config.model_type} config.json cannot say {ATTENTION[type(mla)]}; change model_type"
         )
     heads = mla.num_attention_heads
     return {"num_attention_heads": heads, "num_key_value_heads": heads} | {k: getattr(mla, k) for k in LATENT}
@@ -112,8 +118,7 @@ def _write_gqa(config: ModelConfig, *keys: str) -> dict[str, Any]:
     gqa = config.attention
     if not isinstance(gqa, GQAConfig):
         raise ValueError(
-            f"a {config.model_type} config.json cannot say the attention of {type(gqa).__name__}; "
-            f"change model_type"
+            f"a {config.model_type} config.json cannot say {ATTENTION[type(gqa)]}; change model_type"
         )
     said = {**dataclasses.asdict(gqa), "attention_bias": gqa.qkv_bias}
     return {key: said[key] for key in ("num_attention_heads", "num_key_value_heads", *keys)}
