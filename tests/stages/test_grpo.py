@@ -19,6 +19,7 @@ from shoal.checkpoint import hf
 from shoal.config.tune import GRPOConfig, grpo_from_table
 from shoal.data.text import Tokenizer
 from shoal.engine import Completion
+from shoal.ops import dispatch
 from shoal.stages import grpo, rollout
 from shoal.stages.claim import claim
 from shoal.stages.judge import Judge
@@ -219,6 +220,15 @@ def test_dynamic_sampling_replaces_flat_groups(start: Path, tmp_path: Path) -> N
         grpo.run(run, tmp_path / f"run-{extra}")
         (told,) = lines(tmp_path / f"run-{extra}" / "rollouts.jsonl")
         assert (told["equal_groups"] > 0) == flat
+
+
+def test_in_batch_invariant_mode_the_gap_is_zero_at_every_step(start: Path, tmp_path: Path) -> None:
+    rollouts = {"questions": 4, "group": 4, "max_tokens": 6, "batch_invariant": True}
+    settings = {"steps": 3, "accumulation": 2, "evaluate_every": 0, "optim": {"lr": 0.01}}
+    grpo.run(config(start, tmp_path, train=settings, rollout=rollouts), tmp_path / "run")
+    told = lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [row["gap"] for row in told] == [{"mean": 0, "most": 0, "routing": 0, "replayed": 0}] * 3
+    assert not dispatch.is_batch_invariant()  # left as it was
 
 
 def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class RolloutConfig:
     `replay` records the experts that each token was sent to and replays them in training (R3). With
     `keep_sampling`, what top-k and top-p let be drawn is kept as the policy's support (V3.2). `extra_rounds`
     more samplings replace groups whose rewards are all equal (DAPO's dynamic sampling; 0: they stay, and
-    teach nothing).
+    teach nothing). `batch_invariant` runs the whole stage in that mode: on a CPU, engine and trainer then
+    give each token the same log-probability, bit for bit, at a price in speed (benchmarks/invariance.py).
     """
 
     questions: int = 32
@@ -131,6 +132,7 @@ class RolloutConfig:
     top_k: int = 0  # 0: all tokens
     replay: bool = True
     keep_sampling: bool = False
+    batch_invariant: bool = False
     extra_rounds: int = 0
     cache_bytes: int = 1 << 30
     max_sequences: int = 256

@@ -170,7 +170,12 @@ class Runner:
         ):
             logprobs_TV = F.linear(rows_TD, self.model.head_weight()).float().log_softmax(-1)
             best, ids = logprobs_TV.topk(num_top)
-            columns = logprobs_TV.gather(1, wanted_T.unsqueeze(1)), ids, best
+            chosen_T1 = logprobs_TV.gather(1, wanted_T.unsqueeze(1))
+            if ops.is_batch_invariant():  # by the sums of whoever scores, at the price of a second product
+                ones_T = torch.ones(len(rows_TD), device=self.device)
+                loss = ops.linear_cross_entropy(rows_TD, self.model.head_weight(), wanted_T, ones_T)
+                chosen_T1 = -loss.nll_T.unsqueeze(1)
+            columns = chosen_T1, ids, best
             scored.append(torch.cat([column.double() for column in columns], 1))
         return torch.cat(scored)
 

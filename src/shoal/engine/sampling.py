@@ -117,7 +117,8 @@ def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None)
 def choose(logits_SV: Tensor, draws: list[Draw], scores_SV: Tensor | None = None) -> ops.Sampled:
     """A token for each row by `ops.sample`, from the scores if there are any."""
     params = [draw.params for draw in draws]
-    if not logits_SV.is_cuda and all(p.temperature == 0 for p in params):  # in two calls instead of twenty
+    greedy = not logits_SV.is_cuda and all(p.temperature == 0 for p in params)
+    if greedy and not ops.is_batch_invariant():  # in two calls instead of twenty
         if scores_SV is None and (drawn := ops.greedy_step(logits_SV)) is not None:
             return drawn
         logits_SV = logits_SV.float()

@@ -14,6 +14,7 @@ from shoal.batch import Batch
 from shoal.config.model import GQAConfig, ModelConfig
 from shoal.model.layers import Linear, RMSNorm, together
 from shoal.model.rope import Angles
+from shoal.model.served import lay_out
 from shoal.ops import api as ops
 
 
@@ -58,13 +59,16 @@ class GQA(nn.Module):
         q_THQ, k_TGQ = self._heads(q_TX, self.q_norm), self._heads(k_TX, self.k_norm)
         v_TGQ = self._heads(v_TX, None)
         kv, turn = batch.kv, {"interleaved": self.interleaved}
+        invariant = ops.is_batch_invariant()
+        if kv is None and invariant:
+            return self.o_proj(self._as_served(q_THQ, k_TGQ, v_TGQ, angles, batch).flatten(1))
         if kv is None:
             q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)
         else:
             q_THQ, k_TGQ = ops.write_kv_cache(
                 q_THQ, k_TGQ, v_TGQ, *angles, kv.pages[self.layer], kv.slots_T, **turn
             )
-        if kv is not None and kv.has_prefix:
+        if kv is not None and (kv.has_prefix or invariant):
             o_THQ = ops.paged_attention(
                 q_THQ,
                 kv.pages[self.layer],
@@ -78,3 +82,19 @@ class GQA(nn.Module):
         else:
             o_THQ = ops.attention(q_THQ, k_TGQ, v_TGQ, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
         return self.o_proj(o_THQ.flatten(1))
+
+    def _as_served(self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        """Attention of a pack by the ops of the engine, with the gradient of the pack's own."""
+        turn, where = {"interleaved": self.interleaved}, (batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
+
+        def served(q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor) -> Tensor:
+            laid = lay_out(batch, (2, *k_TGQ.shape[1:]), k_TGQ)
+            q_THQ, _ = ops.write_kv_cache(q_THQ, k_TGQ, v_TGQ, *angles, laid.pages, laid.slots_T, **turn)
+            tables = laid.block_table_SB, laid.context_lens_S, batch.max_seqlen
+            return ops.paged_attention(q_THQ, laid.pages, *tables, *where)
+
+        def plain(q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor) -> Tensor:
+            q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)
+            return ops.attention(q_THQ, k_TGQ, v_TGQ, *where)
+
+        return ops.with_gradient_of(plain, served, q_THQ, k_TGQ, v_TGQ)

@@ -9,6 +9,7 @@ elements that the heads share. Only those C + R elements are cached. With W_UK a
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
 - selected: with an indexer (dsa.py), absorbed, over the rows that it picks.
+In batch-invariant mode all is absorbed, in training too (served.py), but with an indexer.
 The softmax scale is that of the N + R dims in all, times YaRN's temperature.
 
 Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C latent rank, V value dim.
@@ -26,6 +27,7 @@ from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.dsa import Indexer, Selection
 from shoal.model.layers import Linear, RMSNorm, together
 from shoal.model.rope import Angles
+from shoal.model.served import lay_out
 from shoal.ops import api as ops
 
 MIN_CHUNK = 32  # tokens: below, a sequence on its own costs more in launches than it saves in FLOPs
@@ -88,6 +90,8 @@ class MLA(nn.Module):
                 **turn,
             )
             return self.o_proj(self.absorbed(q_THL, batch).flatten(1))
+        if batch.kv is None and self.indexer is None and ops.is_batch_invariant():
+            return self.o_proj(self._as_served(q_THQ, kv_TL, angles, batch).flatten(1))
         parts = (mla.qk_nope_head_dim, mla.qk_rope_head_dim)
         q_nope_THN, q_rope_THR = q_THQ.split(parts, dim=-1)
         latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
@@ -130,7 +134,9 @@ class MLA(nn.Module):
 
     def _absorbs(self, kv: KVView) -> bool:
         """Whether all that this step brings meets the latents as they are."""
-        return self.indexer is None and kv.has_prefix and not any(map(self.expands, kv.chunks))
+        if self.indexer is not None:
+            return False
+        return ops.is_batch_invariant() or (kv.has_prefix and not any(map(self.expands, kv.chunks)))
 
     def cached(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
         """Attention over the cache: long chunks expanded, each on its own, all between them absorbed."""
@@ -218,6 +224,35 @@ class MLA(nn.Module):
         return self._values(
             ops.sparse_latent_attention(q_THL, rows_XL, rows_TK, self.mla.kv_lora_rank, self.scale)
         )
+
+    def _as_served(self, q_THQ: Tensor, kv_TL: Tensor, angles: Angles, batch: Batch) -> Tensor:
+        """Attention of a pack in absorbed form, by the ops of the engine, with the expanded form's
+        gradient."""
+        mla, eps, turn = self.mla, self.kv_a_layernorm.eps, {"interleaved": self.interleaved}
+        where = batch.cu_seqlens_S1, batch.max_seqlen
+
+        def served(q_THQ: Tensor, kv_TL: Tensor, norm_C: Tensor, kv_b: Tensor) -> Tensor:
+            laid = lay_out(batch, (mla.latent_dim,), kv_TL)
+            rows = laid.pages, laid.slots_T
+            q_THL = ops.latent_queries(q_THQ, kv_TL, norm_C, eps, *angles, kv_b, *rows, **turn)
+            tables = laid.block_table_SB, laid.context_lens_S, batch.max_seqlen
+            last = mla.kv_lora_rank, self.scale
+            o_THC = ops.latent_attention(q_THL, laid.pages, *tables, *where, *last)
+            return ops.latent_values(o_THC, kv_b, mla.v_head_dim)
+
+        def plain(q_THQ: Tensor, kv_TL: Tensor, norm_C: Tensor, kv_b: Tensor) -> Tensor:
+            q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
+            latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
+            q_THQ = torch.cat((q_nope_THN, ops.rope(q_rope_THR, *angles, **turn)), dim=-1)
+            k_rope_TR = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn).squeeze(1)
+            (kv_TX,) = ops.linears(ops.rms_norm(latent_TC, norm_C, eps), (kv_b,), (None,))
+            k_nope_THN, v_THV = kv_TX.unflatten(-1, (mla.num_attention_heads, -1)).split(
+                (mla.qk_nope_head_dim, mla.v_head_dim), dim=-1
+            )
+            return ops.attention(q_THQ, ops.join_heads(k_nope_THN, k_rope_TR), v_THV, *where, self.scale)
+
+        weights = self.kv_a_layernorm.weight, self.kv_b_proj.weight
+        return ops.with_gradient_of(plain, served, q_THQ, kv_TL, *weights)
 
     def _absorb(self, q_nope_THN: Tensor, q_rope_THR: Tensor) -> Tensor:
         """Queries that meet latents (T, H, C + R)."""

@@ -262,6 +262,8 @@ class Transformer(nn.Module):
     def logits(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """(S, V) for the rows the batch asks for, or (T, V) for all."""
         rows = hidden_TD if batch.last_S is None else hidden_TD.index_select(0, batch.last_S)
+        if ops.is_batch_invariant():
+            return ops.linears(rows, (self.head_weight(),), (None,))[0]
         logits = ops.head_step(rows, self.head_weight())
         return F.linear(rows, self.head_weight()) if logits is None else logits
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from shoal.ops.dispatch import call, fuse
+from shoal.ops.invariance import is_batch_invariant as is_batch_invariant
+from shoal.ops.invariance import with_gradient_of as with_gradient_of
 
 
 class Routing(NamedTuple):

@@ -5,9 +5,9 @@ Half a block of few rows on a CPU has kernels of its own and no reference (`fuse
 `using` forces one side for a block of code (tests compare the two with it), and the environment variable
 SHOAL_OPS does so for a whole process. Only this file names `ops.reference`, `ops.triton` or `ops.cpu`.
 
-Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every kernel that a row's result
-be the same, bit for bit, whatever else is in the batch. Most are so by nature; one that is not says how it
-would be; those of few rows on a CPU are not, and stand back.
+Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every op that a row's result
+be the same, bit for bit, whatever else is in the batch. Most kernels are so by nature; one that is not says
+how it would be; those of few rows on a CPU are not, and stand back for the references' invariant forms.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from shoal.ops.invariance import batch_invariant as batch_invariant
+from shoal.ops.invariance import is_batch_invariant as is_batch_invariant
 from shoal.ops.reference import (
     adamw,
     attention,
     blocks,
     experts,
+    invariant,
     layers,
     loss,
     narrow,
@@ -91,6 +94,27 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "quantised_mlp": quantised.quantised_mlp,
     "fp8_linear": quantised.fp8_linear,
     "fp8_grouped_mlp": quantised.fp8_grouped_mlp,
+}
+
+INVARIANT: dict[str, Callable[..., Any]] = {  # on a CPU; a reference that is not here is so by nature
+    "rms_norm": invariant.rms_norm,
+    "add_rms_norm": invariant.add_rms_norm,
+    "swiglu": invariant.swiglu,
+    "linears": invariant.linears,
+    "rope": invariant.rope,
+    "gate_logits": invariant.gate_logits,
+    "route": invariant.route,
+    "gate": invariant.gate,
+    "grouped_mlp": invariant.grouped_mlp,
+    "mixture": invariant.mixture,
+    "write_latent_cache": invariant.write_latent_cache,
+    "write_kv_cache": invariant.write_kv_cache,
+    "latent_queries": invariant.latent_queries,
+    "latent_values": invariant.latent_values,
+    "paged_attention": invariant.paged_attention,
+    "latent_attention": invariant.latent_attention,
+    "linear_cross_entropy": invariant.linear_cross_entropy,
+    "sample": invariant.sample,
 }
 
 
@@ -236,18 +260,8 @@ def _checked(side: str, where: str) -> Side:
     raise ValueError(f"{where} is {side!r}; set it to auto, reference or triton")
 
 
-def _switch(name: str) -> bool:
-    """An environment variable that is 0 or 1; unset is 0."""
-    value = os.environ.get(name, "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"{name} is {value!r}; set it to 0 or 1")
-    return value == "1"
-
-
 _default_side = _checked(os.environ.get("SHOAL_OPS", "auto"), "SHOAL_OPS")
 _side: ContextVar[Side] = ContextVar("side", default=_default_side)
-_default_invariant = _switch("SHOAL_BATCH_INVARIANT")
-_invariant: ContextVar[bool] = ContextVar("invariant", default=_default_invariant)
 
 
 @contextmanager
@@ -260,16 +274,6 @@ def using(side: Side) -> Iterator[None]:
         _side.reset(token)
 
 
-@contextmanager
-def batch_invariant(on: bool = True) -> Iterator[None]:
-    """Within the block a row's result does not depend on its batch, where a kernel serves it."""
-    token = _invariant.set(on)
-    try:
-        yield
-    finally:
-        _invariant.reset(token)
-
-
 def call(op: str, x: Tensor, *arguments: Any) -> Any:
     """Run `op` on the side that serves this call; `x`, its first tensor, says on which device."""
     side = _side.get()
@@ -277,10 +281,12 @@ def call(op: str, x: Tensor, *arguments: Any) -> Any:
         kernel = kernels().get(op)
         reason = "it has no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
         if kernel is not None and reason is None:
-            run = kernel.invariant if _invariant.get() and kernel.invariant is not None else kernel.run
+            run = kernel.invariant if is_batch_invariant() and kernel.invariant is not None else kernel.run
             return run(x, *arguments)
         if side == "triton":
             raise ValueError(f"{op}: {reason}; use the side auto or reference")
+    if x.is_cpu and is_batch_invariant() and op in INVARIANT:
+        return INVARIANT[op](x, *arguments)
     return REFERENCE[op](x, *arguments)
 
 
@@ -304,7 +310,7 @@ def steps() -> dict[str, Kernel]:
 
 def fuse(op: str, x: Tensor, *arguments: Any) -> Any:
     """Run `op` as one kernel, or None where there is none that takes the call: the caller spells it out."""
-    if not x.is_cpu or _side.get() != "auto" or _invariant.get():
+    if not x.is_cpu or _side.get() != "auto" or is_batch_invariant():
         return None
     kernel = steps()[op]
     return kernel.run(x, *arguments) if kernel.refusal(x, *arguments) is None else None
@@ -316,7 +322,7 @@ def explain_fused(op: str, x: Tensor, *arguments: Any) -> str:
         reason = f"the tensors are on {x.device}"
     elif _side.get() != "auto":
         reason = f"the side {_side.get()} is asked for"
-    elif _invariant.get():
+    elif is_batch_invariant():
         reason = "a row's sums depend on how many rows there are, and batch-invariant mode is on"
     else:
         reason = steps()[op].refusal(x, *arguments)
@@ -326,14 +332,15 @@ def explain_fused(op: str, x: Tensor, *arguments: Any) -> str:
 def explain(op: str, x: Tensor, *arguments: Any) -> str:
     """Which side would serve this call, and why."""
     side = _side.get()
+    form = ", in batch-invariant form" if x.is_cpu and is_batch_invariant() and op in INVARIANT else ""
     if side == "reference":
-        return f"{op}: reference, as asked for"
+        return f"{op}: reference, as asked for{form}"
     if side == "auto" and not x.is_cuda:
-        return f"{op}: reference, since the tensors are on {x.device}"
+        return f"{op}: reference, since the tensors are on {x.device}{form}"
     kernel = kernels().get(op)
     reason = "there is no Triton kernel" if kernel is None else kernel.refusal(x, *arguments)
     if kernel is not None and reason is None:
-        fixed = _invariant.get() and kernel.invariant is not None
+        fixed = is_batch_invariant() and kernel.invariant is not None
         if kernel.choose is not None:
             name, why = kernel.choose(x, *arguments, invariant=fixed)
             return f"{op}: triton/{name} ({why})"

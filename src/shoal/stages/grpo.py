@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.checkpoint import hf
+from shoal.config.model import MLAConfig
 from shoal.config.run import to_table
 from shoal.config.tune import GRPOConfig
 from shoal.data.atomic import write_atomically
@@ -32,6 +33,7 @@ from shoal.data.conversations import read_records
 from shoal.data.text import Tokenizer
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
+from shoal.ops import dispatch
 from shoal.stages import rollout
 from shoal.stages.appraise import PREFERENCE, Appraiser
 from shoal.stages.claim import claim
@@ -74,13 +76,22 @@ def run(
     # 2. The model and its tokenizer, as they were when the run began.
     tokenizer = Tokenizer.load(config.model)
     model = load_model(config.model, config.dtype, device)
+    invariant = config.rollout.batch_invariant
+    if invariant and isinstance(model.config.attention, MLAConfig) and model.config.attention.indexer:
+        raise ValueError(
+            f"rollout.batch_invariant is true, but sparse attention ({config.model} has an indexer) has no "
+            f"batch-invariant form; leave it out, or take a model without an indexer"
+        )
     known = [*config.weights(), *([] if config.preference is None else [PREFERENCE])]
     questions = read_questions(config.problems, tokenizer, known)
     held_out = read_questions(config.held_out, tokenizer) if config.held_out else []
 
     # 3. The loop: batches from rollouts, rollouts from the model in the loop.
     generator = torch.Generator(device).manual_seed(config.seed)
-    with Judge(config.weights(), config.reward_seconds) as judge:
+    with (
+        Judge(config.weights(), config.reward_seconds) as judge,
+        dispatch.batch_invariant(invariant or dispatch.is_batch_invariant()),
+    ):
         liked = config.preference
         appraiser = None if liked is None else Appraiser.load(liked.model, model)
         sampler = Rollout(model, tokenizer, judge, config, appraiser)

@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         minus_one_11 = nll_T.new_full((1, 1), -1.0)
-        chunk = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        chunk = chunk_rows(weight_VD)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             hidden, target_t1 = hidden_TD[rows], targets_T[rows].unsqueeze(1)
@@ -65,6 +65,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
 ) -> tuple[Tensor, Tensor]:
+    check_targets(targets_T, weight_VD)
+    # Asked here, where the caller's grad mode is known: scoring makes no gradients.
+    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD))
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, need_hidden, need_weight)
+
+
+def chunk_rows(weight_VD: Tensor) -> int:
+    """Rows whose logits are held at once."""
+    return max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+
+
+def check_targets(targets_T: Tensor, weight_VD: Tensor) -> None:
+    """Refuse ids outside of the vocabulary, where checking costs nothing."""
     if targets_T.device.type == "cpu" and targets_T.numel():
         low, high = int(targets_T.min()), int(targets_T.max())
         if low < 0 or high >= weight_VD.shape[0]:
@@ -72,6 +85,3 @@ def linear_cross_entropy(
                 f"linear_cross_entropy: targets span {low} to {high}, outside the vocabulary of "
                 f"{weight_VD.shape[0]}; give a position that does not count a weight of 0 and any valid id"
             )
-    # Asked here, where the caller's grad mode is known: scoring makes no gradients.
-    need_hidden, need_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_TD, weight_VD))
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, need_hidden, need_weight)

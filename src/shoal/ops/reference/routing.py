@@ -7,6 +7,7 @@ get -inf, not 0 (biased scores may be negative).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,24 +48,46 @@ def route(
     if replay_TK is not None:
         experts_TK = replay_TK.long()
     else:
-        # 2. Selection is by score plus bias, and has no gradient.
-        selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-        # 3. Keep the best groups.
-        if n_group > 1:
-            selection_TE = _keep_best_groups(selection_TE, n_group, topk_group, bias_E is not None)
-        # 4. Choose.
-        experts_TK = _best(selection_TE, top_k)
+        experts_TK = select(scores_TE, top_k, bias_E, n_group, topk_group)
+    dropped = replay_TK is not None
+    weights_TK = weigh(scores_TE, experts_TK, norm_topk_prob, routed_scaling_factor, dropped, _add_up)
+    return experts_TK, weights_TK, scores_TE
+
+
+def select(scores_TE: Tensor, top_k: int, bias_E: Tensor | None, n_group: int, topk_group: int) -> Tensor:
+    # 2. Selection is by score plus bias, and has no gradient.
+    selection_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    # 3. Keep the best groups.
+    if n_group > 1:
+        selection_TE = _keep_best_groups(selection_TE, n_group, topk_group, bias_E is not None)
+    # 4. Choose.
+    return _best(selection_TE, top_k)
+
+
+def weigh(
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    dropped: bool,
+    add_up: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Weights of the chosen; where some may be `dropped` they are -1. `add_up` sums the last dimension."""
     # 5. Weights are the unbiased scores of the chosen; nothing for a dropped choice.
-    if replay_TK is None:
-        weights_TK = scores_TE.gather(1, experts_TK)
-    else:
+    if dropped:
         weights_TK = scores_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, 0.0)
+    else:
+        weights_TK = scores_TE.gather(1, experts_TK)
     # 6. Normalise, 7. scale.
     if norm_topk_prob:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK / (add_up(weights_TK).unsqueeze(-1) + 1e-20)
     if routed_scaling_factor != 1.0:
         weights_TK = weights_TK * routed_scaling_factor
-    return experts_TK, weights_TK, scores_TE
+    return weights_TK
+
+
+def _add_up(x: Tensor) -> Tensor:
+    return x.sum(-1)
 
 
 def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
