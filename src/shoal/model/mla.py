@@ -9,8 +9,7 @@ elements that the heads share. Only those C + R elements are cached. With W_UK a
   cache is read as it is, so a decoded token costs C + R elements of traffic for each position instead of H (N
   + R + V).
 - selected: with an indexer (dsa.py), absorbed, over the rows that it picks.
-In batch-invariant mode all is absorbed, in training too (served.py), but with an indexer.
-The softmax scale is that of the N + R dims in all, times YaRN's temperature.
+Batch-invariant mode absorbs all without one (served.py). The softmax scale is of N + R dims, times YaRN's.
 
 Shape letters: T tokens, D hidden, H heads, N no-rope head dim, R rope dim, C latent rank, V value dim.
 """
