@@ -29,6 +29,9 @@ def batch(
     cache_gib: Annotated[
         float | None, typer.Option(help="Memory for the cache, in GiB. Default: what the device leaves.")
     ] = None,
+    affinity: Annotated[
+        int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
+    ] = 0,
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     quant: Quant = None,
@@ -59,7 +62,9 @@ def batch(
         return
     folder = hf.find_folder(path, download=download)
     settings = EngineSettings(
-        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30), max_sequences=max_sequences
+        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+        max_sequences=max_sequences,
+        affinity=affinity,
     )
     process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant)))
     service = Service(
@@ -70,7 +75,7 @@ def batch(
         limits=Limits(max_queue=1 << 20),
         created=int(time.time()),
     )
-    refused = asyncio.run(_run(service, left, out, len(lines), at_once=2 * max_sequences))
+    refused = asyncio.run(_run(service, left, out, len(lines), at_once=2 * max_sequences + affinity))
     say(f"{len(left)} answers in {out}" + (f", {refused} of them errors" if refused else ""))
 
 

@@ -79,6 +79,9 @@ def serve(
     ] = None,
     memory: Annotated[float, typer.Option(help="Share of the GPU that may be used.")] = 0.9,
     speculate: Annotated[int, typer.Option(help="Tokens guessed ahead with the model's MTP module.")] = 0,
+    affinity: Annotated[
+        int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
+    ] = 0,
     prefix_cache: Annotated[bool, typer.Option(help="Remember the beginnings of prompts.")] = True,
     deadline: Annotated[float | None, typer.Option(help="Seconds until an answer is given up.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to those being served.")] = 60.0,
@@ -132,6 +135,7 @@ def serve(
             memory=memory,
             speculate=speculate,
             record_weights=ui,
+            affinity=affinity,
         ),
         device,
         dtype,

@@ -28,6 +28,7 @@ from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, w
 from shoal.engine.events import Completion, Event, Routed, complete
 from shoal.engine.flight import Flight, collect_routed, open_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
+from shoal.engine.order import Affinity, Arrival, Order
 from shoal.engine.runner import Runner, Span, Step
 from shoal.engine.sampling import Draw, History, Sample
 from shoal.engine.scheduler import Pick, Scheduler
@@ -60,8 +61,16 @@ class Engine:
         buckets = buckets if settings.buckets is None else settings.buckets
         self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else ())
         self.pool = BlockPool(self.ledger.num_pages, settings.page_size, remember=settings.prefix_cache)
+        if settings.affinity and self.config.moe is None:
+            raise ValueError(f"affinity is {settings.affinity}, but this model routes nothing; set it to 0")
+        self._order: Order = Arrival()
+        if settings.affinity and self.config.moe is not None:
+            self._order = Affinity(self.config.moe.n_routed_experts, settings.affinity)
         self.scheduler = Scheduler(
-            self.pool, max_batch_tokens=settings.max_batch_tokens, max_sequences=settings.max_sequences
+            self.pool,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+            order=self._order,
         )
         if settings.speculate and not self.config.num_nextn_predict_layers:
             raise ValueError(
@@ -378,6 +387,7 @@ class Engine:
             )
         self._generated += len(taken)
         if sequence.finish:
+            self._order.learn(sequence, lambda: self.runner.records.experts(pages, known))
             del self._live[sequence.request]
         return events
 

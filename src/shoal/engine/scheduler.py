@@ -4,7 +4,8 @@ One rule serves every kind of work: a step is a list of (sequence, tokens), fill
 Whoever decodes comes first and never waits for a prompt; a chunk of a prompt fills what they leave. A prompt
 is begun only with budget left by all before it.
 
-- Turns go by priority, then by arrival: nobody of an equal or lower priority overtakes.
+- Turns go by priority, then by arrival: nobody of a lower priority overtakes, and none of an equal one unless
+  the `order` that is passed in chooses it.
 - A sequence is admitted when there are pages for all its ids, and takes one more whenever it outgrows them.
 - When pages run out, or a request of a higher priority finds no room, the last in turn of the running
   sequences gives up its pages and waits, to be computed again. None is accepted that could not run alone, so
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shoal.engine.blocks import BlockPool, Prefix
+from shoal.engine.order import Arrival, Order
 from shoal.engine.sequence import Sequence
 
 
@@ -51,9 +53,12 @@ class Pick(NamedTuple):
 
 
 class Scheduler:
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, max_batch_tokens: int, max_sequences: int, order: Order | None = None
+    ) -> None:
         assert 0 < max_sequences <= max_batch_tokens
         self.pool, self.max_batch_tokens, self.max_sequences = pool, max_batch_tokens, max_sequences
+        self.order: Order = order or Arrival()
         self.waiting: list[Sequence] = []  # in turn
         self.running: list[Sequence] = []  # as they were admitted
         self._rows = list(range(max_sequences))[::-1]
@@ -197,10 +202,16 @@ class Scheduler:
         return needed <= pool.num_free and len(self.running) < self.max_sequences
 
     def _admit(self) -> bool:
-        """Move the first in the queue to the running ones, if there are pages for all of its ids."""
-        sequence, pool = self.waiting[0], self.pool
+        """Move the next in order to the running ones, or the first in the queue where that finds no pages for
+        all of its ids; False where neither does."""
+        place, pool = self.order.choose(self.waiting, self.running), self.pool
+        if place and not self._fits(self.waiting[place]):
+            place = 0
+        sequence = self.waiting[place]
         if not self._fits(sequence):
             return False
+        for passed in self.waiting[:place]:
+            passed.passed += 1
         prefix = self._find(sequence)
         pool.share(prefix.pages)
         sequence.pages = prefix.pages + pool.take(pool.count_pages(len(sequence.ids)) - len(prefix.pages))
@@ -211,7 +222,7 @@ class Scheduler:
             sequence.cached = sequence.num_computed
             self.num_positions_admitted += sequence.num_prompt
             self.num_positions_remembered += sequence.cached
-        self.running.append(self.waiting.pop(0))
+        self.running.append(self.waiting.pop(place))
         return True
 
     def _keep_full_pages(self, sequence: Sequence) -> None:

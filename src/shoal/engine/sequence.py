@@ -146,6 +146,8 @@ class Sequence:
     began: float | None = None  # when its first step was launched, by time.monotonic()
     cached: int | None = None  # positions that the pool had when it was first admitted
     scores: list[Scored] = field(default_factory=list)  # of the prompt's tokens after the first, if asked for
+    passed: int = 0  # later requests of its priority that were admitted while it waited
+    group: tuple[int, int] | None = None  # what the order takes it for, of how many groups
     matcher: Matcher | None = None  # where its text stands in its grammar
     finish: FinishReason | None = None
 

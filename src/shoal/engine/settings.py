@@ -21,7 +21,9 @@ class EngineSettings:
     graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
     does so on CUDA. `speculate` guesses so many tokens ahead with the model's prediction module, which needs
     each step's tokens on the host: it rules out `overlap`. `record_weights` keeps the weights of the routed
-    experts beside their ids, two bytes a choice more, for requests that ask where they were sent.
+    experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
+    admits requests that are likely to use the same experts together, past one that waits up to so many times;
+    0 goes by arrival.
     """
 
     page_size: int = 64
@@ -36,6 +38,7 @@ class EngineSettings:
     overlap: bool | None = None
     speculate: int = 0
     record_weights: bool = False
+    affinity: int = 0
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
@@ -53,6 +56,8 @@ class EngineSettings:
             )
         if not 0 < self.memory <= 1:
             raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
+        if self.affinity < 0:
+            raise ValueError(f"affinity is {self.affinity}; it must be at least 0, where 0 goes by arrival")
         if self.speculate < 0:
             raise ValueError(f"speculate is {self.speculate}; it must be at least 0, where 0 guesses nothing")
         if self.speculate and self.overlap:
