@@ -130,6 +130,8 @@ class Round:
 
 def serve(engine: Engine, asked: Sequence[Asked]) -> Round:
     before, start = engine.stats(), time.perf_counter()
+    assert before.experts_touched is not None
+    before = replace(before, experts_touched=before.experts_touched.clone())  # a CPU's is the live count
     places = {engine.add(each.ids, each.params): place for place, each in enumerate(asked)}
     latencies, tokens = [], {place: [] for place in places.values()}
     while engine.busy:
