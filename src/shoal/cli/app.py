@@ -24,6 +24,7 @@ from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
 from shoal.cli.device import Device, Quant, find_device
+from shoal.cli.evaluate import evaluate
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
 from shoal.cli.plan import plan
@@ -53,6 +54,7 @@ bench_app.command()(throughput)
 app.command()(plan)
 app.command()(inspect)
 app.command()(verify)
+app.command("eval")(evaluate)
 
 
 class Dtype(StrEnum):

@@ -166,8 +166,27 @@ class Tokenizer:
         `settings` are what else it reads. The arguments of an assistant's tool calls are JSON text, and stay
         as they are.
         """
+        text = self.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            thinking=thinking,
+            tools=tools,
+            **settings,
+        )
+        return self.encode(text, parse_special=True)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> str:
+        """`chat` before it is encoded: markup, in which what the user spelled of it is guarded."""
         switch = "enable_thinking" if "enable_thinking" in self._template.settings else "thinking"
-        text = self._template.render(
+        return self._template.render(
             [
                 _spell_calls(message) if message.get("role") == "assistant" else self._disarm(message)
                 for message in messages
@@ -178,7 +197,6 @@ class Tokenizer:
             tools=self._disarm(tools),
             **{**settings, switch: thinking},
         )
-        return self.encode(text, parse_special=True)
 
     def _disarm(self, value: Any) -> Any:
         """The same JSON, with a GUARD in whatever spells a control token."""
