@@ -89,7 +89,7 @@ def test_every_side_leaves_the_same(side: dispatch.Side, shape: tuple[int, int, 
 
 @torch.inference_mode()
 def test_the_kernel_of_few_rows_refuses_what_lies_outside() -> None:
-    if not dispatch.explain_fused("greedy_step", torch.zeros(1, 4)).endswith("cpu"):
+    if not dispatch.explain_fused("greedy_step", torch.zeros(1, 4), torch.zeros(1, 4)).endswith("cpu"):
         pytest.skip("this machine has no CPU kernels")
     slots_T, ids_T, choices_LTK = drawn(4, 2, 2, 8)
     with pytest.raises(IndexError, match="slot"):
@@ -107,9 +107,9 @@ def test_the_best_token_of_few_rows_is_that_of_sample(shape: tuple[int, int]) ->
     if rows > 2:
         logits_SV[1, 0] = -torch.inf
         logits_SV[2, 1] = torch.nan
-    done = ops.greedy_step(logits_SV)
+    done = ops.greedy_step(logits_SV, logits_SV)
     if done is None:
-        pytest.skip(dispatch.explain_fused("greedy_step", logits_SV))
+        pytest.skip(dispatch.explain_fused("greedy_step", logits_SV, logits_SV))
     zeros = torch.zeros(rows)
     exact = (zeros, zeros.int(), zeros.double() + 1, zeros, zeros.double())
     with dispatch.using("reference"):

@@ -54,7 +54,7 @@ class Drawn(NamedTuple):
 
     def pack(self) -> Tensor:
         """All of it as float64, which holds every id exactly: (S, 2 + 2K)."""
-        return torch.cat([column.double() for column in self], dim=1)
+        return torch.cat([column.double() for column in self if column.shape[1]], dim=1)
 
 
 class Sample(NamedTuple):
@@ -117,14 +117,11 @@ def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None)
 def choose(logits_SV: Tensor, draws: list[Draw], scores_SV: Tensor | None = None) -> ops.Sampled:
     """A token for each row by `ops.sample`, from the scores if there are any."""
     params = [draw.params for draw in draws]
-    greedy = not logits_SV.is_cuda and all(p.temperature == 0 for p in params)
-    if greedy and not ops.is_batch_invariant():  # in two calls instead of twenty
-        if scores_SV is None and (drawn := ops.greedy_step(logits_SV)) is not None:
-            return drawn
-        logits_SV = logits_SV.float()
-        tokens_S1 = (logits_SV if scores_SV is None else scores_SV).argmax(-1, keepdim=True)
-        logprobs_S1 = logits_SV.gather(1, tokens_S1) - logits_SV.logsumexp(-1, keepdim=True)
-        return ops.Sampled(tokens_S1.squeeze(1), logprobs_S1.squeeze(1))
+    greedy: list[int] = []  # rows that a CPU need not draw: in two calls instead of twenty
+    if not logits_SV.is_cuda and not ops.is_batch_invariant():
+        greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+    if len(greedy) == len(params):
+        return _take_best(logits_SV, scores_SV)
     columns = staging.send(
         [
             np.array([p.temperature for p in params], np.float32),
@@ -135,7 +132,24 @@ def choose(logits_SV: Tensor, draws: list[Draw], scores_SV: Tensor | None = None
         ],
         logits_SV.device,
     )
-    return ops.sample(logits_SV, *columns, scores_SV=scores_SV)
+    drawn = ops.sample(logits_SV, *columns, scores_SV=scores_SV)
+    if not greedy:
+        return drawn
+    # By the same sums as where all rows are: a row's bits are its own.
+    rows_S = torch.tensor(greedy)
+    best = _take_best(logits_SV[rows_S], None if scores_SV is None else scores_SV[rows_S])
+    both = zip(drawn, best, strict=True)
+    return ops.Sampled(*(all_S.index_copy(0, rows_S, some_S) for all_S, some_S in both))
+
+
+def _take_best(logits_SV: Tensor, scores_SV: Tensor | None) -> ops.Sampled:
+    logits_SV = logits_SV.float()
+    scores_SV = logits_SV if scores_SV is None else scores_SV
+    if (drawn := ops.greedy_step(logits_SV, scores_SV)) is not None:
+        return drawn
+    tokens_S1 = scores_SV.argmax(-1, keepdim=True)
+    logprobs_S1 = logits_SV.gather(1, tokens_S1) - logits_SV.logsumexp(-1, keepdim=True)
+    return ops.Sampled(tokens_S1.squeeze(1), logprobs_S1.squeeze(1))
 
 
 def _bend(logits_SV: Tensor, draws: list[Draw], history: History | None) -> Tensor | None:

@@ -823,9 +823,9 @@ def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor | None:
     return fuse("head_step", x_TD, weight_VD)
 
 
-def greedy_step(logits_SV: Tensor) -> Sampled | None:
-    """`sample` at temperature 0 with nothing that bends the logits, or None."""
-    done = fuse("greedy_step", logits_SV)
+def greedy_step(logits_SV: Tensor, scores_SV: Tensor) -> Sampled | None:
+    """`sample` at temperature 0 for every row, to rounding, or None."""
+    done = fuse("greedy_step", logits_SV, scores_SV)
     return None if done is None else Sampled(*done)
 
 

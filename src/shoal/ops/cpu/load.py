@@ -41,7 +41,7 @@ _TYPES = {  # the signatures of `kernels/`, as ctypes has them
     ),
     "norm_step": (_P, _I, _I, _P, _F, _P),
     "head_step": (_P, _I, _I, _P, _I, _P),
-    "greedy_step": (_P, _I, _I, _P, _P),
+    "greedy_step": (_P, _P, _I, _I, _P, _P),
     "record_step": (_P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _P),
 }
 

@@ -36,14 +36,22 @@ def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     return out_TV
 
 
-def greedy_refusal(logits_SV: Tensor) -> str | None:
-    return refusal(logits_SV, (), 0)
+def greedy_refusal(logits_SV: Tensor, scores_SV: Tensor) -> str | None:
+    """For any number of rows, so that a row's bits do not depend on it; and whoever draws need not be in
+    inference mode, for a drawn token has no gradient."""
+    for tensor in (logits_SV, scores_SV):
+        if tensor.dtype is not torch.float32 or tensor.requires_grad or not tensor.is_contiguous():
+            return "the logits are not float32 in order without a gradient"
+    return load.refusal()
 
 
-def greedy_step(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+def greedy_step(logits_SV: Tensor, scores_SV: Tensor) -> tuple[Tensor, Tensor]:
     rows = logits_SV.shape[0]
     tokens_S, logprobs_S = logits_SV.new_empty(rows, dtype=torch.int64), logits_SV.new_empty(rows)
-    kernel("greedy_step")(logits_SV.data_ptr(), *logits_SV.shape, tokens_S.data_ptr(), logprobs_S.data_ptr())
+    kernel("greedy_step")(
+        *(logits_SV.data_ptr(), scores_SV.data_ptr(), *logits_SV.shape),
+        *(tokens_S.data_ptr(), logprobs_S.data_ptr()),
+    )
     return tokens_S, logprobs_S
 
 

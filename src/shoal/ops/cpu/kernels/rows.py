@@ -41,32 +41,7 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
         xa = x0 + r * x_stride
         xb, xc, xd = xa + x_stride, xa + 2 * x_stride, xa + 3 * x_stride
         ya = y0 + r * y_stride
-        yb, yc, yd = ya + y_stride, ya + 2 * y_stride, ya + 3 * y_stride
-        i = np.int64(0)
-        while i + 2 <= outputs:
-            a = b = c = d = e = f = g = h = np.float32(0)
-            at = w0 + i * inputs
-            for j in range(inputs):
-                v, u = w[at + j], w[at + inputs + j]
-                p, q, s, t = x[xa + j], x[xb + j], x[xc + j], x[xd + j]
-                a += v * p
-                b += v * q
-                c += v * s
-                d += v * t
-                e += u * p
-                f += u * q
-                g += u * s
-                h += u * t
-            y[ya + i] = a
-            y[yb + i] = b
-            y[yc + i] = c
-            y[yd + i] = d
-            y[ya + i + 1] = e
-            y[yb + i + 1] = f
-            y[yc + i + 1] = g
-            y[yd + i + 1] = h
-            i += 2
-        if i < outputs:
+        for i in range(outputs):
             a = b = c = d = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
@@ -76,40 +51,15 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
                 c += v * x[xc + j]
                 d += v * x[xd + j]
             y[ya + i] = a
-            y[yb + i] = b
-            y[yc + i] = c
-            y[yd + i] = d
+            y[ya + y_stride + i] = b
+            y[ya + 2 * y_stride + i] = c
+            y[ya + 3 * y_stride + i] = d
         r += 4
     while r + 2 <= rows:
         xa = x0 + r * x_stride
         xb = xa + x_stride
         ya = y0 + r * y_stride
-        yb = ya + y_stride
-        i = np.int64(0)
-        while i + 4 <= outputs:
-            a = b = c = d = e = f = g = h = np.float32(0)
-            at = w0 + i * inputs
-            for j in range(inputs):
-                p, q = x[xa + j], x[xb + j]
-                v, u, s, t = w[at + j], w[at + inputs + j], w[at + 2 * inputs + j], w[at + 3 * inputs + j]
-                a += v * p
-                b += v * q
-                c += u * p
-                d += u * q
-                e += s * p
-                f += s * q
-                g += t * p
-                h += t * q
-            y[ya + i] = a
-            y[yb + i] = b
-            y[ya + i + 1] = c
-            y[yb + i + 1] = d
-            y[ya + i + 2] = e
-            y[yb + i + 2] = f
-            y[ya + i + 3] = g
-            y[yb + i + 3] = h
-            i += 4
-        while i < outputs:
+        for i in range(outputs):
             a = b = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
@@ -117,34 +67,17 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
                 a += v * x[xa + j]
                 b += v * x[xb + j]
             y[ya + i] = a
-            y[yb + i] = b
-            i += 1
+            y[ya + y_stride + i] = b
         r += 2
     if r < rows:
         xa = x0 + r * x_stride
         ya = y0 + r * y_stride
-        i = np.int64(0)
-        while i + 4 <= outputs:
-            a = b = c = d = np.float32(0)
-            at = w0 + i * inputs
-            for j in range(inputs):
-                p = x[xa + j]
-                a += w[at + j] * p
-                b += w[at + inputs + j] * p
-                c += w[at + 2 * inputs + j] * p
-                d += w[at + 3 * inputs + j] * p
-            y[ya + i] = a
-            y[ya + i + 1] = b
-            y[ya + i + 2] = c
-            y[ya + i + 3] = d
-            i += 4
-        while i < outputs:
+        for i in range(outputs):
             a = np.float32(0)
             at = w0 + i * inputs
             for j in range(inputs):
                 a += w[at + j] * x[xa + j]
             y[ya + i] = a
-            i += 1
 
 
 @kernel(void(F32, F32, i64, i64, i64))
@@ -245,28 +178,33 @@ def norm_step(x, T, D, weight, eps, out):
     return 0
 
 
-@entry(i64(F32, i64, i64, I64, F32))
-def greedy_step(logits, S, V, tokens, logprobs):
+@kernel(f32(F32, i64, i64))
+def largest(x, x0, count):
+    """Four at once, since a maximum waits for the one before; NaN is passed over."""
+    a = b = c = d = np.float32(-np.inf)
+    i = np.int64(0)
+    while i + 4 <= count:
+        a, b = max(a, x[x0 + i]), max(b, x[x0 + i + 1])
+        c, d = max(c, x[x0 + i + 2]), max(d, x[x0 + i + 3])
+        i += 4
+    while i < count:
+        a = max(a, x[x0 + i])
+        i += 1
+    return max(max(a, b), max(c, d))
+
+
+@entry(i64(F32, F32, i64, i64, I64, F32))
+def greedy_step(logits, scores, S, V, tokens, logprobs):
     for s in range(S):
         v0 = s * V
-        a = b = c = d = np.float32(-np.inf)  # four at once: a maximum waits for the one before
-        i = np.int64(0)
-        while i + 4 <= V:
-            a, b = max(a, logits[v0 + i]), max(b, logits[v0 + i + 1])
-            c, d = max(c, logits[v0 + i + 2]), max(d, logits[v0 + i + 3])
-            i += 4
-        while i < V:
-            a = max(a, logits[v0 + i])
-            i += 1
-        top = max(max(a, b), max(c, d))
-        best = np.int64(0)
-        while best < V - 1 and logits[v0 + best] != top:
+        top, best = largest(scores, v0, V), np.int64(0)
+        while best < V - 1 and scores[v0 + best] != top:
             best += 1
-        total = np.float32(0)
+        top, total = largest(logits, v0, V), np.float32(0)
         for i in range(V):
             total += exp(logits[v0 + i] - top)
         tokens[s] = best
-        logprobs[s] = -np.float32(math.log(total))
+        logprobs[s] = logits[v0 + best] - top - np.float32(math.log(total))
     return 0
 
 
