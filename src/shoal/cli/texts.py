@@ -33,10 +33,8 @@ class Text:
     num_bytes: int
 
     def on(self, device: torch.device) -> Iterator[Batch]:
-        from shoal.stages.sft import to_device
-
         for batch in self.batches:
-            yield to_device(batch, device)
+            yield batch.to(device)
 
 
 def read_texts(given: Sequence[str], tokenizer: Tokenizer, *, limit: int, seq_len: int) -> list[Text]:

@@ -9,7 +9,7 @@ answered to held-out conversations at each evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -118,7 +118,7 @@ def prepare(
     if config.esft is None:
         return None
     observe(Phase("scoring the experts"))
-    batches = (to_device(packer.batch(i), device) for i in range(config.esft.batches))
+    batches = (packer.batch(i).to(device) for i in range(config.esft.batches))
     scores_LE = score_experts(model.eval(), batches, config.esft.score)
     chosen = choose_experts(scores_LE, config.esft.share)
     counts = [len(experts) for experts in chosen]
@@ -138,16 +138,9 @@ def follow(
     settings, device = config.distill, model.head_weight().device
     teacher = open_teacher(settings.teacher, model)
     return (
-        lambda index: teach(teacher, to_device(packer.batch(index), device), settings.keep),
+        lambda index: teach(teacher, packer.batch(index).to(device), settings.keep),
         Distillation(settings.soft),
     )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    tensors = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **tensors)
 
 
 def read(config: SFTConfig, tokenizer: Tokenizer, observe: Observer) -> Material:
