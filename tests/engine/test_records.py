@@ -134,6 +134,8 @@ def test_counts_are_those_of_the_records(prompts: list[list[int]]) -> None:
     assert stats.experts_touched.shape == (layers,)
     assert (stats.experts_touched <= stats.steps * experts).all()
     assert (stats.experts_touched >= stats.steps * answers[0].routing.shape[2]).all()  # type: ignore[union-attr]
+    engine.generate(prompts[:1], WISH)
+    assert torch.equal(stats.expert_tokens, expected), "what was told stays as it was"
 
 
 def test_a_request_that_is_cancelled_has_the_record_of_what_was_computed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -55,3 +56,13 @@ def test_an_unknown_relocation_is_refused() -> None:
 def test_llvm_is_not_loaded_to_decode() -> None:
     assert load.refusal() is None
     assert "llvmlite" not in sys.modules
+
+
+def test_without_the_compiler_pytorch_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(load, "version", missing)
+    load._code.cache_clear()
+    with pytest.warns(RuntimeWarning, match="numba"):
+        assert load.refusal.__wrapped__() is not None

@@ -320,7 +320,6 @@ def test_metrics_agree_with_usage(server: Any, client: openai.OpenAI) -> None:
     before = [server.metric(name) for name in names]
     usage = client.completions.create(model="tiny", prompt="def add", max_tokens=9).usage
     assert usage is not None
-    server.wait_until(lambda: server.metric(names[1]) - before[1] >= usage.completion_tokens)
     after = [server.metric(name) for name in names]
     assert after[0] - before[0] == usage.prompt_tokens
     assert after[1] - before[1] == usage.completion_tokens

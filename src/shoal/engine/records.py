@@ -122,12 +122,12 @@ class Records:
             self._touched_L.zero_()
 
     def expert_tokens(self) -> Tensor | None:
-        """Tokens that each expert was given (L, E)."""
-        return None if self._tokens_LE is None else self._tokens_LE.cpu()
+        """Tokens that each expert was given so far (L, E), on the host."""
+        return None if self._tokens_LE is None else self._tokens_LE.to("cpu", copy=True)
 
     def experts_touched(self) -> Tensor | None:
         """Distinct experts that a step gave a token, in each layer (L,), summed over steps."""
-        return None if self._touched_L is None else self._touched_L.cpu()
+        return None if self._touched_L is None else self._touched_L.to("cpu", copy=True)
 
     def _gather(self, rows: Tensor, table_SB: Tensor) -> Tensor:
         paged = rows.view(-1, self.page_size, *rows.shape[1:])

@@ -4,8 +4,8 @@ It is a process of its own so that neither a long step nor a crash of the device
 connections, and so that text and HTTP cost the engine no time. Frames are a length and a pickle, of tuples of
 plain values: the two ends are the same program on the same machine, and nothing a client sends is unpickled.
 
-The law: it never decides. It adds and cancels what it is told, reports every event and, each second, how it
-is; when the other end is gone, so is it. Signals are the parent's business.
+The law: it never decides. It adds and cancels what it is told, reports every event and, each second and when
+its work is done, how it is; when the other end is gone, so is it. Signals are the parent's business.
 """
 
 from __future__ import annotations
@@ -114,20 +114,22 @@ class _Loop:
         self._request_of: dict[int, int] = {}  # the server's key -> the engine's request
         self._key_of: dict[int, int] = {}
         self._told = 0.0
+        self._at_work = False  # since the last look
         self._compilers = ThreadPoolExecutor(2, "grammar")
         self._compiling: dict[int, tuple[Future[Any], list[int], SamplingParams]] = {}  # by the server's key
 
     def run(self) -> None:
         while self._listen():
             self._admit_compiled()
-            if self.engine.busy:
-                events = self.engine.step()
-                if events:
-                    self.end.sendall(frame(("events", [self._row(event) for event in events])))
-            now = time.monotonic()
-            if now - self._told > STATS_SECONDS:
-                self._told = now
+            self._at_work |= self.engine.busy
+            events = self.engine.step() if self.engine.busy else []
+            # Told before the events that leave it idle, so that whoever has the last answer reads it counted.
+            if time.monotonic() - self._told > STATS_SECONDS or (self._at_work and not self.engine.busy):
+                self._told = time.monotonic()
                 self.end.sendall(frame(("stats", plain(self.engine.stats()))))
+            self._at_work = self.engine.busy
+            if events:
+                self.end.sendall(frame(("events", [self._row(event) for event in events])))
 
     def _listen(self) -> bool:
         """Take what the server has sent; wait for it where there is nothing else to do. False at its end."""

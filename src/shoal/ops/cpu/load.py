@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from shoal.ops.cpu.link import Code
@@ -108,7 +108,7 @@ def refusal() -> str | None:
         return f"kernels are for x86-64 under Linux, and this is {platform.machine()} under {sys.platform}"
     try:
         _code()
-    except (RuntimeError, OSError, AttributeError) as error:
+    except (RuntimeError, OSError, AttributeError, PackageNotFoundError) as error:
         warnings.warn(f"{error}; decoding goes on by PyTorch, slower", RuntimeWarning, stacklevel=2)
         return str(error)
     return None
