@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,19 @@ def test_an_unknown_relocation_is_refused() -> None:
             struct.pack_into("<I", broken, offset + 8, 37)
     with pytest.raises(RuntimeError, match="kind 37"):
         Code(bytes(broken), lambda _: 0)
+
+
+def test_who_waits_for_another_process_compiles_nothing(tmp_path: Path) -> None:
+    import fcntl
+
+    path = tmp_path / "kernels.o"
+    with ThreadPoolExecutor(1) as threads:
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = threads.submit(load.compile_kernels, path)
+            path.write_bytes(b"theirs")
+        waiting.result()
+    assert path.read_bytes() == b"theirs"
 
 
 def test_llvm_is_not_loaded_to_decode() -> None:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from shoal.server.batch import find_done, read_lines
@@ -46,7 +45,7 @@ def test_a_run_that_was_cut_goes_on_and_says_what_the_server_says(
     answers = {entry["custom_id"]: entry for entry in map(json.loads, out.read_text("utf-8").splitlines())}
     assert answers.keys() == {"chat", "text", "wrong", "new"} and answers["new"] == kept
     for name, path, body in (("chat", "chat/completions", CHAT), ("text", "completions", TEXT)):
-        theirs = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).json()
+        theirs = server.ask("POST", f"/v1/{path}", json=body).json()
         ours = answers[name]["response"]
         assert ours["status_code"] == 200 and ours["body"]["choices"] == theirs["choices"]
     assert answers["wrong"]["response"]["status_code"] == 400

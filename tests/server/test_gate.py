@@ -7,12 +7,16 @@ import json
 import logging
 from typing import Any
 
+import httpx
 import pytest
 
+from shoal.data.text import Tokenizer
+from shoal.server.app import Service, create_app
 from shoal.server.gate import Gate, Limits
 from shoal.server.lifecycle import JsonLines, bind
 from shoal.server.metrics import Metrics
-from shoal.server.process import EngineProcess
+from shoal.server.process import EngineProcess, State
+from shoal.server.prompts import Prompter
 
 
 def _build(report: Any) -> Any:
@@ -42,6 +46,29 @@ def test_a_body_that_does_not_come_is_408() -> None:
     start, body = asyncio.run(ask())
     assert start["status"] == 408
     assert "within 0.05 s" in json.loads(body["body"])["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("state", "healthy"), [("loading", True), ("ready", True), ("dead", False), ("stopped", False)]
+)
+def test_an_engine_that_is_not_there_says_when_to_come_again(
+    tokenizer: Tokenizer, state: State, healthy: bool
+) -> None:
+    process = EngineProcess(_build)
+    process.state = state
+    service = Service(process, Prompter.of(tokenizer, None), "tiny", Metrics(process), Limits(), 0)
+    transport = httpx.ASGITransport(create_app(service))
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            health = await client.get("/health")
+            return [health, await client.post("/v1/completions", json={"prompt": "x"})]
+
+    health, answer = asyncio.run(ask())
+    assert health.status_code == (200 if healthy else 503)
+    assert answer.status_code == 503  # whatever its state: it has told nothing of itself yet
+    for refused in (answer,) if healthy else (health, answer):
+        assert int(refused.headers["retry-after"]) > 0
 
 
 def test_a_line_of_log_is_json_with_its_fields() -> None:

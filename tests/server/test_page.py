@@ -24,7 +24,7 @@ import pytest
 
 from shoal.server.history import HEAT_EVERY, History
 from shoal.server.page import FILES
-from tests.server.conftest import Server, Start
+from tests.server.conftest import PATIENCE, Server, Start
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Route
@@ -52,7 +52,7 @@ def served(launch: Start) -> Server:
 
 def test_the_files_need_no_key_and_what_they_ask_for_does(launch: Start) -> None:
     server = launch("--ui", env={"SHOAL_API_KEY": "secret"})
-    with httpx.Client(base_url=server.url) as http:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
         for path in ("/", *(f"/page/{name}" for name in FILES)):
             answer = http.get(path)
             assert answer.status_code == 200, path
@@ -66,7 +66,7 @@ def test_the_files_need_no_key_and_what_they_ask_for_does(launch: Start) -> None
 
 def test_no_file_names_another_place_or_makes_html_of_text(served: Server) -> None:
     for name in FILES:
-        text = httpx.get(f"{served.url}/page/{name}").text
+        text = served.ask("GET", f"/page/{name}").text
         assert set(re.findall(r"https?://[\w.]+", text)) <= {"http://www.w3.org"}, (
             name
         )  # SVG's name, no address
@@ -74,11 +74,11 @@ def test_no_file_names_another_place_or_makes_html_of_text(served: Server) -> No
 
 
 def test_without_ui_there_is_no_page(server: Server) -> None:
-    assert httpx.get(f"{server.url}/").status_code == 404
+    assert server.ask("GET", "/").status_code == 404
 
 
 def test_the_plan_is_that_of_the_loaded_model_and_refuses_nonsense(served: Server) -> None:
-    with httpx.Client(base_url=f"{served.url}/page") as http:
+    with httpx.Client(base_url=f"{served.url}/page", timeout=PATIENCE) as http:
         plan = http.get("/plan.json", params={"gpu": "h100", "batch": 4}).json()
         assert plan["parameters"]["total"] > 0
         assert (plan["hardware"]["gpu"], plan["serving"]["point"]["batch"]) == ("h100", 4)
@@ -124,7 +124,9 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=1000 * PATIENCE
+        )
         yield browser
         browser.close()
 
@@ -148,7 +150,7 @@ def view(browser: Browser, served: Server) -> Iterator[Open]:
     def start(*, extra: dict[str, Any] | None = None, refused: bool = False, **settings: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **settings})
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(1000 * PATIENCE)
         page.on(
             "request",
             lambda request: None if request.url.startswith(served.url) else foreign.append(request.url),
@@ -184,16 +186,17 @@ def ask(page: Page, text: str) -> None:
 
 
 def wait_for_end(page: Page) -> None:
-    page.locator(".turn.model[aria-busy]").first.wait_for(state="attached")
+    page.locator(".turn.model").first.wait_for(state="attached")
+    until(page, "!document.querySelector('.turn.model[aria-busy]')")
     page.locator("#send").wait_for()
 
 
-def until(page: Page, holds: str, arg: Any = None, seconds: float = 30.0) -> None:
+def until(page: Page, holds: str, arg: Any = None) -> None:
     """Wait for an expression, or a function of `arg`. (Playwright's own waiting needs eval, which the policy
     forbids.)"""
-    start = time.monotonic()
+    end = time.monotonic() + PATIENCE
     while not page.evaluate(holds, arg):
-        assert time.monotonic() - start < seconds, f"not within {seconds} s: {holds}"
+        assert time.monotonic() < end, f"not within {PATIENCE} s: {holds}"
         page.wait_for_timeout(30)
 
 
@@ -264,8 +267,8 @@ def test_the_map_is_what_the_api_tells(view: Open, served: Server) -> None:
         ask(page, "What is 2 + 2?")
     wait_for_end(page)
     body = {**json.loads(sent.value.post_data or ""), "temperature": 0, "max_tokens": 12, "ignore_eos": True}
-    whole = httpx.post(
-        f"{served.url}/v1/chat/completions", json={**body, "stream": False, "stream_options": None}
+    whole = served.ask(
+        "POST", "/v1/chat/completions", json={**body, "stream": False, "stream_options": None}
     ).json()
     told = whole["choices"][0]["routed_experts"]
     experts = np.frombuffer(base64.b64decode(told["experts"]), "<i2").reshape(told["shape"])

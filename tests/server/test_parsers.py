@@ -42,7 +42,7 @@ def call(syntax: CallSyntax, name: str, arguments: str) -> str:
     return f"{CALL}{name}{SEPARATOR}{arguments}{CALL_END}"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     texts,
     st.sampled_from([None, *SYNTAXES]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from tests.server.conftest import Server
+from tests.server.conftest import PATIENCE, Server
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 PATHS = [
@@ -32,12 +31,12 @@ LENGTHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_document_holds(server: Server, path: str) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = server.ask("GET", "/openapi.json").json()
     schema = schemathesis.openapi.from_dict(document)
     operation: Any = next(iter(schema[path].values()))
     checks = [not_a_server_error, status_code_conformance, response_schema_conformance]
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=SLOW, database=None)
+    @settings(max_examples=25, suppress_health_check=SLOW)
     @given(case=operation.as_strategy(), short=st.integers(1, 3))
     def holds(case: Any, short: int) -> None:
         if isinstance(case.body, dict) and path in LENGTHS:  # a text may be long; the law is not about that
@@ -48,12 +47,12 @@ def test_the_document_holds(server: Server, path: str) -> None:
                 case.body["n"] = min(case.body["n"], 4)
         if isinstance(case.body, dict) and short > 1 and isinstance(case.body.get("model"), str):
             case.body["model"] = "tiny"
-        case.call_and_validate(base_url=server.url, checks=checks, timeout=60)
+        case.call_and_validate(base_url=server.url, checks=checks, timeout=PATIENCE)
 
     holds()
 
 
 def test_the_document_names_every_endpoint(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = server.ask("GET", "/openapi.json").json()
     assert set(PATHS) | {"/health", "/ready", "/metrics", "/version", "/v1/models"} == set(document["paths"])
     assert "422" not in str(document["paths"]["/v1/completions"]["post"]["responses"].keys())

@@ -38,7 +38,8 @@ checkpoint_every = {every}
 expert = 2
 """
 SHOAL = [sys.executable, "-c", "from shoal.cli import main; main()", "train"]
-LAST = 8
+LAST = 12
+PATIENCE = 600  # seconds; other work may hold the machine
 
 
 def start(
@@ -66,23 +67,23 @@ def steps(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "timing"} for line in told]
 
 
-def waited(seconds: float) -> Iterator[None]:
-    deadline = time.monotonic() + seconds
+def waited() -> Iterator[None]:
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         yield
         time.sleep(0.01)
-    raise AssertionError(f"not seen within {seconds} s")
+    raise AssertionError(f"not seen within {PATIENCE} s")
 
 
 def wait_for_step(run: Path, number: int) -> None:
-    for _ in waited(240):
+    for _ in waited():
         if len(steps(run)) >= number:
             return
 
 
 def workers(run: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes of a run, by rank, once they are there."""
-    for _ in waited(60):
+    for _ in waited():
         found = {}
         for child in psutil.Process(run.pid).children():
             try:
@@ -104,7 +105,7 @@ def final(run: Path) -> dict[str, bytes]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happens to, and that others are held to."""
     folder = tmp_path_factory.mktemp("whole")
-    assert start(folder, "run", torchrun(0)).wait(300) == 0
+    assert start(folder, "run", torchrun(0)).wait(PATIENCE) == 0
     # The two ranks' weights and moments, and the generators.
     assert len(final(folder / "run")) == 5
     return folder / "run"
@@ -112,9 +113,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rank_0_killed_costs_the_interval_at_most(whole: Path, tmp_path: Path) -> None:
     harmed = start(tmp_path, "run", torchrun(1), ["train.background_saves=true"])
+    first, _ = workers(harmed)
     wait_for_step(tmp_path / "run", 4)
-    workers(harmed)[0].kill()
-    assert harmed.wait(300) == 0
+    first.kill()
+    assert harmed.wait(PATIENCE) == 0
     assert (final(tmp_path / "run"), steps(tmp_path / "run")) == (final(whole), steps(whole))
 
 
@@ -136,8 +138,8 @@ def test_any_rank_killed_at_any_moment(seed: int, whole: Path, tmp_path: Path) -
         except psutil.NoSuchProcess:  # it has ended
             break
         for process in processes:
-            process.wait(60)
-    assert harmed.wait(300) == 0
+            process.wait(PATIENCE)
+    assert harmed.wait(PATIENCE) == 0
     assert (final(tmp_path / "run"), steps(tmp_path / "run")) == (final(whole), steps(whole))
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
@@ -147,7 +149,7 @@ def test_sigterm_saves_on_all_ranks_and_exits_0(tmp_path: Path) -> None:
     run = start(tmp_path, "run", torchrun(0), ["train.steps=100000", "train.checkpoint_every=0"])
     wait_for_step(tmp_path / "run", 2)
     workers(run)[1].send_signal(signal.SIGTERM)  # one is told; both stop after the same step
-    assert run.wait(120) == 0
+    assert run.wait(PATIENCE) == 0
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{len(steps(tmp_path / 'run')):06d}"
 
@@ -157,6 +159,6 @@ def test_sigterm_of_a_process_alone_saves_and_exits_0(tmp_path: Path) -> None:
     run = start(tmp_path, "run", [], ["train.steps=100000", "train.checkpoint_every=0", "parallel.expert=1"])
     wait_for_step(tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(120) == 0
+    assert run.wait(PATIENCE) == 0
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert saved.name == f"step-{len(steps(tmp_path / 'run')):06d}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -25,11 +24,9 @@ def test_whatever_a_reward_does_the_others_are_judged(monkeypatch: pytest.Monkey
         "print": None,
         "good": None,
     }
-    start = time.monotonic()
-    with Judge({BAD: 1.0, HALF: 2.0}, seconds=0.5) as judge:
+    with Judge({BAD: 1.0, HALF: 2.0}, seconds=4.0) as judge:
         scores = judge.score(list(does), [{}] * len(does))
         again = judge.score(["good"], [{}])
-    assert time.monotonic() - start < 20
     for score, fault in zip(scores, does.values(), strict=True):
         assert score.faults == ({} if fault is None else {BAD: fault})
         assert score.parts == {BAD: 1.0 if fault is None else 0.0, HALF: 0.5}
@@ -37,7 +34,7 @@ def test_whatever_a_reward_does_the_others_are_judged(monkeypatch: pytest.Monkey
     assert again[0].total == 2.0
     assert judge.faults == {"raised": 1, "hung": 2, "left processes": 2, "not a number": 1, "died": 1}
     assert judge.examples["raised"] == f"{BAD}: RuntimeError: no such luck"
-    assert "no answer in 0.5 s" in judge.examples["hung"]
+    assert "no answer in 4 s" in judge.examples["hung"]
 
 
 def test_rewards_that_cannot_be_found_are_named() -> None:

@@ -338,7 +338,7 @@ while True:
         run.resume()
         run.run()
         os._exit(0)
-    time.sleep(moments.uniform(0.02, 0.4))
+    time.sleep(moments.uniform(0.02, 0.4 if kills else 0.05))  # the first one meets it, however quick it is
     if kills < 8:
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -359,7 +359,7 @@ def test_a_run_killed_at_any_moment_is_the_run_that_was_not(uninterrupted: Path,
         check=False,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     assert_same_run(tmp_path / "run", uninterrupted)

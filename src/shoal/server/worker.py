@@ -5,7 +5,7 @@ connections, and so that text and HTTP cost the engine no time. Frames are a len
 plain values: the two ends are the same program on the same machine, and nothing a client sends is unpickled.
 
 The law: it never decides. It adds and cancels what it is told, reports every event and, each second and when
-its work is done, how it is; when the other end is gone, so is it. Signals are the parent's business.
+work begins or is done, how it is; when the other end is gone, so is it. Signals are the parent's business.
 """
 
 from __future__ import annotations
@@ -114,20 +114,21 @@ class _Loop:
         self._request_of: dict[int, int] = {}  # the server's key -> the engine's request
         self._key_of: dict[int, int] = {}
         self._told = 0.0
-        self._at_work = False  # since the last look
+        self._told_busy = False
         self._compilers = ThreadPoolExecutor(2, "grammar")
         self._compiling: dict[int, tuple[Future[Any], list[int], SamplingParams]] = {}  # by the server's key
 
     def run(self) -> None:
         while self._listen():
             self._admit_compiled()
-            self._at_work |= self.engine.busy
-            events = self.engine.step() if self.engine.busy else []
-            # Told before the events that leave it idle, so that whoever has the last answer reads it counted.
-            if time.monotonic() - self._told > STATS_SECONDS or (self._at_work and not self.engine.busy):
-                self._told = time.monotonic()
+            worked = self.engine.busy
+            events = self.engine.step() if worked else []
+            busy = self.engine.busy
+            # Told before the events of the step, so that whoever has the last answer reads it counted.
+            turned = busy != self._told_busy or worked != busy
+            if turned or time.monotonic() - self._told > STATS_SECONDS:
+                self._told, self._told_busy = time.monotonic(), busy
                 self.end.sendall(frame(("stats", plain(self.engine.stats()))))
-            self._at_work = self.engine.busy
             if events:
                 self.end.sendall(frame(("events", [self._row(event) for event in events])))
 

@@ -58,7 +58,6 @@ def compile_object() -> bytes:
 
 def main() -> None:
     path = Path(sys.argv[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(compile_object())

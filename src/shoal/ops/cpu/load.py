@@ -75,7 +75,20 @@ def object_path() -> Path:
 
 
 def compile_kernels(path: Path) -> None:
-    """Some seconds, told on stderr. RuntimeError with the compiler's last words if it fails."""
+    """Some seconds, told on stderr; of several processes that need them, one compiles and the others wait.
+
+    RuntimeError with the compiler's last words if it fails.
+    """
+    import fcntl  # not everywhere, and these kernels are for Linux
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(path)
+
+
+def _compile(path: Path) -> None:
     sys.stderr.write("shoal: compiling kernels for this processor: some seconds, once for this machine\n")
     command = [sys.executable, "-m", "shoal.ops.cpu.compile", str(path)]
     found = str(Path(__file__).parents[3])  # this very package, however the parent found it
