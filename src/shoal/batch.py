@@ -38,6 +38,9 @@ class KVView:
     context_lens_S: Tensor  # int32: positions of each sequence after this step, new tokens included
     max_context_len: int  # none of them is larger; on the host
     has_prefix: bool  # some sequence looks back on positions that are not in this step
+    # Where an indexer's keys are narrow, and not in the rows of `pages`, by layer: (P, page_size, I) e4m3 and
+    # their scales, (P, page_size) float32. Written by the indexer.
+    index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
     chunks: tuple[Chunk, ...] = ()  # in order; one left out is served all the same, as a decode is
 
     @property

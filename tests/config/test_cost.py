@@ -119,6 +119,12 @@ def test_cache_of_a_token(name: str, size: int) -> None:
     assert kv_bytes_per_token(config, "float32") == 2 * size
 
 
+def test_a_narrow_index_key_takes_132_bytes() -> None:
+    """128 of e4m3 and a scale, beside 576 elements of latent row: V3.2-Exp's k_cache and k_scale_cache."""
+    config = family("deepseek-v3.2").config
+    assert kv_bytes_per_token(config, index_keys="fp8") == 61 * (576 * 2 + 132)
+
+
 def test_the_prediction_module_keeps_a_layer_more() -> None:
     assert kv_bytes_per_token(family("deepseek-v3").config, mtp=True) == 71_424
 
@@ -289,6 +295,8 @@ def test_refuses_dtypes_and_contexts_it_does_not_know() -> None:
     config = tiny("deepseek-v3")
     with pytest.raises(ValueError, match=r"dtype is 'int8'; known here are float32.*int4"):
         weight_bytes(config, "int8")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="attention has no indexer"):
+        kv_bytes_per_token(config, index_keys="fp8")
     with pytest.raises(ValueError, match="dtype is 'fp8'"):
         kv_bytes_per_token(config, "fp8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="context is 0"):

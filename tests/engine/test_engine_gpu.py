@@ -74,6 +74,17 @@ def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[lis
         assert engine.pool.num_free == settings.num_pages
 
 
+def test_narrow_index_keys_are_served_alike_in_graphs(prompts: list[list[int]]) -> None:
+    """Eagerly and replayed; the CPU's may choose otherwise near a tie, by the order of its sums."""
+    device, greedy = on_gpu(build("deepseek-v3.2")), SamplingParams(temperature=0, max_tokens=24)
+    narrow = replace(SETTINGS, index_keys="fp8")
+    told = [
+        Engine(device, settings).generate(prompts, greedy)
+        for settings in (narrow, replace(narrow, buckets=(), overlap=False))
+    ]
+    assert [done.ids for done in told[0]] == [done.ids for done in told[1]]
+
+
 @pytest.mark.parametrize("share", [ALWAYS_RIGHT, SOMETIMES])
 def test_speculation_says_what_the_cpu_says_without(share: float, prompts: list[list[int]]) -> None:
     host = clairvoyant(share)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.batch import Batch, Chunk, KVView
-from shoal.config.model import ModelConfig
+from shoal.config.model import MLAConfig, ModelConfig
 
 Ids = Sequence[int]
 
@@ -52,10 +52,26 @@ class Cache:
     """Pages for a few sequences, and the batches that go on where each of them is."""
 
     def __init__(
-        self, config: ModelConfig, sequences: int, *, page_size: int = 4, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        sequences: int,
+        *,
+        page_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        narrow_index: bool = False,
     ) -> None:
         self.page_size, num_pages = page_size, 16 * sequences
-        shape = (1 + num_pages, page_size, *config.attention.cache_shape)
+        rows = (1 + num_pages, page_size)
+        shape = (*rows, *config.attention.cache_shape)
+        self.index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
+        if narrow_index:
+            assert isinstance(config.attention, MLAConfig)
+            assert config.attention.indexer is not None
+            dim, shape = config.attention.indexer.index_head_dim, (*rows, config.attention.latent_dim)
+            unwritten = torch.full((*rows, dim), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)  # NaN
+            self.index_keys = tuple(
+                (unwritten.clone(), torch.full(rows, math.nan)) for _ in range(config.num_cached_layers)
+            )
         self.pages = tuple(torch.full(shape, math.nan, dtype=dtype) for _ in range(config.num_cached_layers))
         order = 1 + torch.randperm(num_pages, generator=torch.Generator().manual_seed(0))
         self.free = order.tolist()
@@ -93,6 +109,7 @@ class Cache:
             context_lens_S=torch.tensor(ends, dtype=torch.int32),
             max_context_len=max(ends),
             has_prefix=any(starts),
+            index_keys=self.index_keys,
             chunks=tuple(chunks),
         )
         return Batch(

@@ -74,6 +74,25 @@ def test_cached_is_uncached(sizes: list[list[int]]) -> None:
         assert (logits_TV - wanted_TV).abs().max() <= CLOSE * wanted_TV.abs().max()
 
 
+def test_narrow_keys_are_read_as_they_were_written() -> None:
+    """In FP8 a token's choice may differ from the wide one's, but not by how the text came: whole, in chunks
+    or token by token. And what it reads is mostly the same."""
+    model = _model(5)
+    told: list[Tensor] = []
+    for sizes in ([[], []], [[7, 5], [3]], [[22], [10]]):
+        cache = parts.Cache(model.config, 2, page_size=4, dtype=torch.float64, narrow_index=True)
+        with torch.inference_mode():
+            got = parts.through_cache(
+                cache, TEXTS, sizes, lambda batch, _: model.logits(model(batch).hidden_TD, batch)
+            )
+        told.append(torch.cat(got))
+        assert (told[-1] - told[0]).abs().max() <= CLOSE * told[0].abs().max()
+    wide = torch.cat([_logits(model, text) for text in TEXTS])
+    off_T = (told[0] - wide).abs().amax(1) / wide.abs().max()
+    assert (off_T[:5] <= CLOSE).all()  # these read all there is
+    assert (off_T <= CLOSE).double().mean() > 0.5
+
+
 @torch.no_grad()
 def test_the_choice_is_the_formula() -> None:
     """I = sum over heads of w relu(q . k), scaled by both roots, halves rotated (arXiv 2512.02556, eq. 1)."""

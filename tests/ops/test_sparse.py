@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import api as ops
+from shoal.ops import quantised
 
 EXACT = 1e-12
 LENGTHS = (5, 1, 9)
@@ -108,6 +109,67 @@ def test_select_top_is_a_stable_sort_and_does_not_see_the_width(top_k: int) -> N
         assert places_TK[t].tolist() == sorted(kept) + [-1] * (top_k - len(kept))
     wider_TN = torch.cat((scores_TN, torch.full((40, 8), -math.inf, dtype=torch.float64)), 1)
     assert torch.equal(ops.select_top(wider_TN, top_k), places_TK)
+
+
+def _hadamard(size: int) -> Tensor:
+    """By doubling (Sylvester), another way than the op's."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix * size**-0.5
+
+
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_narrow_rows_are_turned_scaled_by_a_power_of_two_and_rounded(size: int) -> None:
+    x = _draw(40, 3, size) * 10 ** _draw(40, 3, 1, seed=1)
+    x[0, 0], x[0, 1] = 0.0, 447 * _hadamard(size)[1]  # a row that turns to 447 and zeros
+    values, scales = quantised.narrow_index(x.float())
+    assert values.dtype == torch.float8_e4m3fn
+    turned = x @ _hadamard(size)
+    assert float(scales[0, 1]) == 1.0
+    assert (scales.log2() == scales.log2().round()).all()
+    most = turned.abs().amax(-1)
+    assert (most / scales <= 448 * (1 + 1e-6)).all()
+    assert ((most < 1e-4) | (most / scales > 224 * (1 - 1e-6))).all()  # the least that does
+    # Half a step of 3 bits, or of 2^-9 below 2^-6; 1e-5 of the largest is what float32 adds.
+    bound = torch.maximum(turned.abs() * 2**-4, scales.unsqueeze(-1) * 2**-10) + 1e-5 * most.unsqueeze(-1)
+    assert ((values.double() * scales.unsqueeze(-1) - turned).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("new", [(1, 1, 1), (3, 1, 4), (5, 1, 9)], ids=["decode", "chunks", "whole"])
+def test_narrow_scores_are_those_of_what_the_narrow_numbers_stand_for(new: tuple[int, ...]) -> None:
+    """Pages are scrambled, and what was never written is NaN."""
+    cu, tokens, size = _cu(LENGTHS), sum(LENGTHS), 4
+    q, w, k = (
+        _draw(tokens, 3, 16).float(),
+        _draw(tokens, 3, seed=1).float(),
+        _draw(tokens, 16, seed=2).float(),
+    )
+    values = torch.full((9, size, 16), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.full((9, size), math.nan)
+    tables = torch.tensor([[7, 2, 0], [5, 0, 0], [1, 8, 3]], dtype=torch.int32)
+    slots = [
+        int(tables[s, n // size]) * size + n % size for s, length in enumerate(LENGTHS) for n in range(length)
+    ]
+    quantised.write_index_keys(values, scales, torch.tensor(slots), k)
+    ends = cu[1:].tolist()
+    rows = torch.tensor([t for end, n in zip(ends, new, strict=True) for t in range(end - n, end)])
+    contexts = torch.tensor(LENGTHS, dtype=torch.int32)
+    narrow, by = quantised.narrow_index(q[rows])
+    got_TN = quantised.narrow_index_scores(
+        narrow, w[rows] * by, values, scales, tables, contexts, 11, _cu(new), max(new)
+    )
+    (q8, q_by), (k8, k_by) = quantised.narrow_index(q), quantised.narrow_index(k)
+    wide = q8.double() * q_by.unsqueeze(-1), w.double(), k8.double() * k_by.unsqueeze(-1)
+    wanted_TN = ops.index_scores(*wide, cu, 11)[rows]
+    assert torch.equal(got_TN == -math.inf, wanted_TN == -math.inf)
+    assert (got_TN - wanted_TN).nan_to_num().abs().max() <= 1e-5 * wanted_TN.nan_to_num(neginf=0).abs().max()
+
+
+def test_keys_that_no_hadamard_matrix_turns_are_refused() -> None:
+    for size in (24, 256):
+        with pytest.raises(ValueError, match=f"{size} elements.*power of two, at most 128"):
+            quantised.narrow_index(torch.ones(2, size))
 
 
 INDICES = torch.tensor([[0, -1, -1], [3, 1, -1], [5, 0, 2], [4, 5, 6]])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import api as ops
-from shoal.ops import dispatch
+from shoal.ops import dispatch, quantised
 from shoal.ops.triton import select, sparse
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
@@ -100,6 +100,53 @@ def test_scores_over_pages_are_their_reference(
         wanted_TN = ops.paged_index_scores(q, w, *where)
     with dispatch.using("triton"):
         _close(ops.paged_index_scores(q, w, *where), wanted_TN, TIGHT * 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [8, 128])
+def test_narrow_rows_are_their_reference(size: int, dtype: torch.dtype, poison: None) -> None:
+    """To the last bit but where the two sums of a turn fall on either side of a rounding: 1 in 200."""
+    x = _draw(300 if GPU else 37, 3, size, dtype=dtype)
+    x[0, 0] = 0
+    with dispatch.using("reference"):
+        wanted, wanted_by = quantised.narrow_index(x)
+    with dispatch.using("triton"):
+        got, by = quantised.narrow_index(x)
+    assert torch.equal(by, wanted_by)
+    assert (got.float() != wanted.float()).float().mean() <= 1 / 200
+    assert ((got.float() - wanted.float()).abs() <= wanted.float().abs() * 2**-3 + 2**-9).all()
+
+
+@pytest.mark.parametrize("new", [(1, 1, 1), (5, 1, 3)])
+def test_narrow_scores_over_pages_are_their_reference(new: tuple[int, ...], poison: None) -> None:
+    """Pages are scrambled, and what is past a context is NaN. Written by each side's own kernel."""
+    size, width, pages = 8, 16, 200
+    tokens, cu = sum(new), torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+    table_SB = order[:150].view(3, 50).int().to(DEVICE)
+    contexts_S = torch.tensor(LENGTHS, device=DEVICE).int()
+    slots = [
+        int(table_SB[s, n // size]) * size + n % size
+        for s, length in enumerate(LENGTHS)
+        for n in range(length)
+    ]
+    k, slots_T = _draw(sum(LENGTHS), width, dtype=HALF), torch.tensor(slots, device=DEVICE)
+    q, w = _draw(tokens, 5, width, seed=1, dtype=HALF), _draw(tokens, 5, seed=2)
+    scores = []
+    for side in ("reference", "triton"):
+        values = torch.full((pages, size, width), 0x7F, dtype=torch.uint8, device=DEVICE)
+        keys = values.view(torch.float8_e4m3fn), torch.full((pages, size), math.nan, device=DEVICE)
+        with dispatch.using(side):
+            quantised.write_index_keys(*keys, slots_T, k)
+            q8, by = quantised.narrow_index(q)
+            where = table_SB, contexts_S, max(LENGTHS) + 3, cu, max(new)
+            scores.append(quantised.narrow_index_scores(q8, w * by, *keys, *where))
+    # An element that the sides round to neighbours moves a score by 2^-3 of a product of 16.
+    wanted_TN, got_TN = scores
+    assert torch.equal(got_TN == -math.inf, wanted_TN == -math.inf)
+    off = (got_TN - wanted_TN).nan_to_num().abs()
+    assert (off > TIGHT * 10).float().mean() <= 1 / 20
+    assert off.max() <= 0.05 * wanted_TN.nan_to_num(neginf=0.0).abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

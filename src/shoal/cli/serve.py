@@ -82,6 +82,9 @@ def serve(
     affinity: Annotated[
         int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
     ] = 0,
+    index_keys: Annotated[
+        str, typer.Option(help="Of sparse attention (V3.2), in the cache: wide, or fp8 as V3.2 serves.")
+    ] = "wide",
     prefix_cache: Annotated[bool, typer.Option(help="Remember the beginnings of prompts.")] = True,
     deadline: Annotated[float | None, typer.Option(help="Seconds until an answer is given up.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to those being served.")] = 60.0,
@@ -136,6 +139,7 @@ def serve(
             speculate=speculate,
             record_weights=ui,
             affinity=affinity,
+            index_keys=index_keys,  # type: ignore[arg-type]  # EngineSettings says what it may be
         ),
         device,
         dtype,

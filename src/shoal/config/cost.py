@@ -24,6 +24,7 @@ from shoal.config.model import Fp8Blocks, GQAConfig, MLAConfig, ModelConfig, NSA
 Part = Literal["embedding", "attention", "dense", "routed", "shared", "router", "norms", "head", "mtp"]
 Phase = Literal["training", "prefill", "decode"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
+IndexKeys = Literal["wide", "fp8"]  # of an indexer, in the cache
 WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 
 # Dense bfloat16 FLOPs a second, by what a device's name contains: NVIDIA's datasheets, of SXM parts.
@@ -276,10 +277,25 @@ def _pair(config: ModelConfig, *, absorbed: bool) -> int:
     return attention.num_attention_heads * (attention.qk_head_dim + attention.v_head_dim)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: CacheDtype = "bfloat16", *, mtp: bool = False) -> int:
-    """Cache that one token keeps, over all layers; `mtp` adds those of the prediction modules."""
+def kv_bytes_per_token(
+    config: ModelConfig, dtype: CacheDtype = "bfloat16", *, mtp: bool = False, index_keys: IndexKeys = "wide"
+) -> int:
+    """Cache that one token keeps, over all layers; `mtp` adds those of the prediction modules.
+
+    With `index_keys` fp8 an indexer's key is a byte an element and a float32 scale: 132 bytes in V3.2.
+    """
     layers = config.num_cached_layers if mtp else config.num_hidden_layers
-    return layers * math.prod(config.attention.cache_shape) * BYTES[_known(dtype, *BYTES)]
+    return layers * cache_row_bytes(config, BYTES[_known(dtype, *BYTES)], index_keys)
+
+
+def cache_row_bytes(config: ModelConfig, dtype_bytes: int, index_keys: IndexKeys = "wide") -> int:
+    """The same of one layer. ValueError for narrow keys of an indexer that is not there."""
+    attention = config.attention
+    if index_keys == "wide":
+        return math.prod(attention.cache_shape) * dtype_bytes
+    if not isinstance(attention, MLAConfig) or attention.indexer is None:
+        raise ValueError("index_keys is 'fp8', but the model's attention has no indexer; leave it at 'wide'")
+    return attention.latent_dim * dtype_bytes + attention.indexer.index_head_dim + BYTES["float32"]
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype, *, mtp: bool = True) -> int:

@@ -86,6 +86,7 @@ class Engine:
             contexts=default_contexts(self.ledger.longest),
             num_drafts=settings.speculate,
             record_weights=settings.record_weights,
+            index_keys=settings.index_keys,
         )
         self._drafter = None
         if settings.speculate:

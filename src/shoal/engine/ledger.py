@@ -131,7 +131,9 @@ def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[i
     """The ledger of an engine for a model that is already where it will run."""
     config, head = model.config, model.head_weight()
     size = settings.page_size
-    page = count_page_bytes(config, size, head.dtype, mtp=settings.speculate > 0)
+    page = count_page_bytes(
+        config, size, head.dtype, mtp=settings.speculate > 0, index_keys=settings.index_keys
+    )
     cache_bytes, num_pages = settings.cache_bytes, settings.num_pages
     if cache_bytes is None and not head.is_cuda:
         cache_bytes = 1 << 30

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.batch import Batch, Chunk, KVView
-from shoal.config.model import ModelConfig
+from shoal.config.cost import IndexKeys, cache_row_bytes
+from shoal.config.model import MLAConfig, ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
 from shoal.engine.records import Records
@@ -34,14 +35,21 @@ from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
+from shoal.ops.quantised import FP8, check_index
 
 _SCORED_AT_ONCE = 256  # rows whose logits over the vocabulary are held at a time
 
 
-def count_page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype, *, mtp: bool = False) -> int:
+def count_page_bytes(
+    config: ModelConfig,
+    page_size: int,
+    dtype: torch.dtype,
+    *,
+    mtp: bool = False,
+    index_keys: IndexKeys = "wide",
+) -> int:
     """Bytes of one page in all layers, with `mtp` in the first prediction module too."""
-    layers = config.num_hidden_layers + mtp
-    return layers * page_size * math.prod(config.attention.cache_shape) * dtype.itemsize
+    return (config.num_hidden_layers + mtp) * page_size * cache_row_bytes(config, dtype.itemsize, index_keys)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -85,13 +93,22 @@ class Runner:
         contexts: tuple[int, ...] = (),
         num_drafts: int = 0,
         record_weights: bool = False,
+        index_keys: IndexKeys = "wide",
     ) -> None:
         config, head = model.config, model.head_weight()
-        shape = (num_pages + 1, page_size, *config.attention.cache_shape)
+        layers, rows = config.num_hidden_layers + (num_drafts > 0), (num_pages + 1, page_size)
+        shape = (*rows, *config.attention.cache_shape)
+        self.index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
+        if index_keys == "fp8":
+            assert isinstance(config.attention, MLAConfig) and config.attention.indexer is not None
+            shape, keys = (*rows, config.attention.latent_dim), config.attention.indexer.index_head_dim
+            check_index(keys)
+            self.index_keys = tuple(
+                (_zeros((*rows, keys), FP8, head.device), _zeros(rows, torch.float32, head.device))
+                for _ in range(layers)
+            )
         self.model, self.device, self.page_size = model, head.device, page_size
-        self.pages = tuple(
-            _zeros(shape, head.dtype, head.device) for _ in range(config.num_hidden_layers + (num_drafts > 0))
-        )
+        self.pages = tuple(_zeros(shape, head.dtype, head.device) for _ in range(layers))
         self.records = Records(config, num_pages, page_size, head.device, weights=record_weights)
         self._width = 1 + num_drafts
         self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)
@@ -195,6 +212,7 @@ class Runner:
                 context_lens_S=inputs.contexts_S,
                 max_context_len=inputs.max_context_len,
                 has_prefix=inputs.has_prefix,
+                index_keys=self.index_keys,
                 chunks=inputs.chunks,
             ),
             last_S=inputs.last_M,

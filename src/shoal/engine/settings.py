@@ -1,11 +1,14 @@
 """EngineSettings: how much is served at once, and in what ways.
 
-The law: nothing here changes what a request gets, only when it gets it.
+The law: nothing here changes what a request gets, only when it gets it; but a narrow cache rounds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
+
+from shoal.config.cost import IndexKeys
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class EngineSettings:
     each step's tokens on the host: it rules out `overlap`. `record_weights` keeps the weights of the routed
     experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
     admits requests that are likely to use the same experts together, past one that waits up to so many times;
-    0 goes by arrival.
+    0 goes by arrival. `index_keys` fp8 keeps the keys of a sparse attention's indexer in a byte an element,
+    as V3.2 serves, and scores in FP8.
     """
 
     page_size: int = 64
@@ -39,6 +43,7 @@ class EngineSettings:
     speculate: int = 0
     record_weights: bool = False
     affinity: int = 0
+    index_keys: IndexKeys = "wide"
 
     def __post_init__(self) -> None:
         for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
@@ -56,6 +61,8 @@ class EngineSettings:
             )
         if not 0 < self.memory <= 1:
             raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
+        if self.index_keys not in get_args(IndexKeys):
+            raise ValueError(f"index_keys is {self.index_keys!r}; it must be wide or fp8")
         if self.affinity < 0:
             raise ValueError(f"affinity is {self.affinity}; it must be at least 0, where 0 goes by arrival")
         if self.speculate < 0:

@@ -5,8 +5,9 @@ a weight a head. The `index_topk` best positions of a token are all that its att
 heads. Where a context is no longer than that, everything is read and nothing is scored.
 
 Its key is cached after the token's latent, in the same row. Rotated are the first R elements, in halves (i, i
-+ R/2), whatever the attention's own convention. As in transformers, there is no Hadamard rotation and no FP8:
-the rotation changes no product, and narrow keys are a matter of the cache.
++ R/2), whatever the attention's own convention. Where the cache keeps keys in FP8, queries are narrowed too,
+as V3.2 serves; elsewhere, as in transformers, nothing is, nor turned by a Hadamard matrix before, which
+changes no product.
 
 The choice has no gradient. The indexer learns from a `Teacher` alone, and from inputs that are cut off from
 the model. Shape letters: T tokens, N positions, K positions read, J index heads, I index head dim, D hidden.
@@ -24,6 +25,7 @@ from shoal.config.model import IndexerConfig, MLAConfig, ModelConfig
 from shoal.model.layers import Linear
 from shoal.model.rope import Angles
 from shoal.ops import api as ops
+from shoal.ops import quantised
 
 KEY_NORM_EPS = 1e-6  # of the released code, whatever rms_norm_eps says
 
@@ -82,14 +84,29 @@ class Indexer(nn.Module):
             return Selection(None, None)
         # 1. The keys, which later tokens will need whether or not these do.
         k_TI = self._turn(self.k_norm(self.wk(x_TD)).unsqueeze(1), angles).squeeze(1)
-        if kv is not None:
+        narrow = kv is not None and bool(kv.index_keys)
+        if kv is not None and narrow:
+            quantised.write_index_keys(*kv.index_keys[self.layer], kv.slots_T, k_TI)
+        elif kv is not None:
             ops.write_cache(self._pages(kv), kv.slots_T, k_TI)
         if whole and teacher is None:
             return Selection(None, None)
         # 2. Scores, their two scales taken into the weights.
         q_TJI = self._turn(self.wq_b(low_TX).unflatten(-1, (self.heads, -1)), angles)
         weights_TJ = ops.gate_logits(x_TD, self.weights_proj.weight) * self.scale
-        if kv is None or not kv.has_prefix:
+        if kv is not None and narrow:
+            q_TJI, scales_TJ = quantised.narrow_index(q_TJI)
+            scores_TN = quantised.narrow_index_scores(
+                q_TJI,
+                weights_TJ * scales_TJ,
+                *kv.index_keys[self.layer],
+                kv.block_table_SB,
+                kv.context_lens_S,
+                kv.max_context_len,
+                batch.cu_seqlens_S1,
+                batch.max_seqlen,
+            )
+        elif kv is None or not kv.has_prefix:
             scores_TN = ops.index_scores(q_TJI, weights_TJ, k_TI, batch.cu_seqlens_S1, batch.max_seqlen)
         else:
             scores_TN = ops.paged_index_scores(

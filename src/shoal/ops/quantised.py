@@ -104,6 +104,61 @@ def fp8_grouped_mlp(
     return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
 
 
+def narrow_index(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries or keys of a lightning indexer in FP8 (DeepSeek-V3.2's released code): e4m3 of x's shape (...,
+    I), and a float32 scale for each row.
+
+    Rows are turned by the Hadamard matrix of I, a power of two up to 128, times I^-1/2: it spreads what is
+    large in one element over all, and changes no product of two rows that are both turned. The scale is the
+    least power of two by which no element passes 448. No gradient.
+    """
+    check_index(x.shape[-1])
+    return call("narrow_index", x)
+
+
+def write_index_keys(values: Tensor, scales: Tensor, slots_T: Tensor, k_TI: Tensor) -> None:
+    """Keys as `narrow_index` has them, into the slots of a cache: values (P, page_size, I), scales (P,
+    page_size)."""
+    check_index(k_TI.shape[-1])
+    call("write_index_keys", values, scales, slots_T, k_TI)
+
+
+def narrow_index_scores(
+    q_TJI: Tensor,
+    weights_TJ: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """`api.paged_index_scores` of narrow queries over narrow keys. `weights_TJ` have the queries' scales in
+    them. No gradient."""
+    return call(
+        "narrow_index_scores",
+        q_TJI,
+        weights_TJ,
+        values,
+        scales,
+        block_table_SB,
+        context_lens_S,
+        max_context_len,
+        cu_seqlens_S1,
+        max_seqlen,
+    )
+
+
+def check_index(dim: int) -> None:
+    """ValueError unless keys of so many elements can be narrowed."""
+    if dim > BLOCK or dim & (dim - 1):
+        raise ValueError(
+            f"the indexer's keys have {dim} elements; in FP8 they are turned by a Hadamard matrix and share "
+            f"one scale, so they must be a power of two, at most {BLOCK}: keep them wide"
+        )
+
+
 def _check(x: Tensor, weight: Weight) -> None:
     columns = weight.values.shape[-1] * (2 if isinstance(weight, Int4Weight) else 1)
     wanted = -(-x.shape[-1] // BLOCK) * BLOCK if isinstance(weight, Int4Weight) else x.shape[-1]

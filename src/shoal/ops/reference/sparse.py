@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _AT_ONCE = 1 << 24  # elements a block makes
+LEAST = 1e-4  # of what is narrowed: a row of zeros has a scale all the same (V3.2's released code)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +91,52 @@ def paged_index_scores(
         scores_TN = torch.cat(rows)
     missing = max_context_len - scores_TN.shape[1]
     return torch.nn.functional.pad(scores_TN, (0, missing), value=float("-inf")) if missing else scores_TN
+
+
+@torch.no_grad()
+def narrow_index(x: Tensor) -> tuple[Tensor, Tensor]:
+    # 1. The Hadamard rotation: entry (i, j) is negative where i and j have an odd number of bits in common.
+    size = x.shape[-1]
+    bits_I = torch.arange(size, device=x.device)
+    common_II = bits_I.unsqueeze(1) & bits_I
+    for shift in (4, 2, 1):
+        common_II = common_II ^ (common_II >> shift)
+    turned = torch.matmul(x.float(), 1.0 - 2.0 * (common_II & 1)) * size**-0.5
+    # 2. The least power of two by which no element passes 448 = 1.75 * 2^8: read off the largest one's bits.
+    bits = turned.abs().amax(-1).clamp(min=LEAST).view(torch.int32)
+    exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).int()
+    scale, inverse = ((at << 23).view(torch.float32) for at in (exponent, 254 - exponent))
+    # 3. Rounded to nearest even.
+    return (turned * inverse.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+@torch.no_grad()
+def write_index_keys(values: Tensor, scales: Tensor, slots_T: Tensor, k_TI: Tensor) -> None:
+    narrow_TI, scale_T = narrow_index(k_TI)
+    values.view(torch.uint8).flatten(0, 1).index_copy_(0, slots_T, narrow_TI.view(torch.uint8))
+    scales.view(-1).index_copy_(0, slots_T, scale_T)
+
+
+@torch.no_grad()
+def narrow_index_scores(
+    q_TJI: Tensor,
+    weights_TJ: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    block_table_SB: Tensor,
+    context_lens_S: Tensor,
+    max_context_len: int,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    # The pages of these sequences alone, widened. A scale is positive: it may come before the cut at 0.
+    table_SB = block_table_SB[:, : -(-max_context_len // values.shape[1])]
+    taken = table_SB.flatten()
+    keys = values.view(torch.uint8).index_select(0, taken).view(values.dtype).float()
+    pages = keys * scales.index_select(0, taken).unsqueeze(-1)
+    places_SB = torch.arange(len(taken), device=taken.device).view(table_SB.shape)
+    where = places_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen
+    return paged_index_scores(q_TJI.float(), weights_TJ, pages, *where)
 
 
 @torch.no_grad()

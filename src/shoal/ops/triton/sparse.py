@@ -9,10 +9,13 @@ paged: a row is read once, as key and as value. Where tokens are few, a token's 
 parts joined. Rows may be views into wider ones: the indexer's key lies behind the latent in one row of the
 cache.
 
-Bound: the keys' bytes when decoding (256 a position), the matrix rate for prompts; attention 2 K H (2 C + R)
-FLOPs a token. On an H200 (2026-11-24), V3.2's shape at 128k positions: scores 15, 90 and 345 us at batch 1, 8
-and 32, 68% of what their bytes allow; attention over 2048 rows 21, 38 and 109. benchmarks/kernels/sparse.py
-holds both, and the selection between them, against dense MLA.
+Narrow keys (`index`) are e4m3 with a scale each: one product of I <= 128 columns in the tensor core, whose 14
+bits that many sum well enough to, scaled where it lies. Not run on a GPU yet.
+
+Bound: the keys' bytes when decoding (256 a position, narrow 132), the matrix rate for prompts; attention 2 K
+H (2 C + R) FLOPs a token. On an H200 (2026-11-24), V3.2's shape at 128k positions: scores 15, 90 and 345 us
+at batch 1, 8 and 32, 68% of what their bytes allow; attention over 2048 rows 21, 38 and 109.
+benchmarks/kernels/sparse.py holds both, and the selection between them, against dense MLA.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.triton.quantise import FP8, lacks_e4m3
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SEQUENCES = 8192
 
@@ -34,6 +39,7 @@ def scores_kernel(
     q_ptr,
     weights_ptr,
     keys_ptr,
+    scales_ptr,
     table_ptr,
     contexts_ptr,
     cu_ptr,
@@ -48,6 +54,7 @@ def scores_kernel(
     ROW: tl.constexpr,
     PAGE: tl.constexpr,
     PAGED: tl.constexpr,
+    NARROW: tl.constexpr,
     S_PAD: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,6 +87,8 @@ def scores_kernel(
         weight = tl.load(weights_ptr + token.to(tl.int64) * J + j, mask=j < J, other=0.0)
         heads = tl.maximum(tl.dot(k, q.T, input_precision=PRECISION), 0.0)
         score = tl.sum(heads * weight[None, :], 1)
+        if NARROW:
+            score *= tl.load(scales_ptr + row, mask=n < seen, other=0.0)
         tl.store(to, tl.where(n < seen, score, float("-inf")), mask=n < N)
     else:
         tl.store(to, tl.full((BN,), float("-inf"), tl.float32), mask=n < N)
@@ -127,6 +136,7 @@ def _scores(
     page: int,
     *,
     paged: bool,
+    scales: Tensor | None = None,
 ) -> Tensor:
     T, J, W = q_TJI.shape
     scores_TN = torch.empty(T, width, dtype=torch.float32, device=q_TJI.device)
@@ -134,10 +144,10 @@ def _scores(
     S = cu_S1.shape[0] - 1
     if scores_TN.numel():
         scores_kernel[(triton.cdiv(width, tile), T)](
-            q_TJI.contiguous(), weights_TJ.contiguous(), keys, table_SB.contiguous(), contexts_S, cu_S1,
-            scores_TN, S, table_SB.shape[1], width, J=J, W=W, BJ=max(16, triton.next_power_of_2(J)),
-            BI=max(16, triton.next_power_of_2(W)), ROW=row, PAGE=page, PAGED=paged,
-            S_PAD=triton.next_power_of_2(max(S, 1)), BN=tile,
+            q_TJI.contiguous(), weights_TJ.contiguous(), keys, scales, table_SB.contiguous(), contexts_S,
+            cu_S1, scores_TN, S, table_SB.shape[1], width, J=J, W=W, BJ=max(16, triton.next_power_of_2(J)),
+            BI=max(16 if scales is None else 32, triton.next_power_of_2(W)), ROW=row, PAGE=page, PAGED=paged,
+            NARROW=scales is not None, S_PAD=triton.next_power_of_2(max(S, 1)), BN=tile,
             PRECISION="ieee" if q_TJI.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
     return scores_TN
@@ -164,6 +174,36 @@ def paged_index_scores(
     """As `ops.api.paged_index_scores` says."""
     where = table_SB, contexts_S, cu_S1, longest, pages.shape[1]
     return _scores(q_TJI, weights_TJ, pages, pages.stride(1), *where, paged=True)
+
+
+def narrow_index_scores_refusal(
+    q_TJI: Tensor, weights_TJ: Tensor, values: Tensor, scales: Tensor, table_SB: Tensor, *_: Any
+) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if q_TJI.dtype != FP8 or values.dtype != FP8 or weights_TJ.dtype != torch.float32:
+        return f"queries are {q_TJI.dtype}, keys {values.dtype}, weights {weights_TJ.dtype}; narrow them"
+    if q_TJI.shape[1] > 128 or table_SB.shape[0] > MAX_SEQUENCES:
+        return f"{q_TJI.shape[1]} index heads, {table_SB.shape[0]} sequences; at most 128, {MAX_SEQUENCES}"
+    if not (values.is_contiguous() and scales.is_contiguous()):
+        return "the pages are no rows of one stride; the kernel does not copy a cache"
+    return lacks_e4m3(values)
+
+
+@torch.no_grad()
+def narrow_index_scores(
+    q_TJI: Tensor,
+    weights_TJ: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """As `ops.quantised.narrow_index_scores` says."""
+    where = table_SB, contexts_S, cu_S1, longest, values.shape[1]
+    return _scores(q_TJI, weights_TJ, values, values.shape[2], *where, paged=True, scales=scales)
 
 
 @triton.jit
