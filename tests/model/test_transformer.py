@@ -198,6 +198,38 @@ def test_recorded_choices_replay() -> None:
     assert not torch.equal(other.hidden_TD, first.hidden_TD)
 
 
+@pytest.mark.parametrize("name", ["v3", "qwen2"])
+def test_parts_one_after_another_are_the_whole(name: str) -> None:
+    """A part keeps what it needs and no more; together they have all. Recorded choices are of the whole."""
+    whole, batch = _model(name), parts.pack(*TEXTS)
+    blocks = whole.config.num_hidden_layers
+    want = whole(batch)
+    if want.routing:
+        recorded_TLK = torch.stack([routing.experts_TK for routing in want.routing], dim=1).flip(1)
+        batch = replace(batch, routing=recorded_TLK)
+        want = whole(batch)
+    stream_TD, routing, names = None, (), set[str]()
+    for layers in (range(blocks - 1), range(blocks - 1, blocks)):
+        part = _model(name)
+        part.keep(layers)
+        out = part(batch, stream_TD, layers)
+        assert (out.ends, out.before) == (layers.stop == blocks, len(routing))
+        stream_TD, routing, names = out.hidden_TD, routing + out.routing, names | part.state_dict().keys()
+        assert [number for number, _ in part.model.blocks()][: len(layers)] == list(layers)
+        assert ("model.norm.weight" in part.state_dict()) == out.ends
+        assert "model.embed_tokens.weight" in part.state_dict()  # both ends read it
+    assert names == whole.state_dict().keys()
+    assert stream_TD is not None
+    _assert_close(stream_TD, want.hidden_TD)
+    assert all(torch.equal(a.experts_TK, b.experts_TK) for a, b in zip(routing, want.routing, strict=True))
+
+
+def test_a_middle_part_has_blocks_alone() -> None:
+    model = _model("v3")
+    model.keep([1])
+    assert all(name.startswith("model.layers.1.") for name in model.state_dict())
+
+
 def test_logits_are_of_the_rows_asked_for() -> None:
     model, batch = _model("v3"), parts.pack(*TEXTS)
     hidden_TD = model(batch).hidden_TD

@@ -10,6 +10,7 @@ import pytest
 from shoal.config.families import tiny
 from shoal.config.run import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from shoal.parallel.mesh import open_mesh
+from shoal.parallel.pipeline import split
 from tests.train import parts
 
 FOUR = ParallelConfig(data=2, expert=2)
@@ -24,6 +25,18 @@ def run(parallel: ParallelConfig = FOUR, **changes: Any) -> RunConfig:
     ("changes", "message"),
     [
         ({"accumulation": 6}, r"train\.accumulation is 6 .* make it a multiple of 4"),
+        (
+            {"parallel": ParallelConfig(pipeline=2), "accumulation": 1},
+            r"accumulation is 1 .* too few to fill the 2 stages .* at least 2",
+        ),
+        (
+            {"parallel": ParallelConfig(2, 1, 2, "dualpipev"), "accumulation": 4},
+            r"accumulation is 4 .* too few to fill the 4 stages .* at least 8",
+        ),
+        (
+            {"parallel": ParallelConfig(pipeline=2, schedule="dualpipev")},
+            r"the model has 3 layers, fewer than the 4 stages of parallel\.schedule 'dualpipev'",
+        ),
         ({"optim": OptimConfig(moments="int8")}, r"moments is 'int8'.*straddle.*'float32' or 'bfloat16'"),
     ],
 )
@@ -46,6 +59,20 @@ def test_experts_must_come_out_even() -> None:
         run(ParallelConfig(1, 3), accumulation=3)
     with pytest.raises(ValueError, match="expert is 0; it must be at least 1"):
         ParallelConfig(1, 0)
+    with pytest.raises(ValueError, match="schedule is 'dualpipev', but pipeline is 1"):
+        ParallelConfig(schedule="dualpipev")
+
+
+def test_stages_are_even_and_each_has_a_block() -> None:
+    """A prediction module counts as a block of the last stage."""
+    cases = {(61, 1, 16): [4] * 14 + [3, 2], (5, 1, 4): [2, 1, 1, 1], (4, 2, 4): [1] * 4, (3, 0, 1): [3]}
+    for (blocks, ahead, stages), sizes in cases.items():
+        config = parts.config(num_hidden_layers=blocks, num_nextn_predict_layers=ahead)
+        ranges = split(config, stages)
+        assert [len(layers) for layers in ranges] == sizes
+        assert [layer for layers in ranges for layer in layers] == list(range(blocks))
+    with pytest.raises(ValueError, match="4 stages are more than the model's 3 layers"):
+        split(parts.config(), 4)
 
 
 @pytest.mark.parametrize(("started", "fix"), [("1", "--nproc-per-node 4"), ("8", r"--set parallel\.data=4")])

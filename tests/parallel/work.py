@@ -19,16 +19,17 @@ from torch import Tensor
 from shoal.batch import Batch
 from shoal.checkpoint import native
 from shoal.config.model import ModelConfig
-from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, TrainConfig
-from shoal.model.transformer import Transformer
+from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, Recompute, TrainConfig
+from shoal.model.transformer import Output, Transformer
 from shoal.parallel.expert import ExpertDispatcher
 from shoal.parallel.mesh import make_mesh
-from shoal.parallel.shard import join, local, rows, shard
+from shoal.parallel.pipeline import Pipeline, keep_stages
+from shoal.parallel.shard import copies, join, local, rows, shard
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from shoal.train.recompute import recompute
 from shoal.train.team import Team
-from shoal.train.trainer import Trainer
+from shoal.train.trainer import Evaluation, Trainer
 from tests.train import parts
 
 BATCHES = 8
@@ -78,24 +79,43 @@ def on_gpu(batch: Batch) -> Batch:
 def spread(degrees: ParallelConfig, model: Transformer) -> Team:
     """The model over all processes, in place, and what the Trainer is told of them."""
     mesh = make_mesh(degrees, model.head_weight().device)
-    shard(model, mesh)
-    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh))
-    return Team(mesh.reduce, local, peers, replace(peers, gather=mesh.gather_aside), join)
+    shard(keep_stages(model, mesh), mesh)
+    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh), copies(model, mesh))
+    return Team(
+        mesh.reduce,
+        local,
+        peers,
+        replace(peers, gather=mesh.gather_aside),
+        join,
+        reading=(mesh.replicas.get_local_rank(), degrees.readers),
+        stages=Pipeline(model, mesh) if degrees.pipeline > 1 else None,
+    )
+
+
+def share_of(batches: int, team: Team) -> list[Batch]:
+    place, places = team.place
+    return [parts.batch(index) for index in range(place, batches, places)]
 
 
 def losses_and_gradients(
-    batches: list[Batch], model: Transformer, team: Team
+    batches: list[Batch], model: Transformer, team: Team, mtp_weight: float = 0.3
 ) -> tuple[float, dict[str, Tensor]]:
     """Of one step, and each gradient, of which here are the team's rows."""
-    objective = NextToken(1, mtp_weight=0.3, balance_weight=1e-2)
-    step = Step(0, 1, team.reduce(objective.count(batches)))
-    total = torch.zeros((), device=model.head_weight().device)
-    for batch in batches:
-        share = objective.compute(model, batch, step)
-        share.total.backward()
-        total += share.total.detach()
+    objective = NextToken(model.config.num_nextn_predict_layers, mtp_weight=mtp_weight, balance_weight=1e-2)
+    step = Step(0, 1, team.tally(objective.count(batches)))
+    totals: list[Tensor] = []
+
+    def judge(out: Output, batch: Batch) -> Tensor:
+        totals.append(objective.judge(model, out, batch, step).total)
+        return totals[-1]
+
+    if team.stages is None:
+        for batch in batches:
+            judge(model(batch), batch).backward()
+    else:
+        team.stages.train(batches, judge)
     grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    return team.reduce(total).item(), grads
+    return team.reduce(torch.stack([total.detach() for total in totals]).sum()).item(), grads
 
 
 def every_gradient(degrees: list[tuple[int, int]], device: str = "cpu") -> dict[tuple[int, int], Any]:
@@ -104,7 +124,7 @@ def every_gradient(degrees: list[tuple[int, int]], device: str = "cpu") -> dict[
     for data, expert in degrees:
         model = parts.model().to(device)
         team = spread(ParallelConfig(data, expert), model)
-        mine = [parts.batch(index) for index in range(team.rank, BATCHES, team.ranks)]
+        mine = share_of(BATCHES, team)
         mine = [on_gpu(batch) for batch in mine] if device == "cuda" else mine
         loss, grads = losses_and_gradients(mine, model, team)
         found[data, expert] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
@@ -144,7 +164,7 @@ def gradients_of_variants(degrees: ParallelConfig) -> dict[str, Any]:
     for name, make in VARIANTS.items():
         model = make()
         team = spread(degrees, model)
-        mine = [parts.batch(index) for index in range(team.rank, BATCHES, team.ranks)]
+        mine = share_of(BATCHES, team)
         loss, grads = losses_and_gradients(mine, model, team)
         found[name] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
     return found
@@ -195,3 +215,41 @@ def dispatches(cases: list[tuple[Tensor, Tensor, Tensor]], each: int) -> list[An
     y_TD = dispatcher.combine(x_ND * here_N1, plan)
     y_TD.square().sum().backward()
     return [y_TD.detach(), x_TD.grad, weights_TK.grad, plan.sent, plan.received, experts_NK]
+
+
+def deep(**changes: object) -> ModelConfig:
+    """Five blocks and a prediction module: stages of 3 and 2 blocks, or of 2, 1, 1 and 1."""
+    return parts.config(num_hidden_layers=5, **changes)
+
+
+def train_deep(degrees: ParallelConfig | None, folder: Path, steps: int, settings: TrainConfig) -> None:
+    """A run of the deep model, or the rest of it, that is judged by texts of unlike lengths."""
+    model = parts.model(deep())
+    held_out = [parts.batch(100), parts.batch(101, (9, 3)), parts.batch(102)]
+    trainer = Trainer(
+        model,
+        parts.batch,
+        replace(settings, steps=steps),
+        folder,
+        generator=torch.Generator(),
+        team=Team() if degrees is None else spread(degrees, model),
+        evaluation=Evaluation(lambda: held_out, 100),
+    )
+    trainer.resume()
+    trainer.run()
+
+
+def train_all(runs: list[tuple[ParallelConfig, Path, int, TrainConfig]]) -> None:
+    for run in runs:
+        train_deep(*run)
+
+
+def gradients_of_stages(runs: list[tuple[ParallelConfig, ModelConfig, Recompute]], batches: int) -> list[Any]:
+    """Of each run: the loss, and for each parameter its rows here and their gradient."""
+    found = []
+    for degrees, config, mode in runs:
+        model = recompute(parts.model(config), mode)
+        team = spread(degrees, model)
+        loss, grads = losses_and_gradients(share_of(batches, team), model, team)
+        found.append((loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()}))
+    return found

@@ -84,7 +84,7 @@ def test_each_is_its_formula_in_value_and_gradient(
     routing, logits, cu = choose(lengths, dropped=dropped)
     T, scores = sum(lengths), routing.scores_TE
     rows = [slice(int(a), int(b)) for a, b in pairwise(cu)]
-    ours = Auxiliary({name: 1.0}, D, M)([routing], cu)[0]
+    ours = Auxiliary({name: 1.0}, D, M)([routing], cu, 1)[0]
     match name:
         case "device" | "communication":
             literal = literal_device if name == "device" else literal_communication
@@ -133,7 +133,7 @@ def test_a_recipe_names_what_is_summed_over_layers() -> None:
     asked = Auxiliary.of(settings, model.config.moe)
     assert asked.devices == model.config.moe.n_group if model.config.moe else False
     routing = model(pack).routing
-    total, terms = asked(routing, pack.cu_seqlens_S1)
+    total, terms = asked(routing, pack.cu_seqlens_S1, len(routing))
     assert terms.keys() == {"balance", "device", "z"}
     weights = {"balance": 0.1, "device": 0.05, "z": 0.001}
     wanted = sum(weights[name] * float(value) * len(routing) for name, value in terms.items())

@@ -243,7 +243,7 @@ def test_a_step_inside_backward_is_the_step_after_it(
     hooked.attach()
     for step in range(3):
         accumulate(after, step)
-        norm = torch.nn.utils.get_total_norm(plain.gradients())
+        norm = torch.nn.utils.get_total_norm(plain.gradients().values())
         plain.step(0.01)
         run_inside(inside, hooked, step, 0.01)
         # Two sums of the same squares in float32: bfloat16 gradients' norms are rounded to it on one side.

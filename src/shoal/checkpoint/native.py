@@ -52,11 +52,18 @@ class Peers:
     # By parameter, which rows are here. A tensor of the state whose name starts with a parameter's is cut as
     # it is; all others are whole, and the same everywhere.
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    copies: AbstractSet[str] = frozenset()  # those of them that are another's to write, and to count
 
     def rows_of(self, name: str) -> Rows | None:
         """Those of a tensor of the state: `NAME`, or `NAME.exp_avg` and the like."""
         found = self.rows.get(name)
         return self.rows.get(name.rpartition(".")[0]) if found is None else found
+
+    def writes(self, name: str, tensor: Tensor) -> bool:
+        if self.rows_of(name) is None:
+            return self.rank == 0
+        copied = name in self.copies or name.rpartition(".")[0] in self.copies
+        return self.ranks == 1 or (tensor.numel() > 0 and not copied)
 
 
 ALONE = Peers()
@@ -129,17 +136,12 @@ def _try_groups(work: Path, tensors: Tensors, peers: Peers) -> tuple[dict[str, A
     files: dict[str, Any] = {}
     try:
         for stem, group in tensors.items():
-            rows = {name: peers.rows_of(name) for name in group}
-            mine = {
-                name: tensor
-                for name, tensor in group.items()
-                if (tensor.numel() if rows[name] else peers.rank == 0) or peers.ranks == 1
-            }
+            mine = {name: tensor for name, tensor in group.items() if peers.writes(name, tensor)}
             if not mine and peers.ranks > 1:
                 continue
             number = "" if peers.ranks == 1 else f"-{peers.rank + 1:05d}-of-{peers.ranks:05d}"
             file = work / f"{stem}{number}.safetensors"
-            told = {name: rows[name] for name in mine if rows[name]}
+            told = {name: rows for name in mine if (rows := peers.rows_of(name))}
             _write_tensors(file, mine, {ROWS: json.dumps(told)} if told else None)
             if peers.rank > 0:  # the first process's are put on disk with the folder
                 with file.open("rb") as stream:
@@ -153,7 +155,8 @@ def _try_groups(work: Path, tensors: Tensors, peers: Peers) -> tuple[dict[str, A
 def load(path: Path, tensors: Tensors, peers: Peers = ALONE) -> dict[str, Any]:
     """Check every byte of a checkpoint, copy it into `tensors` in place, and return its `state`.
 
-    Several processes check some files each. Whatever number of them wrote it, each takes its own rows.
+    Several processes check some files each. Whatever number of them wrote it, each takes its own rows, and
+    together they have a place for every tensor.
     """
     damage = [error for error in peers.gather(_damage(path, peers)) if error]
     if damage:
@@ -235,7 +238,8 @@ def _read_group(path: Path, stem: str, group: Mapping[str, Tensor], peers: Peers
             rows = json.loads((file.metadata() or {}).get(ROWS, "{}"))
             for key in sorted(file.keys()):
                 pieces.setdefault(key, []).append((file, rows.get(key)))
-        _check_names(path, stem, pieces.keys(), group)
+        wanted = set[str]().union(*peers.gather(list(group)))
+        _check_names(path, stem, pieces.keys(), wanted)
         for name, tensor in group.items():
             _read(
                 f"checkpoint {path} is of another run: {stem} has {name}", name, tensor, pieces[name], peers
@@ -272,8 +276,8 @@ def _read(error: str, name: str, tensor: Tensor, pieces: list[tuple[Any, Rows | 
         raise ValueError(f"{error} in {found} of the {len(tensor)} rows that are wanted from row {start} on")
 
 
-def _check_names(path: Path, stem: str, stored: AbstractSet[str], group: Mapping[str, Tensor]) -> None:
-    lacking, extra = group.keys() - stored, stored - group.keys()
+def _check_names(path: Path, stem: str, stored: AbstractSet[str], wanted: AbstractSet[str]) -> None:
+    lacking, extra = wanted - stored, stored - wanted
     if lacking or extra:
         what = f"lacks {min(lacking)}" if lacking else f"has {min(extra)}, for which this run has no place"
         raise ValueError(f"checkpoint {path} is of another run: {stem} {what}")

@@ -484,6 +484,11 @@ class ModelConfig:
         return moe is not None and layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
     @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """All that route, by number: blocks, then MTP modules."""
+        return tuple(layer for layer in range(self.num_cached_layers) if self.is_moe_layer(layer))
+
+    @property
     def num_moe_layers(self) -> int:
         return sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
 

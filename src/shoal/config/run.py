@@ -213,23 +213,44 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Over how many processes a run is spread: `data` times `expert` of them, started by torchrun.
+    """Over how many processes a run is spread: `data` times `expert` times `pipeline`, started by torchrun.
 
-    Each reads micro-batches of its own and keeps a part of all weights (FSDP2). With `expert` above 1 experts
-    are spread over that many, and tokens are sent to them. The run stays the same run, whatever the degrees.
+    Each of data and expert reads micro-batches of its own and keeps a part of all weights (FSDP2). With
+    `expert` above 1 experts are spread over that many, and tokens are sent to them. With `pipeline` above 1
+    blocks are: each process has one stage of them (`1f1b`), or the two of a V, one on its way down and one on
+    its way up (`dualpipev`, DeepSeek's). The run stays the same run, whatever the degrees.
     """
 
     data: int = 1
     expert: int = 1
+    pipeline: int = 1
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
 
     @property
     def ranks(self) -> int:
+        return self.readers * self.pipeline
+
+    @property
+    def readers(self) -> int:
+        """Shares into which the micro-batches of a step are cut."""
         return self.data * self.expert
 
+    @property
+    def stages(self) -> int:
+        return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
+
+    @property
+    def told(self) -> str:
+        return " x ".join(f"{name} {getattr(self, name)}" for name in ("data", "expert", "pipeline"))
+
     def __post_init__(self) -> None:
-        for name in ("data", "expert"):
+        for name in ("data", "expert", "pipeline"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")
+        require(
+            self.pipeline > 1 or self.schedule == "1f1b",
+            f"schedule is {self.schedule!r}, but pipeline is 1; raise pipeline, or leave schedule out",
+        )
 
 
 @dataclass(frozen=True)
@@ -269,13 +290,22 @@ class RunConfig:
         ranks, optim, moe = self.parallel.ranks, self.train.optim, self.model.moe
         if ranks == 1:
             return
-        told = (
-            f"on the {ranks} processes of parallel.data {self.parallel.data} x expert {self.parallel.expert}"
+        told = f"on the {ranks} processes of parallel.{self.parallel.told}"
+        readers, stages, blocks = self.parallel.readers, self.parallel.stages, self.model.num_hidden_layers
+        require(
+            self.train.accumulation % readers == 0,
+            f"train.accumulation is {self.train.accumulation} micro-batches a step, which cannot be shared "
+            f"evenly {told}; make it a multiple of {readers}",
         )
         require(
-            self.train.accumulation % ranks == 0,
-            f"train.accumulation is {self.train.accumulation} micro-batches a step, which cannot be shared "
-            f"evenly {told}; make it a multiple of {ranks}",
+            self.parallel.pipeline == 1 or self.train.accumulation >= readers * stages,
+            f"train.accumulation is {self.train.accumulation} micro-batches a step, too few to fill the "
+            f"{stages} stages of each pipeline {told}; make it at least {readers * stages}",
+        )
+        require(
+            blocks >= stages,
+            f"the model has {blocks} layers, fewer than the {stages} stages of parallel.schedule "
+            f"{self.parallel.schedule!r} {told}; lower parallel.pipeline",
         )
         experts = 0 if moe is None else moe.n_routed_experts
         require(

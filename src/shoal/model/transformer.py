@@ -3,7 +3,7 @@
 A step is one call: ids of a Batch go in, hidden states of every token and the routers' choices come out.
 Training hands the hidden states to the loss, serving asks for the logits of the rows it needs; nothing here
 knows which. Modules carry Hugging Face's names, so a published checkpoint is this model's state dict but for
-stacked experts.
+stacked experts. A model may keep a part of its blocks alone (`keep`), and be run part by part.
 
 Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) adds modules after the last block: module
 k joins the hidden state of a token with the embedding of the one k+1 places on, and predicts the next.
@@ -16,8 +16,8 @@ Shape letters: T tokens, S sequences, D hidden, V vocabulary, K experts per toke
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -51,8 +51,12 @@ def _attention(
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    hidden_TD: Tensor  # after the final norm: what the head, and the next prediction module, reads
+    # After the final norm: what the head, and the next prediction module, reads. Of a part that ends before
+    # it, the stream that the next part takes.
+    hidden_TD: Tensor
     routing: tuple[Routing, ...]  # of each layer that routes, in order
+    ends: bool = True  # whether the last block is among those that ran
+    before: int = 0  # layers that route before the first of them
 
 
 class Block(nn.Module):
@@ -158,6 +162,10 @@ class PredictionModule(Block):
         return self.eh_proj(torch.cat((self.enorm(embedding_TD), self.hnorm(hidden_TD)), dim=-1))
 
 
+class Absent(nn.Module):
+    """The place of what a part of a model does not keep."""
+
+
 class Decoder(nn.Module):
     """What the names `model.*` hold: embedding, blocks, prediction modules, final norm."""
 
@@ -171,6 +179,12 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device=device, dtype=dtype)
         self.rotary = RotaryEmbedding(config.rope, config.attention.rope_dim, device=device)
+
+    def blocks(self) -> Iterator[tuple[int, Block]]:
+        """Those that are here, prediction modules last, each with its number."""
+        for layer, block in enumerate(self.layers):
+            if isinstance(block, Block):
+                yield layer, block
 
 
 class Transformer(nn.Module):
@@ -219,21 +233,53 @@ class Transformer(nn.Module):
                 else:
                     tensor.normal_(std=self.config.initializer_range, generator=generator)
 
-    def forward(self, batch: Batch) -> Output:
-        x_TD, y_TD = self.model.embed_tokens(batch.ids_T), None
+    def keep(self, layers: Collection[int]) -> None:
+        """Drop all blocks but these, and what goes with those that are dropped.
+
+        The embedding goes with the first block, and with whoever else reads it: prediction modules, a tied
+        head. Those, the final norm and the head go with the last.
+        """
+        blocks, decoder = self.config.num_hidden_layers, self.model
+        begins, ends = 0 in layers, blocks - 1 in layers
+        for layer in range(len(decoder.layers)):
+            if not (layer in layers if layer < blocks else ends):
+                decoder.layers[layer] = Absent()
+        if not begins and not (ends and self.reads_embedding_twice):
+            decoder.register_module("embed_tokens", Absent())
+        if not ends:
+            decoder.register_module("norm", Absent())
+            if self.lm_head is not None:
+                self.register_module("lm_head", Absent())
+
+    @property
+    def reads_embedding_twice(self) -> bool:
+        """Whether the embedding serves behind the last block, too."""
+        return self.config.tie_word_embeddings or self.config.num_nextn_predict_layers > 0
+
+    def forward(self, batch: Batch, stream_TD: Tensor | None = None, layers: range | None = None) -> Output:
+        """The whole, or the blocks `layers`: then from the stream that the part before gave."""
+        blocks = self.config.num_hidden_layers
+        x_TD, y_TD = self.model.embed_tokens(batch.ids_T) if stream_TD is None else stream_TD, None
         angles = self.model.rotary(batch.positions_T)
-        if (done := few_rows(self, x_TD, angles, batch)) is not None:
-            return Output(*done)
+        if layers is None:
+            layers = range(blocks)
+            if (done := few_rows(self, x_TD, angles, batch)) is not None:
+                return Output(*done)
+        before = sum(map(self.config.is_moe_layer, range(layers.start)))
         routings: list[Routing] = []
-        for layer, block in enumerate(islice(self.model.layers, self.config.num_hidden_layers)):
+        for layer in layers:
             replay_TK = (
-                self._hashed(batch.ids_T, layer) if batch.routing is None else batch.routing[:, len(routings)]
+                self._hashed(batch.ids_T, layer)
+                if batch.routing is None
+                else batch.routing[:, before + len(routings)]
             )
-            x_TD, y_TD, routing = block(x_TD, y_TD, angles, batch, replay_TK)
+            x_TD, y_TD, routing = self.model.layers[layer](x_TD, y_TD, angles, batch, replay_TK)
             if routing is not None:
                 routings.append(routing)
         assert y_TD is not None
-        return Output(self.model.norm.add(x_TD, y_TD)[1], tuple(routings))
+        ends = layers.stop == blocks
+        hidden_TD = self.model.norm.add(x_TD, y_TD)[1] if ends else x_TD + y_TD
+        return Output(hidden_TD, tuple(routings), ends, before)
 
     def predict_ahead(self, hidden_TD: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0) -> Output:
         """Run prediction module `depth` on the hidden states of the one before it (the model's own for depth
@@ -268,5 +314,5 @@ class Transformer(nn.Module):
         return F.linear(rows, self.head_weight()) if logits is None else logits
 
     def gates(self) -> list[Gate]:
-        """The gate of each layer that routes, in order: blocks first, then prediction modules."""
-        return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
+        """The gate of each layer here that routes, in order: blocks first, then prediction modules."""
+        return [block.mlp.gate for _, block in self.model.blocks() if isinstance(block.mlp, MoE)]

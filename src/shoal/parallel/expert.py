@@ -39,7 +39,7 @@ def spread_experts(model: Transformer, mesh: Mesh) -> Transformer:
         )
     each, place = moe.n_routed_experts // places, mesh.devices.get_local_rank("expert")
     dispatcher = ExpertDispatcher(mesh.devices.get_group("expert"), each)
-    for block in model.model.layers:
+    for _, block in model.model.blocks():
         if isinstance(block.mlp, MoE):
             experts = block.mlp.experts
             for name, p in list(experts.named_parameters()):

@@ -1,8 +1,10 @@
 """The mesh: which process of a run does what, by the degrees of a recipe.
 
-One DeviceMesh of two axes, (data, expert). Every process reads micro-batches of its own, on both axes: the
-expert axis cuts the experts, not the data. What is no expert is sharded over all processes; an expert lives
-on one place of the expert axis and is sharded over the data axis (shard.py, expert.py).
+One DeviceMesh of three axes, (pipeline, data, expert). The pipeline axis cuts the blocks (pipeline.py): its
+places read the same micro-batches. On the two others every process reads micro-batches of its own: the expert
+axis cuts the experts, not the data. What is no expert is sharded over both of them, the replicas of a place
+in the pipeline; an expert lives on one place of the expert axis and is sharded over the data axis (shard.py,
+expert.py).
 
 The law: the degrees are no part of what a run computes. Sums go over all processes, so a step of n processes
 is the step of one, up to rounding. Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK.
@@ -32,8 +34,9 @@ class Mesh:
 
     degrees: ParallelConfig
     device: torch.device  # of this process
-    devices: DeviceMesh  # (data, expert)
+    devices: DeviceMesh  # (pipeline, data, expert)
     whole: DeviceMesh  # all processes on one axis
+    replicas: DeviceMesh  # of those that have the same blocks, on one axis
     aside: dist.ProcessGroup  # all of them on gloo, for a thread beside the steps
 
     @property
@@ -81,9 +84,9 @@ def open_mesh(degrees: ParallelConfig, device: str) -> Iterator[Mesh | None]:
     ranks = started_with(os.environ)
     if ranks != degrees.ranks:
         raise ValueError(
-            f"{ranks} {'process was' if ranks == 1 else 'processes were'} started, but parallel.data "
-            f"{degrees.data} x parallel.expert {degrees.expert} is {degrees.ranks}; start with torchrun "
-            f"--nproc-per-node {degrees.ranks}, or --set parallel.data={max(1, ranks // degrees.expert)}"
+            f"{ranks} {'process was' if ranks == 1 else 'processes were'} started, but parallel."
+            f"{degrees.told} is {degrees.ranks}; start with torchrun --nproc-per-node {degrees.ranks}, or "
+            f"--set parallel.data={max(1, ranks // (degrees.expert * degrees.pipeline))}"
         )
     if ranks == 1:
         yield None
@@ -117,7 +120,9 @@ def leave(code: int) -> NoReturn:
 
 def make_mesh(degrees: ParallelConfig, device: torch.device) -> Mesh:
     """The mesh of a process group that is there."""
-    devices = init_device_mesh(device.type, (degrees.data, degrees.expert), mesh_dim_names=("data", "expert"))
+    shape = (degrees.pipeline, degrees.data, degrees.expert)
+    devices = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "expert"))
     aside = dist.new_group(backend="gloo")
     assert isinstance(aside, dist.ProcessGroup)
-    return Mesh(degrees, device, devices, devices._flatten("whole"), aside)
+    replicas = devices["data", "expert"]._flatten("replicas")
+    return Mesh(degrees, device, devices, devices._flatten("whole"), replicas, aside)

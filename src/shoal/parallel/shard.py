@@ -6,8 +6,9 @@ final norm, and of a prediction module what it uses outside its own forward, sta
 the forward pass to the end of the backward pass.
 
 The law: gradients are sums over processes, as the objective's shares are, never means. Every element of a
-parameter lives on exactly one process, so the global norm is the root of the summed squares. Buffers (the
-routers' correction biases) are whole everywhere, and move alike, by loads that are summed first.
+parameter lives on exactly one process of those that have its layer, so the global norm is the root of the
+summed squares. Buffers (the routers' correction biases) are whole on all of them, and move alike, by loads
+that are summed first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from shoal.model.moe import MoE
-from shoal.model.transformer import PredictionModule, Transformer
+from shoal.model.transformer import Block, PredictionModule, Transformer
 from shoal.parallel.expert import spread_experts
 from shoal.parallel.mesh import Mesh
 
@@ -28,16 +29,18 @@ Rows = tuple[int, int]  # of dimension 0 of a whole tensor: the first that is he
 
 
 def shard(model: Transformer, mesh: Mesh) -> Transformer:
-    """The model, its experts spread over the expert axis and all parameters cut over the mesh."""
+    """The model, its experts spread over the expert axis and all parameters cut over the replicas."""
+    if mesh.replicas.size() == 1:
+        return model
     spread_experts(model, mesh)
-    for block in model.model.layers:
+    for _, block in model.model.blocks():
         # A prediction module joins and norms outside its forward: only what is called whole is cut by itself.
         parts = (block.self_attn, block.mlp) if isinstance(block, PredictionModule) else (block,)
         if isinstance(block.mlp, MoE):
             _cut(block.mlp.experts, mesh.devices["data"])
         for part in parts:
-            _cut(part, mesh.whole)
-    _cut(model, mesh.whole)
+            _cut(part, mesh.replicas)
+    _cut(model, mesh.replicas)
     return model
 
 
@@ -66,14 +69,34 @@ def join(parameter: Tensor, here: Tensor) -> tuple[Tensor, int]:
 
 
 def rows(model: Transformer, mesh: Mesh) -> dict[str, Rows]:
-    """Which rows of each parameter's whole this process keeps, by name."""
+    """Which rows of each parameter's whole this process keeps, by name, and of the buffers of its layers."""
     place = mesh.devices.get_local_rank("expert")
     found: dict[str, Rows] = {}
     for name, p in model.named_parameters():
-        assert isinstance(p, DTensor), f"{name} is not sharded"
-        _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        offset = 0
+        if isinstance(p, DTensor):
+            offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0]
         spread = ".mlp.experts." in name
         before = place * p.shape[0] if spread else 0
         whole = p.shape[0] * mesh.degrees.expert if spread else p.shape[0]
-        found[name] = (before + offset[0], whole)
+        found[name] = (before + offset, whole)
+    if mesh.degrees.pipeline > 1:
+        state = model.state_dict()
+        found |= {name: (0, len(state[name])) for name in state.keys() - found.keys()}
     return found
+
+
+def copies(model: Transformer, mesh: Mesh) -> frozenset[str]:
+    """Those of `rows` that another process has, too, and whose writing and counting is its.
+
+    In a pipeline: buffers but for the first replica's, and an embedding that does not begin the model.
+    """
+    if mesh.degrees.pipeline == 1:
+        return frozenset()
+    parameters = dict(model.named_parameters())
+    found = (
+        set[str]() if mesh.replicas.get_local_rank() == 0 else model.state_dict().keys() - parameters.keys()
+    )
+    if not isinstance(model.model.layers[0], Block):
+        found |= parameters.keys() & {"model.embed_tokens.weight"}
+    return frozenset(found)

@@ -23,6 +23,8 @@ MAY_CHANGE = {
     "train.recompute",
     "parallel.data",
     "parallel.expert",
+    "parallel.pipeline",
+    "parallel.schedule",
 }
 
 

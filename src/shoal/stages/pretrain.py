@@ -160,11 +160,20 @@ def _run(
 
 def _spread(model: Transformer, mesh: Mesh) -> Team:
     """Cut the model over the mesh, in place."""
-    from shoal.parallel.shard import join, local, rows, shard
+    from shoal.parallel.pipeline import Pipeline, keep_stages
+    from shoal.parallel.shard import copies, join, local, rows, shard
 
-    shard(model, mesh)
-    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh))
-    return Team(mesh.reduce, local, peers, replace(peers, gather=mesh.gather_aside), join)
+    shard(keep_stages(model, mesh), mesh)
+    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh), copies(model, mesh))
+    return Team(
+        mesh.reduce,
+        local,
+        peers,
+        replace(peers, gather=mesh.gather_aside),
+        join,
+        reading=(mesh.replicas.get_local_rank(), mesh.degrees.readers),
+        stages=Pipeline(model, mesh) if mesh.degrees.pipeline > 1 else None,
+    )
 
 
 def open_corpus(folder: Path, config: RunConfig) -> Corpus:

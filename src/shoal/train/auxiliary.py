@@ -53,13 +53,19 @@ class Auxiliary:
             )
         return Auxiliary(weights, devices, min(limit, moe.num_experts_per_tok))
 
-    def __call__(self, routing: Sequence[Routing], cu_seqlens_S1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is differentiated, and each loss before its weight as a mean over layers: sums over tokens."""
-        total, terms = routing[0].scores_TE.new_zeros(()), {}
+    def __call__(
+        self, routing: Sequence[Routing], cu_seqlens_S1: Tensor, layers: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is differentiated, and each loss before its weight as a mean over `layers`: sums over tokens.
+
+        Of some of the layers, their share of both.
+        """
+        total, terms = torch.zeros((), device=cu_seqlens_S1.device), {}
         for name, weight in self.weights.items():
-            value = torch.stack([self._of(name, layer, cu_seqlens_S1) for layer in routing]).sum()
+            values = [self._of(name, layer, cu_seqlens_S1) for layer in routing]
+            value = torch.stack(values).sum() if values else torch.zeros_like(total)
             total = total + weight * value
-            terms["balance" if name == "sequence" else name] = value.detach() / len(routing)
+            terms["balance" if name == "sequence" else name] = value.detach() / layers
         return total, terms
 
     def _of(self, name: str, routing: Routing, cu_seqlens_S1: Tensor) -> Tensor:

@@ -20,26 +20,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shoal.config.model import MoEConfig
 from shoal.config.run import BalanceConfig
-from shoal.model.moe import Gate
+from shoal.model.moe import Gate, MoE
 from shoal.model.transformer import Transformer
 from shoal.train.auxiliary import count_assignments
 from shoal.train.objective import Reduce, alone
 
 
 class Balancer:
-    """Counts the experts' loads of a step and, when it is over, moves the biases of a model."""
+    """Counts the experts' loads of a step and, when it is over, moves the biases of a model.
+
+    Loads are of all layers of the model, and biases move where their gates are: a process may have some.
+    """
 
     def __init__(self, model: Transformer, settings: BalanceConfig) -> None:
         self.settings = settings
-        self.gates = model.gates()
-        experts = model.config.moe.n_routed_experts if model.config.moe else 0
-        device = self.gates[0].weight.device if self.gates else None
-        self.load_LE = torch.zeros(len(self.gates), experts, dtype=torch.int64, device=device)
-        self.needs: list[list[Tensor]] = [[] for _ in self.gates]  # c - s of each micro-batch, (T, E)
+        self.moe = model.config.moe
+        places = {layer: place for place, layer in enumerate(model.config.routed_layers)}
+        self.gates = {
+            places[n]: block.mlp.gate for n, block in model.model.blocks() if isinstance(block.mlp, MoE)
+        }
+        experts = self.moe.n_routed_experts if self.moe else 0
+        device = next(model.parameters()).device
+        self.load_LE = torch.zeros(len(places), experts, dtype=torch.int64, device=device)
+        self.needs: list[list[Tensor]] = [[] for _ in places]  # c - s of each micro-batch, (T, E)
 
-    def count(self, experts: Sequence[Tensor], scores: Sequence[Tensor] = ()) -> None:
-        """Add a micro-batch's choices, (T, K) a layer, and for `quantile` its scores, (T, E).
+    def count(self, experts: Sequence[Tensor], scores: Sequence[Tensor] = (), before: int = 0) -> None:
+        """Add a micro-batch's choices, (T, K) a layer, and for `quantile` its scores, (T, E); of the layers
+        that route from number `before` on.
 
         Prediction modules that did not run have none.
         """
@@ -48,41 +57,50 @@ class Balancer:
         experts_LTK = torch.stack(tuple(experts))
         L, T, K = experts_LTK.shape
         layer = torch.arange(L, device=experts_LTK.device).repeat_interleave(T, output_size=L * T)
-        self.load_LE[:L] += count_assignments(experts_LTK.view(L * T, K), self.load_LE.shape[1], layer, L)
+        counted_LE = count_assignments(experts_LTK.view(L * T, K), self.load_LE.shape[1], layer, L)
+        self.load_LE[before : before + L] += counted_LE
         if self.settings.bias_rule == "quantile":
             if len(scores) != L:
                 raise ValueError(
                     "balance.bias_rule is 'quantile', but the objective gives no scores; use 'sign' with it"
                 )
-            for gate, needs, scores_TE in zip(self.gates, self.needs, scores, strict=False):
-                if gate.e_score_correction_bias is not None:
-                    best = (scores_TE + gate.e_score_correction_bias).topk(K + 1, dim=-1).values
-                    needs.append(best[:, -1:] - scores_TE)
+            for place, scores_TE in enumerate(scores, before):
+                bias_E = self.gates[place].e_score_correction_bias
+                if bias_E is not None:
+                    best = (scores_TE + bias_E).topk(K + 1, dim=-1).values
+                    self.needs[place].append(best[:, -1:] - scores_TE)
 
     @torch.no_grad()
     def update(self, reduce: Reduce = alone, *, moving: bool = True) -> Tensor:
         """End the step: move the biases, where they are `moving`; the loads of all processes, (L, E)."""
         load_LE = reduce(self.load_LE)
         self.load_LE = torch.zeros_like(load_LE)
-        needs, self.needs = self.needs, [[] for _ in self.gates]
-        if moving:
-            # Below or above the mean, asked in integers: E * load against the sum has no rounding.
-            below_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[1] * load_LE)
-            move_LE = self.settings.bias_update_speed * below_LE.float()
-            for gate, move_E, need in zip(self.gates, move_LE, needs, strict=True):
-                if gate.e_score_correction_bias is None:
-                    continue
-                if self.settings.bias_rule == "sign":
-                    gate.e_score_correction_bias.add_(move_E)
-                elif need:
-                    gate.e_score_correction_bias.copy_(self._solve(gate, torch.cat(need), reduce))
+        needs, self.needs = self.needs, [[] for _ in self.needs]
+        if moving and self.moe is not None and self.moe.has_correction_bias:
+            if self.settings.bias_rule == "sign":
+                # Below or above the mean, asked in integers: E * load against the sum has no rounding.
+                below_LE = torch.sign(load_LE.sum(-1, keepdim=True) - load_LE.shape[1] * load_LE)
+                for place, gate in self.gates.items():
+                    self._bias(gate).add_(self.settings.bias_update_speed * below_LE[place].float())
+            else:
+                # Asked together: whoever has no gate of a layer has no token of it, and counts none.
+                for place in load_LE.sum(-1).nonzero().flatten().tolist():
+                    here = [load_LE.new_empty(0, load_LE.shape[1], dtype=torch.float32), *needs[place]]
+                    bias_E = self._solve(self.moe, torch.cat(here), reduce)
+                    if place in self.gates:
+                        self._bias(self.gates[place]).copy_(bias_E)
         return load_LE
 
     @staticmethod
-    def _solve(gate: Gate, need_TE: Tensor, reduce: Reduce) -> Tensor:
+    def _bias(gate: Gate) -> Tensor:
+        assert gate.e_score_correction_bias is not None, "a gate has the bias of its config"
+        return gate.e_score_correction_bias
+
+    @staticmethod
+    def _solve(moe: MoEConfig, need_TE: Tensor, reduce: Reduce) -> Tensor:
         """The bias that gives each expert K/E of the step's tokens, those of all processes."""
         T, E = int(reduce(torch.tensor(len(need_TE), device=need_TE.device))), need_TE.shape[1]
-        share = T * gate.moe.num_experts_per_tok // E
+        share = T * moe.num_experts_per_tok // E
         # Between the last token that is to choose the expert and the first that is not.
         places = [min(max(n, 1), T) for n in (share, share + 1)]
         bias_E = kth_smallest(need_TE, places, reduce).mean(0)

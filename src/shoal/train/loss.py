@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.model.transformer import Transformer
+from shoal.config.model import ModelConfig
+from shoal.model.transformer import Output, Transformer
 from shoal.ops import api as ops
 from shoal.train.auxiliary import Auxiliary
 from shoal.train.objective import Share, Step
@@ -59,12 +60,18 @@ class NextToken:
         return torch.stack(counted).view(-1, self.modules + 2).sum(0)
 
     def compute(self, model: Transformer, batch: Batch, step: Step) -> Share:
+        return self.judge(model, model(batch), batch, step)
+
+    def judge(self, model: Transformer, out: Output, batch: Batch, step: Step) -> Share:
+        """Of a part of the model: its layers' balance and, of the last, the rest; 0 for what is not its."""
         tokens, targets, *ahead_targets = step.counts.clamp(min=1).unbind()
-        out, head_VD = model(batch), model.head_weight()
-        routing = list(out.routing)
-        total = main = cross_entropy(out.hidden_TD, head_VD, batch) / targets
-        terms = {"loss": main.detach()}
-        if self.modules:
+        routing, ends, before = list(out.routing), out.ends, out.before
+        total = torch.zeros((), device=out.hidden_TD.device)
+        terms = {"loss": total, "mtp": total} if self.modules else {"loss": total}
+        if ends:
+            head_VD = model.head_weight()
+            total = main = cross_entropy(out.hidden_TD, head_VD, batch) / targets
+            terms["loss"] = main.detach()
             mtp, ahead = main.new_zeros(()), batch
             for depth, count in enumerate(ahead_targets):
                 assert ahead.targets_T is not None
@@ -72,15 +79,21 @@ class NextToken:
                 routing += out.routing
                 ahead = look_ahead(ahead)
                 mtp = mtp + cross_entropy(out.hidden_TD, head_VD, ahead) / count
-            mtp = mtp / self.modules
-            total = total + self.mtp_weight * mtp
-            terms["mtp"] = mtp.detach()
-        if self.auxiliary.weights and routing:
-            balance, told = self.auxiliary(routing, batch.cu_seqlens_S1)
+            if self.modules:
+                mtp = mtp / self.modules
+                total = total + self.mtp_weight * mtp
+                terms["mtp"] = mtp.detach()
+        layers = self._layers(model.config)
+        if self.auxiliary.weights and layers:
+            balance, told = self.auxiliary(routing, batch.cu_seqlens_S1, layers)
             total = total + balance / tokens
             terms |= {name: value / tokens for name, value in told.items()}
         experts, scores = ([getattr(r, name) for r in routing] for name in ("experts_TK", "scores_TE"))
-        return Share(total, terms, tuple(experts), tuple(score.detach() for score in scores))
+        return Share(total, terms, tuple(experts), tuple(score.detach() for score in scores), before)
+
+    def _layers(self, config: ModelConfig) -> int:
+        """Those that route and learn, over which terms are means."""
+        return sum(layer < config.num_hidden_layers + self.modules for layer in config.routed_layers)
 
 
 def look_ahead(batch: Batch) -> Batch:

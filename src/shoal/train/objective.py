@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.model.transformer import Transformer
+from shoal.model.transformer import Output, Transformer
 
 Reduce = Callable[[Tensor], Tensor]  # a sum over the processes of a run
 
@@ -48,6 +48,7 @@ class Share:
     # The routing record of the micro-batch, a tensor for each layer that routed, prediction modules last.
     experts: tuple[Tensor, ...] = ()  # (T, K): loads to balance and to show
     scores: tuple[Tensor, ...] = ()  # (T, E): what quantile balancing solves its biases from
+    before: int = 0  # layers that route before the first of these, where a part of the model ran
 
 
 class Objective(Protocol):
@@ -56,3 +57,12 @@ class Objective(Protocol):
         ...
 
     def compute(self, model: Transformer, batch: Batch, step: Step) -> Share: ...
+
+
+@runtime_checkable
+class StagedObjective(Objective, Protocol):
+    """One that can judge a model part by part, as processes that each have some of its layers must."""
+
+    def judge(self, model: Transformer, out: Output, batch: Batch, step: Step) -> Share:
+        """The share of the part that gave `out`. Its terms have the same names as those of all others."""
+        ...

@@ -92,14 +92,14 @@ class Optimizer:
 
     # After backward
 
-    def gradients(self) -> list[Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """Of what learns, to be measured and clipped in place. Rows that do not learn are zeroed."""
         for slot in self.slots.values():
             if slot.rows is not None and (grad := slot.source.grad) is not None:
                 kept = grad.index_select(0, slot.rows)
                 grad.zero_().index_copy_(0, slot.rows, kept)
-        slots = self.slots.values()
-        return [slot.local(slot.source.grad) for slot in slots if slot.source.grad is not None]
+        grads = ((name, slot, slot.source.grad) for name, slot in self.slots.items())
+        return {name: slot.local(grad) for name, slot, grad in grads if grad is not None}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

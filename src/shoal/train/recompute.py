@@ -40,8 +40,7 @@ def recompute(model: Transformer, mode: Recompute, generators: Sequence[torch.Ge
             f"would weigh more than the first one did; set train.recompute or the capacity to none"
         )
     if mode != "none":
-        for block in model.model.layers:
-            assert isinstance(block, Block)
+        for _, block in model.model.blocks():
             block.call = Remaking(mode, generators)
     return model
 

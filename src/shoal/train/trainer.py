@@ -32,7 +32,7 @@ from shoal.batch import Batch
 from shoal.checkpoint import native
 from shoal.config.cost import flops_per_token, peak_flops
 from shoal.config.run import TrainConfig
-from shoal.model.transformer import Transformer
+from shoal.model.transformer import Output, Transformer
 from shoal.train import loss
 from shoal.train.auxiliary import Auxiliary
 from shoal.train.balance import Balancer, max_violation
@@ -46,7 +46,7 @@ from shoal.train.metrics import (
     bits_per_byte,
     to_line,
 )
-from shoal.train.objective import Objective, Step
+from shoal.train.objective import Objective, Share, StagedObjective, Step
 from shoal.train.optim import Optimizer, Trainable, learning_rate
 from shoal.train.saving import Saver
 from shoal.train.team import ALONE, Team
@@ -102,13 +102,18 @@ class Trainer:
         self.evaluation = {"": evaluation} if isinstance(evaluation, Evaluation) else evaluation or {}
         self.recipe = recipe  # JSON that checkpoints carry, for people
         self.observe = observe
-        self.device = model.head_weight().device
+        self.device = next(model.parameters()).device
         self.objective = objective or loss.NextToken(
             model.config.num_nextn_predict_layers,
             mtp_weight=settings.mtp_loss_weight,
             auxiliary=Auxiliary.of(settings.balance, model.config.moe),
         )
         self.team = team
+        if team.stages is not None and not isinstance(self.objective, StagedObjective):
+            raise ValueError(
+                f"the objective {type(self.objective).__name__} needs a model whose layers are all in one "
+                f"process; set parallel.pipeline to 1"
+            )
         self.optimizer = Optimizer(model, settings.optim, trainable, team.local, team.join)
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.optimizer.parameters)
@@ -227,7 +232,7 @@ class Trainer:
         flops = sum(self._flops(batch) for batch in batches)
         if self.team.ranks > 1:
             told = torch.tensor([tokens, flops], dtype=torch.float64, device=self.device)
-            tokens, flops = self.team.reduce(told).tolist()
+            tokens, flops = self.team.tally(told).tolist()
             tokens = round(tokens)
         self.step, self.tokens, self.saved = self.step + 1, self.tokens + tokens, None
         violation = tuple(max_violation(load_LE).tolist())
@@ -253,13 +258,13 @@ class Trainer:
         terms = self._accumulate(batches)
         grads = self.optimizer.gradients()
         # The one wait for the device: what is not finite goes no further.
-        told, grad_norm = self._tell(terms, self.team.norm(torch.nn.utils.get_total_norm(grads)))
+        told, grad_norm = self._tell(terms, self.team.norm(grads))
         self._refuse_nonfinite(told, grad_norm)
         if self._is_spike(told["loss"]):
             self.optimizer.zero_grad()
             return told, grad_norm
         if grad_norm > self.settings.optim.clip:
-            torch._foreach_mul_(grads, self.settings.optim.clip / grad_norm)
+            torch._foreach_mul_(list(grads.values()), self.settings.optim.clip / grad_norm)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
         return told, grad_norm
@@ -288,21 +293,34 @@ class Trainer:
 
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation + self.passed_over
-        mine = range(first, first + self.settings.accumulation)[self.team.rank :: self.team.ranks]
+        place, places = self.team.place
+        mine = range(first, first + self.settings.accumulation)[place::places]
         return [self.batches(index).to(self.device) for index in mine]
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Add up the gradients of the step's micro-batches, and the objective's terms."""
-        step = Step(self.step, self.settings.steps, self.team.reduce(self.objective.count(batches)))
+        step = Step(self.step, self.settings.steps, self.team.tally(self.objective.count(batches)))
         shares: list[Mapping[str, Tensor]] = []
-        for batch in batches:
-            share = self.objective.compute(self.model, batch, step)
-            # Inside backward there is no later moment to ask; it costs a wait for the device.
-            inside = self.settings.optim.in_backward and self.guard.deviations
-            if not inside or not self._is_spike(self.team.reduce(share.terms["loss"].clone()).item()):
-                share.total.backward()
-            self.balancer.count(share.experts, share.scores)
+
+        def take(share: Share) -> Tensor:
+            self.balancer.count(share.experts, share.scores, share.before)
             shares.append(share.terms)
+            return share.total
+
+        def judge(out: Output, batch: Batch) -> Tensor:
+            assert isinstance(self.objective, StagedObjective)
+            return take(self.objective.judge(self.model, out, batch, step))
+
+        if self.team.stages is not None:
+            self.team.stages.train(batches, judge)
+        else:
+            for batch in batches:
+                share = self.objective.compute(self.model, batch, step)
+                # Inside backward there is no later moment to ask; it costs a wait for the device.
+                inside = self.settings.optim.in_backward and self.guard.deviations
+                if not inside or not self._is_spike(self.team.reduce(share.terms["loss"].clone()).item()):
+                    share.total.backward()
+                take(share)
         if "loss" not in shares[0]:
             raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")
         return {
@@ -386,11 +404,11 @@ class Trainer:
         for batch, counts in self.team.share(evaluation.batches()):
             batch = batch.to(self.device)
             assert batch.weights_T is not None
-            hidden_TD = self.model(batch).hidden_TD
-            # Detached: the op makes the gradient of a weight that wants one as it goes.
-            head_VD = self.model.head_weight().detach()
-            if counts:
-                nats += loss.cross_entropy(hidden_TD, head_VD, batch).item()
+            out = self.model(batch) if self.team.stages is None else self.team.stages.forward(batch)
+            if counts and out is not None:
+                # Detached: the op makes the gradient of a weight that wants one as it goes.
+                head_VD = self.model.head_weight().detach()
+                nats += loss.cross_entropy(out.hidden_TD, head_VD, batch).item()
                 count += int(batch.weights_T.count_nonzero())
         if self.team.ranks > 1:
             told = torch.tensor([nats, count], dtype=torch.float64, device=self.device)
