@@ -1,16 +1,20 @@
 """Reference of what a token leaves in the paged cache when it is made: rotate, normalise, write.
 
-The plain ops, one after the other; their cast points are these ops'. Nothing here has a gradient: a cache is
-for serving.
+The plain ops, one after the other; their cast points are these ops'. Which ops is told: `invariant` hands in
+those whose sums do not depend on the batch. Nothing here has a gradient: a cache is for serving.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from shoal.ops.reference.attention import write_cache
 from shoal.ops.reference.layers import rms_norm, rope
+
+Op = Callable[..., Tensor]
 
 
 @torch.no_grad()
@@ -24,14 +28,17 @@ def write_latent_cache(
     pages: Tensor,
     slots_T: Tensor,
     interleaved: bool,
+    *,
+    norm: Op = rms_norm,
+    turn: Op = rope,
 ) -> tuple[Tensor, Tensor]:
     latent_TC, key_TR = kv_TL.split((weight_C.shape[0], q_THR.shape[2]), dim=-1)
     # 1. One rotation for the heads' queries and the key they share.
-    rope_TXR = rope(torch.cat((q_THR, key_TR.unsqueeze(1)), dim=1), cos_TR2, sin_TR2, interleaved)
+    rope_TXR = turn(torch.cat((q_THR, key_TR.unsqueeze(1)), dim=1), cos_TR2, sin_TR2, interleaved)
     turned_THR, key_T1R = rope_TXR.split((q_THR.shape[1], 1), dim=1)
     q_THR.copy_(turned_THR)
     # 2. The row of the cache.
-    rows_TL = torch.cat((rms_norm(latent_TC, weight_C, eps), key_T1R.squeeze(1)), dim=-1)
+    rows_TL = torch.cat((norm(latent_TC, weight_C, eps), key_T1R.squeeze(1)), dim=-1)
     write_cache(pages, slots_T, rows_TL)
     return q_THR, rows_TL
 
@@ -46,9 +53,11 @@ def write_kv_cache(
     pages: Tensor,
     slots_T: Tensor,
     interleaved: bool,
+    *,
+    turn: Op = rope,
 ) -> tuple[Tensor, Tensor]:
-    q_THQ = rope(q_THQ, cos_TR2, sin_TR2, interleaved)
-    k_TGQ = rope(k_TGQ, cos_TR2, sin_TR2, interleaved)
+    q_THQ = turn(q_THQ, cos_TR2, sin_TR2, interleaved)
+    k_TGQ = turn(k_TGQ, cos_TR2, sin_TR2, interleaved)
     write_cache(pages, slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
     return q_THQ, k_TGQ
 
@@ -65,22 +74,23 @@ def latent_queries(
     pages: Tensor,
     slots_T: Tensor,
     interleaved: bool,
+    *,
+    write: Callable[..., tuple[Tensor, Tensor]] = write_latent_cache,
+    multiply: Op = torch.bmm,
 ) -> Tensor:
     rotated = kv_TL.shape[1] - norm_C.shape[0]
     q_THN, q_THR = q_THQ.split((q_THQ.shape[2] - rotated, rotated), dim=-1)
     # 1. Rotate, and keep the row.
-    q_THR, _ = write_latent_cache(
-        q_THR.clone(), kv_TL, norm_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
-    )
+    q_THR, _ = write(q_THR.clone(), kv_TL, norm_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved)
     # 2. W_UK of each head.
     w_HNC = kv_b.unflatten(0, (q_THQ.shape[1], -1))[:, : q_THN.shape[2]]
-    q_THC = torch.bmm(q_THN.transpose(0, 1), w_HNC).transpose(0, 1)
+    q_THC = multiply(q_THN.transpose(0, 1), w_HNC).transpose(0, 1)
     return torch.cat((q_THC, q_THR), dim=-1)
 
 
-def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int) -> Tensor:
+def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int, *, multiply: Op = torch.bmm) -> Tensor:
     w_HVC = kv_b.unflatten(0, (o_THC.shape[1], -1))[:, -value_dim:]
-    return torch.bmm(o_THC.transpose(0, 1), w_HVC.transpose(1, 2)).transpose(0, 1)
+    return multiply(o_THC.transpose(0, 1), w_HVC.transpose(1, 2)).transpose(0, 1)
 
 
 def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ Shape letters as in api.py; L width of a cached row, m rows of a block of querie
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoal.ops.invariance import with_gradient_of
-from shoal.ops.reference import attention, experts, layers, loss, routing, sampling
+from shoal.ops.reference import attention, cache, experts, layers, loss, routing, sampling
 from shoal.ops.reference.fixed import add_up, exp, logsumexp, product, sigmoid, softmax
 
 SPAN = 64  # positions
@@ -165,69 +166,16 @@ def mixture(
 # Over the cache: no gradient, as the contracts say.
 
 
-@torch.no_grad()
-def write_latent_cache(
-    q_THR: Tensor,
-    kv_TL: Tensor,
-    weight_C: Tensor,
-    eps: float,
-    cos_TR2: Tensor,
-    sin_TR2: Tensor,
-    pages: Tensor,
-    slots_T: Tensor,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    latent_TC, key_TR = kv_TL.split((weight_C.shape[0], q_THR.shape[2]), dim=-1)
-    key_T1R = rope(key_TR.unsqueeze(1), cos_TR2, sin_TR2, interleaved)
-    q_THR.copy_(rope(q_THR, cos_TR2, sin_TR2, interleaved))
-    rows_TL = torch.cat((rms_norm(latent_TC, weight_C, eps), key_T1R.squeeze(1)), dim=-1)
-    attention.write_cache(pages, slots_T, rows_TL)
-    return q_THR, rows_TL
+write_latent_cache = partial(cache.write_latent_cache, norm=rms_norm, turn=rope)
+write_kv_cache = partial(cache.write_kv_cache, turn=rope)
 
 
-@torch.no_grad()
-def write_kv_cache(
-    q_THQ: Tensor,
-    k_TGQ: Tensor,
-    v_TGQ: Tensor,
-    cos_TR2: Tensor,
-    sin_TR2: Tensor,
-    pages: Tensor,
-    slots_T: Tensor,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    q_THQ, k_TGQ = (rope(x, cos_TR2, sin_TR2, interleaved) for x in (q_THQ, k_TGQ))
-    attention.write_cache(pages, slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
-    return q_THQ, k_TGQ
+def _by_head(x_HTK: Tensor, w_HKN: Tensor) -> Tensor:
+    return torch.stack([product(x_TK, w_KN.t()) for x_TK, w_KN in zip(x_HTK, w_HKN, strict=True)])
 
 
-@torch.no_grad()
-def latent_queries(
-    q_THQ: Tensor,
-    kv_TL: Tensor,
-    norm_C: Tensor,
-    eps: float,
-    cos_TR2: Tensor,
-    sin_TR2: Tensor,
-    kv_b: Tensor,
-    pages: Tensor,
-    slots_T: Tensor,
-    interleaved: bool,
-) -> Tensor:
-    rotated = kv_TL.shape[1] - norm_C.shape[0]
-    q_THN, q_THR = q_THQ.split((q_THQ.shape[2] - rotated, rotated), dim=-1)
-    q_THR, _ = write_latent_cache(
-        q_THR.clone(), kv_TL, norm_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
-    )
-    w_HNC = kv_b.unflatten(0, (q_THQ.shape[1], -1))[:, : q_THN.shape[2]]
-    q_HTC = [product(q_TN, w_NC.t()) for q_TN, w_NC in zip(q_THN.unbind(1), w_HNC, strict=True)]
-    return torch.cat((torch.stack(q_HTC, 1), q_THR), dim=-1)
-
-
-@torch.no_grad()
-def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int) -> Tensor:
-    w_HVC = kv_b.unflatten(0, (o_THC.shape[1], -1))[:, -value_dim:]
-    return torch.stack([product(o_TC, w) for o_TC, w in zip(o_THC.unbind(1), w_HVC, strict=True)], 1)
+latent_queries = partial(cache.latent_queries, write=write_latent_cache, multiply=_by_head)
+latent_values = torch.no_grad()(partial(cache.latent_values, multiply=_by_head))
 
 
 @torch.no_grad()
