@@ -7,7 +7,8 @@ SHOAL_OPS does so for a whole process. Only this file names `ops.reference`, `op
 
 Batch-invariant mode (`batch_invariant`, or SHOAL_BATCH_INVARIANT=1) asks of every op that a row's result
 be the same, bit for bit, whatever else is in the batch. Most kernels are so by nature; one that is not says
-how it would be; those of few rows on a CPU are not, and stand back for the references' invariant forms.
+how it would be; those of few rows on a CPU are not, and stand back for the references' invariant forms. On a
+GPU the references have no such form: what a kernel refuses is then refused.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def kernels() -> dict[str, Kernel]:
         "linears": Kernel(
             linears.linears,
             linears.linears_refusal,
-            partial(linears.linears, invariant=True),
+            linears.fixed_linears,
             linears.choose,
         ),
         "rope": Kernel(rotary.rope, rotary.rope_refusal),
@@ -191,12 +192,12 @@ def kernels() -> dict[str, Kernel]:
             cache_attention.latent_attention_refusal,
             partial(cache_attention.latent_attention, invariant=True),
         ),
-        "route": Kernel(routing.route, routing.route_refusal),
-        "gate": Kernel(routing.gate, routing.gate_refusal),
+        "route": Kernel(routing.route, routing.route_refusal, partial(routing.route, invariant=True)),
+        "gate": Kernel(routing.gate, routing.gate_refusal, partial(routing.gate, invariant=True)),
         "limit_capacity": Kernel(routing.limit_capacity, lambda *_: None),
         "adamw": Kernel(adamw.adamw, adamw.adamw_refusal),
         "grouped_mlp": Kernel(experts.grouped_mlp, experts.grouped_mlp_refusal),
-        "mixture": Kernel(experts.mixture, experts.mixture_refusal, partial(experts.mixture, invariant=True)),
+        "mixture": Kernel(experts.mixture, experts.mixture_refusal, experts.fixed_mixture),
         "write_cache": Kernel(cached.write_cache, cached.write_cache_refusal),
         "write_latent_cache": Kernel(cached.write_latent_cache, cached.write_latent_cache_refusal),
         "write_kv_cache": Kernel(cached.write_kv_cache, cached.write_kv_cache_refusal),
@@ -238,8 +239,10 @@ def kernels() -> dict[str, Kernel]:
             chosen.paged_select_blocks_refusal,
             partial(chosen.paged_select_blocks, invariant=True),
         ),
-        "linear_cross_entropy": Kernel(loss.linear_cross_entropy, loss.linear_cross_entropy_refusal),
-        "sample": Kernel(sampling.sample, sampling.sample_refusal),
+        "linear_cross_entropy": Kernel(
+            loss.linear_cross_entropy, loss.linear_cross_entropy_refusal, loss.fixed_linear_cross_entropy
+        ),
+        "sample": Kernel(sampling.sample, sampling.sample_refusal, sampling.fixed_sample),
         "penalise": Kernel(sampling.penalise, sampling.penalise_refusal),
         "record": Kernel(records.record, records.record_refusal),
         "quantise_rows": Kernel(quantise.quantise_rows, quantise.quantise_refusal),
@@ -292,6 +295,10 @@ def call(op: str, x: Tensor, *arguments: Any) -> Any:
             return run(x, *arguments)
         if side == "triton":
             raise ValueError(f"{op}: {reason}; use the side auto or reference")
+        if is_batch_invariant() and op in INVARIANT:
+            raise ValueError(
+                f"{op}: {reason}, and batch-invariant mode has no other form on a GPU; leave the mode off"
+            )
     if x.is_cpu and is_batch_invariant() and op in INVARIANT:
         return INVARIANT[op](x, *arguments)
     return REFERENCE[op](x, *arguments)
@@ -352,7 +359,8 @@ def explain(op: str, x: Tensor, *arguments: Any) -> str:
             name, why = kernel.choose(x, *arguments, invariant=fixed)
             return f"{op}: triton/{name} ({why})"
         return f"{op}: triton" + (", in batch-invariant form" if fixed else "")
-    return f"{op}: {'refused' if side == 'triton' else 'reference'}, since {reason}"
+    refused = side == "triton" or (is_batch_invariant() and op in INVARIANT)
+    return f"{op}: {'refused' if refused else 'reference'}, since {reason}"
 
 
 def expert_tuning() -> ModuleType:

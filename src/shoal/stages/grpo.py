@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.checkpoint import hf
-from shoal.config.model import MLAConfig
+from shoal.config.model import GQAConfig, NSAConfig
 from shoal.config.run import to_table
 from shoal.config.tune import GRPOConfig
 from shoal.data.atomic import write_atomically
@@ -77,10 +77,15 @@ def run(
     tokenizer = Tokenizer.load(config.model)
     model = load_model(config.model, config.dtype, device)
     invariant = config.rollout.batch_invariant
-    if invariant and isinstance(model.config.attention, MLAConfig) and model.config.attention.indexer:
+    attention = model.config.attention
+    if (
+        invariant
+        and not isinstance(attention, GQAConfig)
+        and (isinstance(attention, NSAConfig) or attention.indexer)
+    ):
         raise ValueError(
-            f"rollout.batch_invariant is true, but sparse attention ({config.model} has an indexer) has no "
-            f"batch-invariant form; leave it out, or take a model without an indexer"
+            f"rollout.batch_invariant is true, but sparse attention (that of {config.model}) has no "
+            f"batch-invariant form; leave it out, or take a model without it"
         )
     known = [*config.weights(), *([] if config.preference is None else [PREFERENCE])]
     questions = read_questions(config.problems, tokenizer, known)

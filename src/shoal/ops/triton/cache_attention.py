@@ -144,8 +144,9 @@ def _attend(
         num_stages=plan.stages,
         **shared,
     )
-    few = T * H <= 256
-    heads = math.gcd(rep, 1 if few else 4 if T * H <= 1024 else 16)
+    # How many parts are added at a time, hence the order of their sum, follows from these two.
+    few = T * H <= 256 and not invariant
+    heads = math.gcd(rep, 1 if few else 4 if T * H <= 1024 and not invariant else 16)
     width = min(column, 64 if few else 128)
     merge_kernel[(T * H // heads, column // width)](
         contexts_S,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from shoal.ops.invariance import with_gradient_of
 from shoal.ops.triton.expert_plan import (
     MAX_SCAN,
     Plan,
@@ -496,6 +497,20 @@ def mixture(
     if serves and plan is not None:
         return _forward(*inputs, plan, save=False, dense_STD=dense_TD.unsqueeze(0))[0]
     return grouped_mlp(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, plan=plan) + dense_TD
+
+
+def fixed_mixture(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *matrices: Tensor, plan: Plan | None = None
+) -> Tensor:
+    """The same in batch-invariant form, with the gradient of the plain one."""
+
+    def plain(x_TD: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
+        return mixture(x_TD, experts_TK, weights_TK, *matrices, plan=plan)
+
+    def fixed(x_TD: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
+        return mixture(x_TD, experts_TK, weights_TK, *matrices, invariant=True, plan=plan)
+
+    return with_gradient_of(plain, fixed, x_TD, weights_TK, *matrices)
 
 
 def _rides(plan: Plan, tokens: int, inner: int, shared: Shared) -> bool:

@@ -15,6 +15,9 @@ the float32 product.
 Backward: a float32 gradient is three bfloat16 numbers, high, middle and low, and the products with the narrow
 operands are one cuBLAS product each of three times the depth, or height: as exact as float32, at the tensor
 cores' rate.
+
+Float32 tokens have a product as it is, whose sums depend on how many rows there are: in batch-invariant mode,
+and only there, they are taken too, by `linears`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.ops.invariance import is_batch_invariant
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.linears import fixed_linears
 
 DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 128
@@ -230,7 +235,7 @@ class _GateLogits(torch.autograd.Function):
 
 def gate_logits_refusal(x_TD: Tensor, weight_ED: Tensor) -> str | None:
     """Why the kernel does not take this call; None if it does."""
-    if x_TD.dtype not in DTYPES:
+    if x_TD.dtype not in DTYPES and not (x_TD.dtype == torch.float32 and is_batch_invariant()):
         return (
             f"x is {x_TD.dtype}; the kernel takes bfloat16 and float16, and float32 is one product as it is"
         )
@@ -243,6 +248,8 @@ def gate_logits_refusal(x_TD: Tensor, weight_ED: Tensor) -> str | None:
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """The logits, as `ops.api.gate_logits` says."""
+    if x_TD.dtype == torch.float32:
+        return fixed_linears(x_TD, (weight_ED,), (None,))[0]
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad):
         return _GateLogits.apply(x_TD, weight_ED)
     return _logits(x_TD, weight_ED)

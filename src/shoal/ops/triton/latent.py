@@ -9,7 +9,8 @@ W_UK (N, C) and W_UV (V, C) of a head are rows of `kv_b`, read as they lie. Layo
 program makes BC of the C elements for one head and BT tokens, in one product over N; behind them come those
 that turn queries and write the cache, as in `cache`. All write where the next op reads: no slice, transpose
 or concatenation is launched. Of the second a program makes BV of the V elements of one head. Bound: at
-decoding sizes the launch, then the bytes of `kv_b`. In batch-invariant mode BT is 16 whatever T.
+decoding sizes the launch, then the bytes of `kv_b`. In batch-invariant mode BT is 16, and BV 32
+at most, whatever T.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int, *, invariant: boo
     if not T:
         return out_THV
     pdl, bt = programmatic(o_THC.device), tokens_of_program(T, invariant)
-    fewest = 16 if T <= 64 else 32 if T <= 128 else 64
+    fewest = 32 if invariant else 16 if T <= 64 else 32 if T <= 128 else 64
     bv = min(max(16, triton.next_power_of_2(V)), fewest if H <= 32 else 64)
     bk = max(16, min(128 if o_THC.element_size() == 2 else 64, triton.next_power_of_2(C)))
     _values_kernel[(H * triton.cdiv(V, bv), triton.cdiv(T, bt))](

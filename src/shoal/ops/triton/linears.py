@@ -10,7 +10,8 @@ columns make one for each multiprocessor. The rows are the narrow side, padded t
 Bound: bytes of the weights; on an H200 (2026-11-24) 3072 and 576 columns of 2048 take 5.8 us at 1 and 8 rows
 and 7.5 at 64, of which the bytes are 3.3; cuBLAS takes 12.4. Sums run over D in one order, in steps of BK, so
 a row's result depends on how many rows there are by the instruction alone (16, 32 or 64 rows high);
-batch-invariant mode takes 16 always. Many rows are cuBLAS's.
+batch-invariant mode takes 16 always, also where a gradient is asked for, and then differentiates cuBLAS's
+product (`fixed_linears`). Many rows are cuBLAS's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.invariance import with_gradient_of
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 from shoal.ops.triton.norms import DTYPES
 
@@ -169,10 +171,10 @@ def choose(
     x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], *, invariant: bool
 ) -> tuple[str, str]:
     """What serves this call, and why."""
-    if _learns(x_TD, weights, biases):
-        return "cublas", "a gradient is asked for"
     if invariant:
         return "few rows", "batch-invariant"
+    if _learns(x_TD, weights, biases):
+        return "cublas", "a gradient is asked for"
     if x_TD.shape[0] > MAX_ROWS:
         return "cublas", f"{x_TD.shape[0]} rows, more than {MAX_ROWS}"
     return "few rows", f"{x_TD.shape[0]} rows"
@@ -220,3 +222,17 @@ def linears(
         **shape,
     )
     return outs
+
+
+def fixed_linears(
+    x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """The same in batch-invariant form, with the gradient of the plain one."""
+
+    def plain(x_TD: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return linears(x_TD, rest[: len(weights)], rest[len(weights) :])
+
+    def fixed(x_TD: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return linears(x_TD, rest[: len(weights)], rest[len(weights) :], invariant=True)
+
+    return with_gradient_of(plain, fixed, x_TD, *weights, *biases)

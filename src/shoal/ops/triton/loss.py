@@ -23,6 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.ops.invariance import with_gradient_of
+from shoal.ops.triton.likelihood import nll
+from shoal.ops.triton.linears import linears
 from shoal.ops.triton.norms import DTYPES
 
 CHUNK_BYTES = (
@@ -184,3 +187,28 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, targets_T, weights_T, chunk, need_hidden, need_weight
     )
+
+
+def fixed_linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """The same in batch-invariant form, with the gradient of the plain one: the engine's own head, a chunk at
+    a time, then the log-probability that it gives what it draws."""
+    chunk = max(1, chunk_bytes // (weight_VD.shape[0] * hidden_TD.element_size()))
+
+    def plain(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T, chunk_bytes=chunk_bytes)
+
+    def fixed(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        pieces = zip(hidden_TD.split(chunk), targets_T.split(chunk), strict=True)
+        head = ((weight_VD.contiguous(),), (None,))
+        nll_T = torch.cat([nll(linears(h_tD, *head, invariant=True)[0], t_t) for h_tD, t_t in pieces])
+        return torch.dot(nll_T, weights_T.float()), nll_T
+
+    total, nll_T = with_gradient_of(plain, fixed, hidden_TD, weight_VD)
+    return total, nll_T.detach()

@@ -204,9 +204,10 @@ def _route_backward_kernel(
     tl.store(dlogits_ptr + at, dlogits, mask=inside)
 
 
-def _rows_of_program(tokens: int, columns: int) -> int:
-    """Tokens of a warp: one until the chip is full, then as many as keep 16 scores or more to a thread."""
-    return 1 if tokens <= 1024 else max(1, min(8, 512 // columns))
+def _rows_of_program(tokens: int, columns: int, invariant: bool = False) -> int:
+    """Tokens of a warp: one until the chip is full, then as many as keep 16 scores or more to a thread. How
+    the lanes share out a row follows from it, hence the order of its sums."""
+    return 1 if tokens <= 1024 or invariant else max(1, min(8, 512 // columns))
 
 
 def _choose(
@@ -220,6 +221,8 @@ def _choose(
     scale: float,
     replay_TK: Tensor | None,
     parts: Tensor | None = None,
+    *,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Experts, weights and scores. With `parts` (PARTS, T, E) their sum is written to the logits first."""
     T, E = logits_TE.shape
@@ -227,7 +230,7 @@ def _choose(
     weights_TK = torch.empty(T, top_k, dtype=torch.float32, device=logits_TE.device)
     scores_TE = torch.empty_like(logits_TE)
     groups, size = triton.next_power_of_2(n_group), triton.next_power_of_2(E // n_group)
-    rows, pdl = _rows_of_program(T, groups * size), programmatic(logits_TE.device)
+    rows, pdl = _rows_of_program(T, groups * size, invariant), programmatic(logits_TE.device)
     if T:
         _route_kernel[(triton.cdiv(T, rows),)](
             logits_TE,
@@ -272,6 +275,7 @@ class _Route(torch.autograd.Function):
         norm_topk_prob: bool,
         scale: float,
         replay_TK: Tensor | None,
+        invariant: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         experts_TK, weights_TK, scores_TE = _choose(
             logits_TE.contiguous(),
@@ -283,6 +287,7 @@ class _Route(torch.autograd.Function):
             norm_topk_prob,
             scale,
             replay_TK,
+            invariant=invariant,
         )
         ctx.save_for_backward(scores_TE, experts_TK)
         ctx.rule = (scoring_func == "sigmoid", norm_topk_prob, scale)
@@ -296,7 +301,7 @@ class _Route(torch.autograd.Function):
         ctx: Any, _: None, dweights_TK: Tensor | None, dscores_TE: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if dweights_TK is None and dscores_TE is None:
-            return (None,) * 9
+            return (None,) * 10
         scores_TE, experts_TK = ctx.saved_tensors
         sigmoid, normalise, scale = ctx.rule
         T, E = scores_TE.shape
@@ -323,7 +328,7 @@ class _Route(torch.autograd.Function):
                 ROWS=rows,
                 num_warps=1,
             )
-        return dlogits_TE, *(None,) * 8
+        return dlogits_TE, *(None,) * 9
 
 
 def route_refusal(
@@ -369,6 +374,8 @@ def route(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
     replay_TK: Tensor | None,
+    *,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Experts, weights and scores, as `ops.api.route` says."""
     return _Route.apply(
@@ -381,6 +388,7 @@ def route(
         norm_topk_prob,
         routed_scaling_factor,
         replay_TK,
+        invariant,
     )
 
 
@@ -399,13 +407,16 @@ def gate_refusal(
     return refused or _rule_refusal(weight_ED.shape[0], top_k, bias_E, n_group, topk_group)
 
 
-def gate(x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Experts, weights, scores and logits, as `ops.api.gate` says: few tokens in two launches."""
+def gate(
+    x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any, invariant: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts, weights, scores and logits, as `ops.api.gate` says: few tokens in two launches, but in
+    batch-invariant form always the product's own, then that of the rule."""
     learns = torch.is_grad_enabled() and (x_TD.requires_grad or weight_ED.requires_grad)
-    parts = None if learns else gate_parts(x_TD, weight_ED)
+    parts = None if learns or invariant else gate_parts(x_TD, weight_ED)
     if parts is None:
         logits_TE = gate_logits(x_TD, weight_ED)
-        return *route(logits_TE, top_k, *rule), logits_TE
+        return *route(logits_TE, top_k, *rule, invariant=invariant), logits_TE
     logits_TE = torch.empty(parts.shape[1:], dtype=torch.float32, device=x_TD.device)
     return *_choose(logits_TE, top_k, *rule, parts=parts), logits_TE
 

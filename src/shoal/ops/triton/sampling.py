@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.triton.likelihood import nll
 from shoal.ops.triton.norms import DTYPES
 
 TILE = 4096  # of the vocabulary, at a time
@@ -332,6 +333,13 @@ def sample(
             num_warps=16 if block >= 4096 else 4,
         )
     return tokens_S, logprobs_S
+
+
+def fixed_sample(logits_SV: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same in batch-invariant form: a token's log-probability is the one `fixed_linear_cross_entropy`
+    has."""
+    tokens_S, _ = sample(logits_SV, *rest)  # type: ignore[arg-type]
+    return tokens_S, -nll(logits_SV, tokens_S)
 
 
 @torch.no_grad()
