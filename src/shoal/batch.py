@@ -32,7 +32,9 @@ class KVView:
     A page holds `page_size` consecutive positions of one sequence, in every layer at the same page number.
     """
 
-    pages: tuple[Tensor, ...]  # by layer: (P, page_size, *attention.cache_shape)  written by attention
+    # By layer: (P, page_size, *attention.cache_shape), or in FP8 uint8 (P, page_size, *cost.fp8_cache_shape).
+    # Written by attention.
+    pages: tuple[Tensor, ...]
     slots_T: Tensor  # int64: page * page_size + offset, where each new token is kept
     block_table_SB: Tensor  # int32: the pages of each sequence in order; rows padded with 0
     context_lens_S: Tensor  # int32: positions of each sequence after this step, new tokens included

@@ -244,7 +244,7 @@ def test_parts_are_the_textbook_sum_and_merge_to_it(heads: str, causal: bool) ->
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (3, 9), (4, 8), (0, 23), (5, 5)])
 def test_read_cache_gives_positions_in_order(first: int, last: int) -> None:
     cache = _cache([7, 23], 4, (3,))
-    got = ops.read_cache(cache.pages, cache.block_table_SB[1], first, last)
+    got = ops.read_cache(cache.pages, cache.block_table_SB[1], first, last, 0, torch.float64)
     assert torch.equal(got, cache.rows[1][first:last])
 
 

@@ -237,7 +237,8 @@ def test_write_kv_cache(
     pages = torch.full((20, 16, 2, groups, dim), 7.0, dtype=dtype, device=DEVICE)
     wanted = pages.clone()
     turned = cache.write_kv_cache(q_THQ, k_TGQ, v_TGQ, *angles, pages, slots_T, interleaved)
-    for ours, x in zip(turned, (q_THQ, k_TGQ), strict=True):
+    assert turned[2] is v_TGQ
+    for ours, x in zip(turned[:2], (q_THQ, k_TGQ), strict=True):
         assert torch.equal(ours, rotary.rope(x, *angles, interleaved))
         _assert_close(ours, reference.rope(x.double(), *angles, interleaved), dtype)
     reference_attention.write_cache(wanted, slots_T, torch.stack((turned[1], v_TGQ), dim=1))

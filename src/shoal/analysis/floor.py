@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,10 +46,17 @@ class Floor:
 
 
 def find_floor(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, batch: int, prompt: int, tokens: int
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    cache_dtype: Literal["auto", "fp8"] = "auto",
 ) -> Floor:
     """Of requests with so many tokens in and out, here. Where rates are measured it takes half a second."""
-    load = Load(batch, prompt, tokens, _stored_as(dtype), 8.0 * dtype.itemsize)
+    load = Load(batch, prompt, tokens, _stored_as(dtype), 8.0 * dtype.itemsize, cache_dtype)
     return floor_on(_row(config, device, dtype, load, batch), config, load, batch)
 
 

@@ -45,8 +45,13 @@ class Load:
     output: int = 128
     weights: WeightDtype = "bfloat16"
     cache_bits: float = 16.0  # of an element of the cache
+    cache_dtype: Literal["auto", "fp8"] = "auto"  # "fp8": as the engine lays it out, whatever cache_bits says
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in ("auto", "fp8"):
+            raise ValueError(
+                f"cache_dtype (--kv-cache-dtype) is {self.cache_dtype!r}; it must be auto or fp8"
+            )
         for name in ("prompt", "output"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 token or more")
@@ -310,7 +315,10 @@ def _stored(config: ModelConfig, dtype: WeightDtype) -> Iterator[tuple[cost.Weig
 
 def _cache_bytes(config: ModelConfig, load: Load, slices: int) -> float:
     """Of one token on one GPU. Tensor parallelism splits key-value heads; a latent row it repeats."""
-    whole = cost.kv_bytes_per_token(config, "bfloat16") * load.cache_bits / 16
+    if load.cache_dtype == "fp8":
+        whole = float(cost.kv_bytes_per_token(config, "fp8"))
+    else:
+        whole = cost.kv_bytes_per_token(config, "bfloat16") * load.cache_bits / 16
     attention = config.attention
     return whole if isinstance(attention, MLAConfig) else whole / min(slices, attention.num_key_value_heads)
 

@@ -23,7 +23,7 @@ from shoal.cli.bench import bench_app
 from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
-from shoal.cli.device import Device, Quant, find_device
+from shoal.cli.device import CacheDtype, Device, KvCacheDtype, Quant, find_device
 from shoal.cli.evaluate import evaluate
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
@@ -244,6 +244,7 @@ def chat(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
 ) -> None:
     """Talk to a model, turn by turn; a base model with --raw. End with Ctrl-D."""
@@ -252,7 +253,7 @@ def chat(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, quant, download)
+    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
     talk(engine, _need(tokenizer, path), params, system, raw=raw)
     say(f"On a page, with a map of its experts: {COMMAND} serve {path} --ui")
 
@@ -272,6 +273,7 @@ def generate(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
@@ -279,7 +281,7 @@ def generate(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, top_k, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, quant, download)
+    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
     prompt_ids = _input_ids(prompt, ids, file, tokenizer, path)
     result = _generate(engine, tokenizer, prompt_ids, params, stop or [], stream=not as_json)
     if as_json:
@@ -297,11 +299,12 @@ def score(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
     """Log-probability (natural) of each token of a text, given those before it."""
-    engine, tokenizer = _open(path, device, dtype, quant, download)
+    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
     token_ids = _input_ids(text, ids, file, tokenizer, path)
     logprobs = engine.score(token_ids)
     if as_json:
@@ -367,7 +370,12 @@ def plot(
 
 
 def _open(
-    path: str, device: str, dtype: Dtype | None, quant: str | None, download: bool
+    path: str,
+    device: str,
+    dtype: Dtype | None,
+    quant: str | None,
+    cache_dtype: CacheDtype,
+    download: bool,
 ) -> tuple[Engine, Tokenizer | None]:
     """An engine over the checkpoint, and its tokenizer where it has one."""
     from shoal.checkpoint import hf
@@ -375,6 +383,7 @@ def _open(
     from shoal.data.text import Tokenizer
     from shoal.engine.engine import Engine, EngineSettings
 
+    settings = EngineSettings(cache_dtype=cache_dtype)
     folder = hf.find_folder(path, download=download)
     with loading("loading") as progress:
         model = hf.load(
@@ -386,7 +395,7 @@ def _open(
             progress=progress,
         )
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
-    return Engine(model.eval(), EngineSettings()), tokenizer
+    return Engine(model.eval(), settings), tokenizer
 
 
 def _torch_dtype(dtype: Dtype | None) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Device, Quant
+from shoal.cli.device import Device, KvCacheDtype, Quant
 
 if TYPE_CHECKING:
     from shoal.server.app import Service
@@ -35,6 +35,7 @@ def batch(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     quant: Quant = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format, without a server."""
@@ -65,6 +66,7 @@ def batch(
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
         max_sequences=max_sequences,
         affinity=affinity,
+        cache_dtype=kv_cache_dtype,
     )
     process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant)))
     service = Service(

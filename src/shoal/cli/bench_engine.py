@@ -16,7 +16,7 @@ import typer
 from shoal.cli import baseline as baselines
 from shoal.cli.baseline import Baseline
 from shoal.cli.bench_serve import Load, summarise
-from shoal.cli.device import Device, find_device
+from shoal.cli.device import Device, KvCacheDtype, find_device
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -40,6 +40,7 @@ def latency(
     tokens: Tokens = 128,
     rounds: Annotated[int, typer.Option(help="Times that the batch is served, after one to warm up.")] = 5,
     speculate: Speculate = 0,
+    kv_cache_dtype: KvCacheDtype = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -50,6 +51,7 @@ def latency(
     """One batch through the engine: time to the first token, between tokens, and to the end."""
     settings = {"bench": "latency", "model": model, "random": random_, "batch": batch, "prompt": prompt}
     settings |= {"tokens": tokens, "rounds": rounds, "speculate": speculate, "seed": seed}
+    settings |= {"kv_cache_dtype": kv_cache_dtype}
     _check(batch=batch, prompt=prompt, tokens=tokens, rounds=rounds)
     engine, settings = _open(settings, device, dtype, download, most=batch)
     earlier = baselines.read(baseline, settings)
@@ -72,6 +74,7 @@ def throughput(
     prompt: Prompt = 128,
     tokens: Tokens = 128,
     speculate: Speculate = 0,
+    kv_cache_dtype: KvCacheDtype = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -82,7 +85,7 @@ def throughput(
     """A queue of requests through the engine: tokens a second, and what each request felt."""
     settings = {"bench": "throughput", "model": model, "random": random_, "requests": requests}
     settings |= {"max_sequences": max_sequences, "prompt": prompt, "tokens": tokens}
-    settings |= {"speculate": speculate, "seed": seed}
+    settings |= {"speculate": speculate, "seed": seed, "kv_cache_dtype": kv_cache_dtype}
     _check(requests=requests, max_sequences=max_sequences, prompt=prompt, tokens=tokens)
     engine, settings = _open(settings, device, dtype, download, most=max_sequences)
     earlier = baselines.read(baseline, settings)
@@ -112,7 +115,11 @@ def _open(
         raise ValueError(f"--dtype is {dtype!r}; it must be float32 or bfloat16")
     speculate = settings["speculate"]
     wanted = EngineSettings(
-        max_sequences=most, max_batch_tokens=max(2048, most), prefix_cache=False, speculate=speculate
+        max_sequences=most,
+        max_batch_tokens=max(2048, most),
+        prefix_cache=False,
+        speculate=speculate,
+        cache_dtype=settings["kv_cache_dtype"],
     )
     if settings["random"]:
         model = _random(settings["model"], find_device(device), dtype, settings["seed"], mtp=speculate > 0)
@@ -204,7 +211,16 @@ def _result(
     from shoal.analysis.floor import find_floor
 
     head = engine.runner.model.head_weight()
-    floor = find_floor(engine.config, head.device, head.dtype, batch=batch, prompt=prompt, tokens=tokens)
+    cached = engine.settings.cache_dtype
+    floor = find_floor(
+        engine.config,
+        head.device,
+        head.dtype,
+        batch=batch,
+        prompt=prompt,
+        tokens=tokens,
+        cache_dtype=cached,
+    )
     seconds = floor.latency(tokens)
     result: dict[str, Any] = {"settings": settings, **summarise(load)}
     result["floor_ttft_ms"], result["floor_itl_ms"] = 1000 * floor.prefill, 1000 * floor.step

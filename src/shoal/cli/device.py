@@ -1,11 +1,12 @@
-"""The device that a command runs on, and how weights are held there: options, and what `auto` comes to.
+"""The device that a command runs on, and how weights and cache are held there: options, and what `auto` comes
+to.
 
 torch is loaded only to answer `auto`, inside the command, so that `--help` needs none.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +14,14 @@ Quant = Annotated[
     str | None,
     typer.Option(
         "--quant", help="fp8 or int4: hold experts and linears so. FP8 as published is taken as it is."
+    ),
+]
+CacheDtype = Literal["auto", "fp8"]
+KvCacheDtype = Annotated[
+    CacheDtype,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="auto: the cache in the model's dtype; fp8: in e4m3, in little over half of that.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N. By default the GPU where there is one.")]

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from shoal.cli.device import KvCacheDtype
 from shoal.config import cost, families
 from shoal.config.hf import from_hf
 from shoal.config.model import ModelConfig
@@ -53,9 +54,18 @@ def costs(model: str, context: int) -> dict[str, Any]:
         "flops_per_token": {
             phase: cost.flops_per_token(config, context, phase) for phase in get_args(cost.Phase)
         },
-        "kv_bytes_per_token": {"bfloat16": cost.kv_bytes_per_token(config, "bfloat16")},
+        "kv_bytes_per_token": _kv_bytes(config),
         "weight_bytes": {dtype: cost.weight_bytes(config, dtype) for dtype in WEIGHT_DTYPES},
     }
+
+
+def _kv_bytes(config: ModelConfig) -> dict[str, int]:
+    """By dtype, those that the model's attention takes."""
+    found = {"bfloat16": cost.kv_bytes_per_token(config, "bfloat16")}
+    try:
+        return found | {"fp8": cost.kv_bytes_per_token(config, "fp8")}
+    except ValueError:
+        return found
 
 
 class Weights(StrEnum):
@@ -84,6 +94,7 @@ def plan(
     output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
     weights: Annotated[Weights, typer.Option(help="What the weights are stored in.")] = Weights.bfloat16,
     cache_bits: Annotated[float, typer.Option(help="Bits of an element of the cache.")] = 16.0,
+    kv_cache_dtype: KvCacheDtype = "auto",
     tokens: Annotated[float | None, typer.Option(help="Plan training on so many tokens: 14.8e12.")] = None,
     mfu: Annotated[
         float | None, typer.Option(help="Share of the bfloat16 rate that training reaches.")
@@ -99,7 +110,7 @@ def plan(
 
     if context < 1:
         raise ValueError(f"--context is {context}; it must be at least 1")
-    load = Load(batch, prompt, output, weights.value, cache_bits)
+    load = Load(batch, prompt, output, weights.value, cache_bits, kv_cache_dtype)
     hardware = None
     if gpu is not None or tokens is not None or plot is not None or models[0] == "compare":
         hardware = _hardware(gpu or "h200", price)
@@ -393,9 +404,10 @@ def _table(result: dict[str, Any]) -> Table:
     for phase, value in result["flops_per_token"].items():
         table.add_row(f"GFLOP a token, {phase} at {result['context']:,}", f"{value / 1e9:,.3f}")
     table.add_section()
-    kv = result["kv_bytes_per_token"]["bfloat16"]
-    table.add_row("cache a token, bfloat16", f"{kv:,} bytes")
-    table.add_row(f"cache of {result['context']:,} tokens", f"{kv * result['context'] / 2**20:,.1f} MiB")
+    for dtype, kv in result["kv_bytes_per_token"].items():
+        size = kv * result["context"] / 2**20
+        table.add_row(f"cache a token, {dtype}", f"{kv:,} bytes")
+        table.add_row(f"cache of {result['context']:,} tokens, {dtype}", f"{size:,.1f} MiB")
     table.add_section()
     for dtype, value in result["weight_bytes"].items():
         table.add_row(f"weights, {dtype}", f"{value / 2**30:,.2f} GiB")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.device import Device, Quant
+from shoal.cli.device import Device, KvCacheDtype, Quant
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -93,6 +93,7 @@ def serve(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
     quant: Quant = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
     ui: Annotated[
         bool,
@@ -140,6 +141,7 @@ def serve(
             record_weights=ui,
             affinity=affinity,
             index_keys=index_keys,  # type: ignore[arg-type]  # EngineSettings says what it may be
+            cache_dtype=kv_cache_dtype,
         ),
         device,
         dtype,

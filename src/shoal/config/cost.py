@@ -23,7 +23,7 @@ from shoal.config.model import Fp8Blocks, GQAConfig, MLAConfig, ModelConfig, NSA
 
 Part = Literal["embedding", "attention", "dense", "routed", "shared", "router", "norms", "head", "mtp"]
 Phase = Literal["training", "prefill", "decode"]
-CacheDtype = Literal["float32", "bfloat16", "float16"]
+CacheDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 IndexKeys = Literal["wide", "fp8"]  # of an indexer, in the cache
 WeightDtype = Literal["float32", "bfloat16", "float16", "fp8", "int4"]
 
@@ -39,6 +39,7 @@ PEAK_FLOPS = {
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT4_GROUP = 128  # weights of a row that share one bfloat16 scale
+FP8_GROUP = 128  # numbers of a cached row that share one float32 scale
 
 
 @dataclass(frozen=True)
@@ -283,9 +284,12 @@ def kv_bytes_per_token(
     """Cache that one token keeps, over all layers; `mtp` adds those of the prediction modules.
 
     With `index_keys` fp8 an indexer's key is a byte an element and a float32 scale: 132 bytes in V3.2.
+    ValueError for the cache in `fp8`, or for such keys, where there is none.
     """
     layers = config.num_cached_layers if mtp else config.num_hidden_layers
-    return layers * cache_row_bytes(config, BYTES[_known(dtype, *BYTES)], index_keys)
+    if _known(dtype, *BYTES, "fp8") == "fp8":
+        return layers * math.prod(fp8_cache_shape(config))
+    return layers * cache_row_bytes(config, BYTES[dtype], index_keys)
 
 
 def cache_row_bytes(config: ModelConfig, dtype_bytes: int, index_keys: IndexKeys = "wide") -> int:
@@ -296,6 +300,32 @@ def cache_row_bytes(config: ModelConfig, dtype_bytes: int, index_keys: IndexKeys
     if not isinstance(attention, MLAConfig) or attention.indexer is None:
         raise ValueError("index_keys is 'fp8', but the model's attention has no indexer; leave it at 'wide'")
     return attention.latent_dim * dtype_bytes + attention.indexer.index_head_dim + BYTES["float32"]
+
+
+def fp8_cache_shape(config: ModelConfig) -> tuple[int, ...]:
+    """Bytes cached per token and layer in FP8: e4m3, and a float32 scale for each 128 numbers.
+
+    A latent row (C + 4 ceil(C / 128) + 2 R,) keeps its rotated key in bfloat16; keys and values are (2, G,
+    Q + 4 ceil(Q / 128)). ValueError for sparse attention, and for rows whose scales would not be aligned.
+    """
+    attention = config.attention
+    if isinstance(attention, NSAConfig) or (isinstance(attention, MLAConfig) and attention.indexer):
+        raise ValueError(
+            "the cache is asked for in fp8, but this model's sparse attention reads it as it is; leave "
+            "cache_dtype (--kv-cache-dtype) at auto"
+        )
+    numbers, behind = (
+        (attention.kv_lora_rank, attention.qk_rope_head_dim)
+        if isinstance(attention, MLAConfig)
+        else (attention.head_dim, 0)
+    )
+    if numbers % 4:
+        raise ValueError(
+            f"the cache is asked for in fp8, but a row has {numbers} numbers; their float32 scales want a "
+            f"multiple of 4, so leave cache_dtype (--kv-cache-dtype) at auto"
+        )
+    row = numbers + 4 * math.ceil(numbers / FP8_GROUP) + 2 * behind
+    return (row,) if isinstance(attention, MLAConfig) else (2, attention.num_key_value_heads, row)
 
 
 def weight_bytes(config: ModelConfig, dtype: WeightDtype, *, mtp: bool = True) -> int:

@@ -87,6 +87,7 @@ class Engine:
             num_drafts=settings.speculate,
             record_weights=settings.record_weights,
             index_keys=settings.index_keys,
+            cache_dtype=settings.cache_dtype,
         )
         self._drafter = None
         if settings.speculate:
@@ -358,12 +359,8 @@ class Engine:
             samples = samples[: self._drafter.verify(sequence, [sample.token for sample in samples])]
         samples = list(takewhile(lambda sample: math.isfinite(sample.logprob), samples))
         if not samples:
-            return [
-                self._break(
-                    sequence,
-                    f"are not finite; the weights are broken, or overflow {self.runner.pages[0].dtype}",
-                )
-            ]
+            dtype = self.runner.model.head_weight().dtype
+            return [self._break(sequence, f"are not finite; the weights are broken, or overflow {dtype}")]
         # Nothing is guessed ahead where there is a grammar: there is one token.
         if sequence.matcher is not None and not sequence.matcher.accept(samples[0].token):
             return [self._break(sequence, "are of no use: no token of the vocabulary can go on its grammar")]

@@ -132,7 +132,12 @@ def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[i
     config, head = model.config, model.head_weight()
     size = settings.page_size
     page = count_page_bytes(
-        config, size, head.dtype, mtp=settings.speculate > 0, index_keys=settings.index_keys
+        config,
+        size,
+        head.dtype,
+        mtp=settings.speculate > 0,
+        index_keys=settings.index_keys,
+        cache_dtype=settings.cache_dtype,
     )
     cache_bytes, num_pages = settings.cache_bytes, settings.num_pages
     if cache_bytes is None and not head.is_cuda:

@@ -1,9 +1,9 @@
 """Runner: from the scheduler's picks to logits, by one call of the model.
 
-It owns the cache: for each layer a tensor of pages, the same page number for a sequence in all of them. It
-turns the picks into a Batch with its KVView, everything the step needs in one transfer to the device, and
-calls the very `Transformer` that was trained. What a page holds past the end of its sequence is never read,
-so pages are not cleared.
+It owns the cache: for each layer a tensor of pages (bytes, where it is in FP8), the same page number for a
+sequence in all of them. It turns the picks into a Batch with its KVView, everything the step needs in one
+transfer to the device, and calls the very `Transformer` that was trained. What a page holds past the end of
+its sequence is never read, so pages are not cleared.
 
 A step may be launched before the ids it continues have reached the host: such an id is written as a place in
 `tokens`, the table on the device where sampling leaves them. Steps of nothing but decodes are padded to a
@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.batch import Batch, Chunk, KVView
-from shoal.config.cost import IndexKeys, cache_row_bytes
+from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
 from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
+from shoal.engine.settings import CacheDtype
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
 from shoal.ops.quantised import FP8, check_index
@@ -47,9 +48,14 @@ def count_page_bytes(
     *,
     mtp: bool = False,
     index_keys: IndexKeys = "wide",
+    cache_dtype: CacheDtype = "auto",
 ) -> int:
     """Bytes of one page in all layers, with `mtp` in the first prediction module too."""
-    return (config.num_hidden_layers + mtp) * page_size * cache_row_bytes(config, dtype.itemsize, index_keys)
+    if cache_dtype == "fp8":
+        row = math.prod(fp8_cache_shape(config))
+    else:
+        row = cache_row_bytes(config, dtype.itemsize, index_keys)
+    return (config.num_hidden_layers + mtp) * page_size * row
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -94,10 +100,13 @@ class Runner:
         num_drafts: int = 0,
         record_weights: bool = False,
         index_keys: IndexKeys = "wide",
+        cache_dtype: CacheDtype = "auto",
     ) -> None:
         config, head = model.config, model.head_weight()
         layers, rows = config.num_hidden_layers + (num_drafts > 0), (num_pages + 1, page_size)
-        shape = (*rows, *config.attention.cache_shape)
+        shape, dtype = (*rows, *config.attention.cache_shape), head.dtype
+        if cache_dtype == "fp8":
+            shape, dtype = (*rows, *fp8_cache_shape(config)), torch.uint8
         self.index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
         if index_keys == "fp8":
             assert isinstance(config.attention, MLAConfig) and config.attention.indexer is not None
@@ -108,7 +117,7 @@ class Runner:
                 for _ in range(layers)
             )
         self.model, self.device, self.page_size = model, head.device, page_size
-        self.pages = tuple(_zeros(shape, head.dtype, head.device) for _ in range(layers))
+        self.pages = tuple(_zeros(shape, dtype, head.device) for _ in range(layers))
         self.records = Records(config, num_pages, page_size, head.device, weights=record_weights)
         self._width = 1 + num_drafts
         self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)

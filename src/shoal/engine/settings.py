@@ -6,9 +6,11 @@ The law: nothing here changes what a request gets, only when it gets it; but a n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from shoal.config.cost import IndexKeys
+
+CacheDtype = Literal["auto", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class EngineSettings:
     experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
     admits requests that are likely to use the same experts together, past one that waits up to so many times;
     0 goes by arrival. `index_keys` fp8 keeps the keys of a sparse attention's indexer in a byte an element,
-    as V3.2 serves, and scores in FP8.
+    as V3.2 serves, and scores in FP8. `cache_dtype` fp8 keeps the cache of dense attention in e4m3
+    (ops/reference/narrow_rows.py), auto in the model's dtype.
     """
 
     page_size: int = 64
@@ -44,8 +47,14 @@ class EngineSettings:
     record_weights: bool = False
     affinity: int = 0
     index_keys: IndexKeys = "wide"
+    cache_dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise ValueError(
+                f"cache_dtype (--kv-cache-dtype) is {self.cache_dtype!r}; it must be one of "
+                f"{', '.join(get_args(CacheDtype))}"
+            )
         for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -63,6 +72,11 @@ class EngineSettings:
             raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
         if self.index_keys not in get_args(IndexKeys):
             raise ValueError(f"index_keys is {self.index_keys!r}; it must be wide or fp8")
+        if self.index_keys == self.cache_dtype == "fp8":
+            raise ValueError(
+                "index_keys and cache_dtype are both fp8, but the one is of sparse attention, the other of "
+                "dense; leave one of them out"
+            )
         if self.affinity < 0:
             raise ValueError(f"affinity is {self.affinity}; it must be at least 0, where 0 goes by arrival")
         if self.speculate < 0:

@@ -65,7 +65,7 @@ class GQA(nn.Module):
         if kv is None:
             q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)
         else:
-            q_THQ, k_TGQ = ops.write_kv_cache(
+            q_THQ, k_TGQ, v_TGQ = ops.write_kv_cache(
                 q_THQ, k_TGQ, v_TGQ, *angles, kv.pages[self.layer], kv.slots_T, **turn
             )
         if kv is not None and (kv.has_prefix or invariant):
@@ -89,7 +89,7 @@ class GQA(nn.Module):
 
         def served(q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor) -> Tensor:
             laid = lay_out(batch, (2, *k_TGQ.shape[1:]), k_TGQ)
-            q_THQ, _ = ops.write_kv_cache(q_THQ, k_TGQ, v_TGQ, *angles, laid.pages, laid.slots_T, **turn)
+            q_THQ, *_ = ops.write_kv_cache(q_THQ, k_TGQ, v_TGQ, *angles, laid.pages, laid.slots_T, **turn)
             tables = laid.block_table_SB, laid.context_lens_S, batch.max_seqlen
             return ops.paged_attention(q_THQ, laid.pages, *tables, *where)
 

@@ -174,7 +174,8 @@ class MLA(nn.Module):
         prefix, step = chunk.context - chunk.new, max(1, PIECE_KEYS // mla.num_attention_heads)
         for first in range(0, prefix, step):
             last = min(first + step, prefix)
-            rows_NL = ops.read_cache(self._pages(kv), kv.block_table_SB[chunk.sequence], first, last)
+            table_B, kept = kv.block_table_SB[chunk.sequence], (mla.kv_lora_rank, q_nHQ.dtype)
+            rows_NL = ops.read_cache(self._pages(kv), table_B, first, last, *kept)
             latent_NC, k_rope_NR = rows_NL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
             k_NHQ, v_NHV = self._expand(latent_NC, k_rope_NR)
             part = ops.attention_part(q_nHQ, k_NHQ, v_NHV, self.scale, False)

@@ -9,6 +9,10 @@ Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads
 value head
 dim, C latent rank, R rope dim, E experts, K experts per token (of sparse attention: positions), F expert
 hidden, P pages, B pages of a sequence, N positions of a sequence, J index heads, I index head dim.
+
+A paged cache of uint8 is in FP8: in place of C + R numbers a slot has C bytes of e4m3, a float32 scale for
+each 128 of them and R bfloat16; in place of a head's Q, Q bytes and the scales. It stands for the numbers
+that these make, rounded to the dtype of the queries. Dense attention takes it, sparse attention does not.
 """
 
 from __future__ import annotations
@@ -362,7 +366,8 @@ def write_latent_cache(
 
     The queries are turned where they lie, so that those of which they are a part are whole. A row is
     `rms_norm` of the first C elements of `kv_TL` and `rope` of the last R; it is kept at its slot of `pages`
-    (P, page_size, C + R) and returned. Cast points are those of the two ops. No gradient.
+    (P, page_size, C + R) and returned, as the cache has it. Cast points are those of the two ops. No
+    gradient.
     """
     return call(
         "write_latent_cache", q_THR, kv_TL, weight_C, eps, cos_TR2, sin_TR2, pages, slots_T, interleaved
@@ -425,16 +430,21 @@ def write_kv_cache(
     slots_T: Tensor,
     *,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """Rotated queries and keys, which with the values are kept at their slots of `pages` (P, page_size, 2, G,
-    Q). No gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys and values; keys and values are kept at their slots of `pages` (P,
+    page_size, 2, G, Q), and returned as the cache has them. No gradient.
     """
     return call("write_kv_cache", q_THQ, k_TGQ, v_TGQ, cos_TR2, sin_TR2, pages, slots_T, interleaved)
 
 
-def read_cache(pages: Tensor, table_B: Tensor, first: int, last: int) -> Tensor:
-    """Positions `first` to `last` of the sequence with the pages `table_B`, in order: (last - first, ...)."""
-    return call("read_cache", pages, table_B, first, last)
+def read_cache(
+    pages: Tensor, table_B: Tensor, first: int, last: int, numbers: int, dtype: torch.dtype
+) -> Tensor:
+    """Positions `first` to `last` of the sequence with the pages `table_B`, in order: (last - first, ...).
+
+    Of a cache in FP8 in `dtype`, the first `numbers` of a row being those in e4m3.
+    """
+    return call("read_cache", pages, table_B, first, last, numbers, dtype)
 
 
 def paged_attention(

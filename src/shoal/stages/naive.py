@@ -5,8 +5,9 @@ block is widened while it runs and dropped again, so that the wide pass of a lar
 one block more. Recorded choices of experts are replayed; what the router would have chosen there is told
 beside the result, so that a near tie, which any rounding may turn, is counted and not confused with an error.
 
-The law: it shares no path with serving but the modules' weights. Shape letters: T tokens, L layers that
-route, K experts per token, V vocabulary.
+The law: it shares no path with serving but the modules' weights. To say what a cache in e4m3 may change, it
+can round what a cache would hold (`fp8_rows`); nothing looks back on that cache. Shape letters: T tokens, L
+layers that route, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from shoal.batch import Batch
+from shoal.batch import Batch, KVView
+from shoal.config.cost import fp8_cache_shape
 from shoal.model.moe import LocalDispatcher, MoE, hash_experts
 from shoal.model.transformer import Block, Transformer
 from shoal.ops import dispatch
@@ -43,16 +45,31 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.inference_mode()
-def forward(model: Transformer, ids: list[int], dtype: torch.dtype, routing_TLK: Tensor | None) -> Naive:
+def forward(
+    model: Transformer,
+    ids: list[int],
+    dtype: torch.dtype,
+    routing_TLK: Tensor | None,
+    *,
+    fp8_rows: bool = False,
+) -> Naive:
     """Logits of every position of one text, by weights widened to `dtype`."""
     config, decoder = model.config, model.model
     device = model.head_weight().device
     ids_T = torch.tensor(ids, device=device)
+    length_1 = torch.tensor([len(ids)], dtype=torch.int32, device=device)
+    kv = None
+    if fp8_rows:  # one page for the text, one step that begins it
+        page = torch.zeros(1, len(ids), *fp8_cache_shape(config), dtype=torch.uint8, device=device)
+        first = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        slots_T = torch.arange(len(ids), device=device)
+        kv = KVView((page,) * config.num_hidden_layers, slots_T, first, length_1, len(ids), has_prefix=False)
     batch = Batch(
         ids_T=ids_T,
         positions_T=torch.arange(len(ids), device=device),
         cu_seqlens_S1=torch.tensor([0, len(ids)], dtype=torch.int32, device=device),
         max_seqlen=len(ids),
+        kv=kv,
     )
     chosen: list[Tensor] = []
     with dispatch.using("reference"):

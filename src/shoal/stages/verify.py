@@ -6,7 +6,8 @@ same text (naive.py), and where the draw was greedy no other token may be better
 
 The law is a measured one. The naive pass in the model's dtype differs from the same pass in a wider one by
 rounding alone; serving computes the same sums in other orders, so it may differ from the wide pass by `SLACK`
-times the most that the naive one does, and choose other experts as much oftener. A feature is a row of
+times the most that the naive one does, and choose other experts as much oftener. With a cache in FP8 the
+naive pass rounds to e4m3 what a cache would hold, and by that is the law measured. A feature is a row of
 `FEATURES`: what it changes, why a model may lack it, and how to see that it was really at work.
 """
 
@@ -20,6 +21,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from shoal.config.cost import fp8_cache_shape
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams, Stats
 from shoal.engine.buckets import default_sizes
 from shoal.engine.speculation import Governor
@@ -53,6 +55,7 @@ class Feature:
     lacks: Callable[[Transformer], str | None] = lambda model: None
     shows: Callable[[Stats], bool] = lambda stats: True
     excludes: tuple[str, ...] = ()
+    fp8_rows: bool = False  # what is cached is rounded to e4m3
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Report:
     wide: str
     device: str
     rounding: float  # the naive pass's own, in nats
+    fp8_rounding: float  # the same with cached rows in e4m3; 0 where no case asks for it
     cases: tuple[Case, ...]
 
     @property
@@ -109,6 +113,14 @@ def _remember(setup: Setup) -> Setup:
     return replace(setup, twice=True, settings=replace(setup.settings, prefix_cache=True))
 
 
+def _no_fp8_cache(model: Transformer) -> str | None:
+    try:
+        fp8_cache_shape(model.config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _no_module(model: Transformer) -> str | None:
     return None if model.config.num_nextn_predict_layers else "the model has no prediction module"
 
@@ -128,6 +140,7 @@ FEATURES = (
         excludes=("overlap",),
     ),
     Feature("batch invariance", lambda setup: replace(setup, invariant=True)),
+    Feature("fp8 cache", _settings(cache_dtype="fp8"), _no_fp8_cache, fp8_rows=True),
 )
 
 
@@ -165,7 +178,8 @@ def verify(
         got, stats = _serve(model, chosen, prompts, tokens)
         plainly = plainly or got
         unseen = [feature.name for feature in chosen if not feature.shows(stats)]
-        case = judge.judge(names, prompts, got, plainly)
+        fp8_rows = any(feature.fp8_rows for feature in chosen)
+        case = judge.judge(names, prompts, got, plainly, fp8_rows=fp8_rows)
         if unseen:
             case = replace(case, holds=False, fault=f"{' and '.join(unseen)} did nothing in this run")
         cases.append(case)
@@ -174,7 +188,8 @@ def verify(
         str(dtype).removeprefix("torch."),
         str(naive.wider(dtype)).removeprefix("torch."),
         model.head_weight().device.type,
-        judge.rounding,
+        judge.rounding[False],
+        judge.rounding[True],
         tuple(cases),
     )
 
@@ -249,9 +264,11 @@ class _Judge:
     def __init__(self, model: Transformer) -> None:
         self._model, self._dtype = model, model.head_weight().dtype
         self._wide = naive.wider(self._dtype)
-        self._read: dict[tuple[tuple[int, ...], bytes], tuple[Tensor, int]] = {}
-        self.rounding = 0.0  # in nats, as far as it was measured
-        self._turned = self._counted = 0  # choices that the naive pass in the model's dtype turns
+        self._read: dict[tuple[tuple[int, ...], bytes, bool], tuple[Tensor, int]] = {}
+        # With rows as they are and with rows in e4m3, in nats, as far as it was measured; and choices that
+        # the naive pass turns by it.
+        self.rounding = {False: 0.0, True: 0.0}
+        self._turned, self._counted = {False: 0, True: 0}, {False: 0, True: 0}
 
     def judge(
         self,
@@ -259,11 +276,13 @@ class _Judge:
         prompts: Sequence[list[int]],
         got: list[Completion],
         plainly: list[Completion],
+        *,
+        fp8_rows: bool,
     ) -> Case:
         difference = regret = 0.0
         others = choices = 0
         for place, (ids, done) in enumerate(zip(prompts, got, strict=True)):
-            logprobs_NV, other = self._logprobs([*ids, *done.ids], len(ids), done.routing)
+            logprobs_NV, other = self._logprobs([*ids, *done.ids], len(ids), done.routing, fp8_rows)
             others += other
             choices += 0 if done.routing is None else done.routing.numel()
             chosen_N1 = torch.tensor(done.ids, device=logprobs_NV.device).unsqueeze(1)
@@ -272,8 +291,8 @@ class _Judge:
             difference = max(difference, (ours_N - theirs_N).abs().max().item())
             if place % 2 == 0:  # drawn greedily
                 regret = max(regret, (logprobs_NV.amax(1) - theirs_N).max().item())
-        tolerance = SLACK * self.rounding
-        share = self._turned / self._counted if self._counted else 0.0
+        tolerance, counted = SLACK * self.rounding[fp8_rows], self._counted[fp8_rows]
+        share = self._turned[fp8_rows] / counted if counted else 0.0
         limit = int((SLACK * share + NEAR_TIES) * choices)
         fault = None
         if not difference <= tolerance:
@@ -299,12 +318,14 @@ class _Judge:
             fault=fault,
         )
 
-    def _logprobs(self, ids: list[int], num_prompt: int, routing: Tensor | None) -> tuple[Tensor, int]:
+    def _logprobs(
+        self, ids: list[int], num_prompt: int, routing: Tensor | None, fp8_rows: bool
+    ) -> tuple[Tensor, int]:
         """Of every token in the place of each that was drawn, by the wide pass; and its other choices."""
-        key = tuple(ids), b"" if routing is None else routing.numpy().tobytes()
+        key = tuple(ids), b"" if routing is None else routing.numpy().tobytes(), fp8_rows
         if key not in self._read:
             wide = naive.forward(self._model, ids[:-1], self._wide, routing)
-            own = naive.forward(self._model, ids[:-1], self._dtype, routing)
+            own = naive.forward(self._model, ids[:-1], self._dtype, routing, fp8_rows=fp8_rows)
             drawn = slice(num_prompt - 1, None)
             ids_N1 = torch.tensor(ids[num_prompt:], device=wide.logits_TV.device).unsqueeze(1)
             wide_NV = wide.logits_TV[drawn].log_softmax(-1)
@@ -312,9 +333,9 @@ class _Judge:
             told_NX = torch.cat((wide_NV.topk(BEST).indices, ids_N1), 1)  # those that may be drawn
             off = off_NV.gather(1, told_NX).max().item()
             ulp = torch.finfo(self._dtype).eps * wide.logits_TV.abs().max().item()
-            self.rounding = max(self.rounding, off, ulp)
+            self.rounding[fp8_rows] = max(self.rounding[fp8_rows], off, ulp)
             if wide.experts_TLK is not None and own.experts_TLK is not None:
-                self._turned += naive.count_others(own.experts_TLK, wide.experts_TLK)
-                self._counted += own.experts_TLK.numel()
+                self._turned[fp8_rows] += naive.count_others(own.experts_TLK, wide.experts_TLK)
+                self._counted[fp8_rows] += own.experts_TLK.numel()
             self._read[key] = wide_NV, naive.count_others(routing, wide.experts_TLK)
         return self._read[key]

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.ops.reference.narrow_rows import as_kept
+
 
 def _lengths(cu_seqlens_S1: Tensor) -> list[int]:
     return cu_seqlens_S1.diff().tolist()
@@ -106,11 +108,13 @@ def write_cache(pages: Tensor, slots_T: Tensor, rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def read_cache(pages: Tensor, table_B: Tensor, first: int, last: int) -> Tensor:
+def read_cache(
+    pages: Tensor, table_B: Tensor, first: int, last: int, numbers: int, dtype: torch.dtype
+) -> Tensor:
     size = pages.shape[1]
     begin, end = first // size, -(-last // size)
     rows = pages.index_select(0, table_B[begin:end]).flatten(0, 1)
-    return rows[first - begin * size : last - begin * size]
+    return as_kept(rows[first - begin * size : last - begin * size], numbers, dtype)
 
 
 @torch.no_grad()
@@ -160,13 +164,12 @@ def _attend(
     wide = torch.promote_types(q_SHnd.dtype, torch.float32)
     if not q_SHnd.numel() or not longest:  # nobody asks, or there is nothing to see
         return q_SHnd.new_zeros(
-            sequences, heads, new, pages.shape[-1] if latent_rank is None else latent_rank
+            sequences, heads, new, q_SHnd.shape[3] if latent_rank is None else latent_rank
         )
     # 1. Whole pages, side by side, up to the longest context.
     table_SB = table_SB[:, : -(-longest // pages.shape[1])]
-    rows_SN = (
-        pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:])[:, :longest].to(wide)
-    )
+    rows_SN = pages.index_select(0, table_SB.flatten()).view(sequences, -1, *pages.shape[2:])[:, :longest]
+    rows_SN = as_kept(rows_SN, latent_rank or q_SHnd.shape[3], q_SHnd.dtype).to(wide)
     hidden_SnN = None  # one query of one sequence sees all there is
     if sequences > 1 or new > 1 or q_SHnd.is_cuda:
         hidden_SnN = torch.arange(longest, device=q_SHnd.device) >= visible_Sn.unsqueeze(-1)

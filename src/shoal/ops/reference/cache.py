@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoal.ops.reference.attention import write_cache
 from shoal.ops.reference.layers import rms_norm, rope
+from shoal.ops.reference.narrow_rows import keep_rows
 
 Op = Callable[..., Tensor]
 
@@ -39,8 +39,7 @@ def write_latent_cache(
     q_THR.copy_(turned_THR)
     # 2. The row of the cache.
     rows_TL = torch.cat((norm(latent_TC, weight_C, eps), key_T1R.squeeze(1)), dim=-1)
-    write_cache(pages, slots_T, rows_TL)
-    return q_THR, rows_TL
+    return q_THR, keep_rows(pages, slots_T, rows_TL, weight_C.shape[0])
 
 
 @torch.no_grad()
@@ -55,11 +54,11 @@ def write_kv_cache(
     interleaved: bool,
     *,
     turn: Op = rope,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     q_THQ = turn(q_THQ, cos_TR2, sin_TR2, interleaved)
     k_TGQ = turn(k_TGQ, cos_TR2, sin_TR2, interleaved)
-    write_cache(pages, slots_T, torch.stack((k_TGQ, v_TGQ), dim=1))
-    return q_THQ, k_TGQ
+    k_TGQ, v_TGQ = keep_rows(pages, slots_T, torch.stack((k_TGQ, v_TGQ), dim=1), k_TGQ.shape[2]).unbind(1)
+    return q_THQ, k_TGQ, v_TGQ
 
 
 @torch.no_grad()

@@ -193,7 +193,7 @@ def paged_attention(
     bounds, lengths = cu_seqlens_S1.tolist(), context_lens_S.tolist()
     for s, length in enumerate(lengths):
         if length:
-            rows = attention.read_cache(pages, block_table_SB[s], 0, length)
+            rows = attention.read_cache(pages, block_table_SB[s], 0, length, q_THQ.shape[2], q_THQ.dtype)
             queries = slice(bounds[s], bounds[s + 1])
             o_THQ[queries] = _attend(q_THQ[queries], rows[:, 0], rows[:, 1], scale)
     return o_THQ
@@ -215,7 +215,8 @@ def latent_attention(
     bounds, lengths = cu_seqlens_S1.tolist(), context_lens_S.tolist()
     for s, length in enumerate(lengths):
         if length:
-            rows_N1L = attention.read_cache(pages, block_table_SB[s], 0, length).unsqueeze(1)
+            rows_NL = attention.read_cache(pages, block_table_SB[s], 0, length, latent_rank, q_THL.dtype)
+            rows_N1L = rows_NL.unsqueeze(1)
             queries = slice(bounds[s], bounds[s + 1])
             o_THC[queries] = _attend(q_THL[queries], rows_N1L, rows_N1L[..., :latent_rank], scale)
     return o_THC

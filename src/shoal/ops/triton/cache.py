@@ -5,7 +5,8 @@
 
 Layout: program (token, 0) makes the row of the cache (of heads, a block of them), the others turn a block of
 query heads each; all read their inputs where the products left them, so no slice, concatenation or copy is
-launched. The rows are also returned, for attention among the step's own tokens. No two tokens share a slot.
+launched. The rows are also returned, for attention among the step's own tokens, of a cache in FP8
+(`narrow_rows`) as it has them. No two tokens share a slot.
 Bound: at decoding sizes the launch itself, above them bytes. On an H200 (2026-11-24): 3 to 4 us up to 256
 tokens, where the ops apart take 26 to 60; 63 to 76% of 4.555 TB/s at 8192.
 """
@@ -18,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.narrow_rows import MAX_HEAD, NARROW, behind_narrow, store_narrow
 from shoal.ops.triton.norms import DTYPES, normalise
+from shoal.ops.triton.quantise import lacks_e4m3, scale_of, to_e4m3
 from shoal.ops.triton.rotary import head_block, load_angles, load_pairs, side_by_side, store_pairs, turn
 
 MAX_LATENT = 8192  # of one program
@@ -80,20 +83,29 @@ def latent_row(
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     RETURN: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
-    """The row of a token, to its slot, and if RETURN to `rows`."""
-    dtype: tl.constexpr = pages_ptr.dtype.element_ty
+    """The row of a token, to its slot, and if RETURN to `rows` as it is there."""
+    dtype: tl.constexpr = kv_ptr.dtype.element_ty
     slot = tl.load(slots_ptr + token).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     latent = tl.load(kv_ptr + token * kv_stride + column, mask=column < C, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
     normal, _ = normalise(latent, eps, C, dtype)
     latent = (normal * weight).to(dtype)
-    tl.store(pages_ptr + slot * slot_stride + column, latent, mask=column < C)
     one = tl.arange(0, 1)[:, None]
     a, b = load_pairs(kv_ptr + token * kv_stride + C + one, one < 1, R, PAIRS, INTERLEAVED)
     first, second = turn(a, b, cos, sin)
-    store_pairs(pages_ptr + slot * slot_stride + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
+    at = pages_ptr + slot * slot_stride + one
+    if NARROW:
+        latent = store_narrow(at, latent.to(tl.float32), one < 1, C, BLOCK, ROUND).to(dtype)
+        first, second = first.to(tl.bfloat16), second.to(tl.bfloat16)
+        store_pairs(behind_narrow(at, C), first, second, one < 1, R, PAIRS, INTERLEAVED)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    else:
+        tl.store(at + column, latent, mask=column < C)
+        store_pairs(at + C, first, second, one < 1, R, PAIRS, INTERLEAVED)
     if RETURN:
         tl.store(rows_ptr + token * (C + R) + column, latent, mask=column < C)
         store_pairs(rows_ptr + token * (C + R) + C + one, first, second, one < 1, R, PAIRS, INTERLEAVED)
@@ -121,6 +133,8 @@ def _write_latent_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROUND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -129,7 +143,7 @@ def _write_latent_kernel(
     if tl.program_id(1) == 0:
         latent_row(
             kv_ptr, weight_ptr, cos, sin, pages_ptr, slots_ptr, rows_ptr, token, kv_stride, slot_stride, eps,
-            C, R, BLOCK, PAIRS, INTERLEAVED, True,
+            C, R, BLOCK, PAIRS, INTERLEAVED, True, NARROW, ROUND,
         )  # fmt: skip
     else:
         turn_queries(
@@ -150,6 +164,7 @@ def _write_heads_kernel(
     slots_ptr,
     turned_q_ptr,
     turned_k_ptr,
+    kept_v_ptr,
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -162,6 +177,8 @@ def _write_heads_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROUND: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -176,13 +193,29 @@ def _write_heads_kernel(
             k_ptr + token * k_token_stride + head * k_head_stride, inside, R, PAIRS, INTERLEAVED
         )
         first, second = turn(a, b, cos, sin)
-        key = pages_ptr + (slot * 2 * G + head) * R
-        store_pairs(turned_k_ptr + (token * G + head) * R, first, second, inside, R, PAIRS, INTERLEAVED)
-        store_pairs(key, first, second, inside, R, PAIRS, INTERLEAVED)
+        width: tl.constexpr = R + 4 if NARROW else R
+        key = pages_ptr + (slot * 2 * G + head) * width
+        turned = turned_k_ptr + (token * G + head) * R
         column = tl.arange(0, 2 * PAIRS)[None, :]
         real = inside & (column < R)
-        value = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + column, mask=real)
-        tl.store(key + G * R + column, value, mask=real)
+        value = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + column, mask=real, other=0.0)
+        if NARROW:  # R is at most 128: a head has one scale
+            dtype: tl.constexpr = turned_k_ptr.dtype.element_ty
+            first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+            top = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+            scale, inverse = scale_of(top[:, None])
+            first = to_e4m3(first * inverse, ROUND).to(tl.float32)
+            second = to_e4m3(second * inverse, ROUND).to(tl.float32)
+            bytes_of = key.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+            store_pairs(bytes_of, first, second, inside, R, PAIRS, INTERLEAVED)
+            tl.store((key + R).to(tl.pointer_type(tl.float32), bitcast=True), scale, mask=inside)
+            first, second = first * scale, second * scale
+            wide = store_narrow(key + G * width, value.to(tl.float32), inside, R, 2 * PAIRS, ROUND)
+            tl.store(kept_v_ptr + (token * G + head) * R + column, wide.to(dtype), mask=real)
+        else:
+            store_pairs(key, first, second, inside, R, PAIRS, INTERLEAVED)
+            tl.store(key + G * R + column, value, mask=real)
+        store_pairs(turned, first, second, inside, R, PAIRS, INTERLEAVED)
     else:
         turn_queries(
             q_ptr, turned_q_ptr, cos, sin, token, tl.program_id(1) - key_blocks,
@@ -197,9 +230,11 @@ def are_rows(pages: Tensor) -> bool:
     return pages[0, 0].is_contiguous() and pages.stride(0) == pages.shape[1] * pages.stride(1)
 
 
-def _pages_refusal(pages: Tensor, row: Tensor) -> str | None:
+def _pages_refusal(pages: Tensor, row: Tensor, *, narrow: bool = True) -> str | None:
     if not are_rows(pages):
         return "the pages are no rows of one stride; the kernel writes rows in place"
+    if narrow and pages.dtype == NARROW:
+        return lacks_e4m3(pages)
     if pages.dtype != row.dtype:
         return f"the pages are {pages.dtype} but what they keep is {row.dtype}; cast one side"
     return None
@@ -209,7 +244,7 @@ def write_cache_refusal(pages: Tensor, slots_T: Tensor, rows: Tensor) -> str | N
     """Why the kernel does not take this call; None if it does."""
     if rows.shape[1:] != pages.shape[2:]:
         return f"a row is {tuple(rows.shape[1:])} but a slot of the pages is {tuple(pages.shape[2:])}"
-    return _pages_refusal(pages, rows)
+    return _pages_refusal(pages, rows, narrow=False)
 
 
 @torch.no_grad()
@@ -285,6 +320,8 @@ def write_latent_cache(
             R=R,
             BLOCK=triton.next_power_of_2(C),
             INTERLEAVED=interleaved,
+            NARROW=pages.dtype == NARROW,
+            ROUND=not pages.is_cuda,
             PDL=pdl,
             launch_pdl=pdl,
             **block,
@@ -309,6 +346,8 @@ def write_kv_cache_refusal(
         return f"queries are {q_THQ.dtype}, keys {k_TGQ.dtype} and values {v_TGQ.dtype}; cast them"
     if not pages.is_contiguous():
         return "the pages are not contiguous; the kernel writes rows in place"
+    if pages.dtype == NARROW and k_TGQ.shape[2] > MAX_HEAD:
+        return f"heads of {k_TGQ.shape[2]} in FP8; the kernel has one scale a head, of at most {MAX_HEAD}"
     return _pages_refusal(pages, k_TGQ)
 
 
@@ -322,12 +361,13 @@ def write_kv_cache(
     pages: Tensor,
     slots_T: Tensor,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """Turned queries and keys, as `ops.api.write_kv_cache` says."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turned queries and keys, and values, as `ops.api.write_kv_cache` says."""
     (T, H, R), G = q_THQ.shape, k_TGQ.shape[1]
     q_THQ, k_TGQ, v_TGQ = (side_by_side(x) for x in (q_THQ, k_TGQ, v_TGQ))
     turned_THQ = torch.empty(T, H, R, dtype=q_THQ.dtype, device=q_THQ.device)
     turned_TGQ = torch.empty(T, G, R, dtype=q_THQ.dtype, device=q_THQ.device)
+    kept_TGQ = torch.empty_like(turned_TGQ) if pages.dtype == NARROW else v_TGQ
     if T:
         block, pdl = head_block(H, R), programmatic(q_THQ.device)
         _write_heads_kernel[(T, triton.cdiv(G, block["HEADS"]) + triton.cdiv(H, block["HEADS"]))](
@@ -340,6 +380,7 @@ def write_kv_cache(
             slots_T.contiguous(),
             turned_THQ,
             turned_TGQ,
+            kept_TGQ,
             *q_THQ.stride()[:2],
             *k_TGQ.stride()[:2],
             *v_TGQ.stride()[:2],
@@ -347,8 +388,10 @@ def write_kv_cache(
             G=G,
             R=R,
             INTERLEAVED=interleaved,
+            NARROW=pages.dtype == NARROW,
+            ROUND=not pages.is_cuda,
             PDL=pdl,
             launch_pdl=pdl,
             **block,
         )
-    return turned_THQ, turned_TGQ
+    return turned_THQ, turned_TGQ, kept_TGQ

@@ -26,6 +26,8 @@ from shoal.ops.triton.cache import are_rows
 from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan
 from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
 from shoal.ops.triton.expert_plan import num_multiprocessors
+from shoal.ops.triton.narrow_rows import NARROW
+from shoal.ops.triton.quantise import lacks_e4m3
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM, MAX_SEQUENCES = 512, 8192
@@ -37,7 +39,9 @@ def _refusal(
 ) -> str | None:
     if q_THd.dtype not in DTYPES:
         return f"queries are {q_THd.dtype}; the kernels take bfloat16, float16 and float32"
-    if q_THd.dtype != pages.dtype:
+    if pages.dtype == NARROW and (reason := lacks_e4m3(pages)) is not None:
+        return reason
+    if pages.dtype not in (q_THd.dtype, NARROW):
         return f"queries are {q_THd.dtype} but the cache is {pages.dtype}; cast one side"
     if not are_rows(pages):
         return "the pages are no rows of one stride; the kernels do not copy a cache"
@@ -52,7 +56,7 @@ def _refusal(
 
 def paged_attention_refusal(q_THQ: Tensor, pages: Tensor, table_SB: Tensor, *_: Any) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    return _refusal(q_THQ, pages, table_SB, pages.shape[3], pages.shape[4], 0)
+    return _refusal(q_THQ, pages, table_SB, pages.shape[3], q_THQ.shape[2], 0)
 
 
 def latent_attention_refusal(
@@ -67,7 +71,7 @@ def latent_attention_refusal(
     scale: float,
 ) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    return _refusal(q_THL, pages, table_SB, 1, rank, pages.shape[2] - rank)
+    return _refusal(q_THL, pages, table_SB, 1, rank, q_THL.shape[2] - rank)
 
 
 def _hopper(device: torch.device) -> bool:
@@ -98,8 +102,8 @@ def _attend(
     if plan is None:
         rows, sequences = (rep, MAX_SEQUENCES) if invariant else (most * rep, S)
         far = longest if not invariant else 1 << 30
-        hopper = _hopper(q_THd.device)
-        plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, latent=latent, hopper=hopper)
+        kind = {"latent": latent, "narrow": pages.dtype == NARROW, "hopper": _hopper(q_THd.device)}
+        plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, **kind)
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
     device = q_THd.device
@@ -132,6 +136,7 @@ def _attend(
         *arguments,
         R=dim - rank,
         LATENT=latent,
+        NARROW=pages.dtype == NARROW,
         ROW=pages.stride(1),
         PAGE=page,
         BC=column,
@@ -204,5 +209,5 @@ def paged_attention(
 ) -> Tensor:
     """As `ops.api.paged_attention` says. `plan` overrides the choice of tiles."""
     where = (table_SB, contexts_S, longest, cu_S1, most)
-    rank = pages.shape[4]
+    rank = q_THQ.shape[2]
     return _attend(q_THQ, pages, *where, rank, scale, latent=False, invariant=invariant, plan=plan)

@@ -13,7 +13,8 @@ FIXED (batch-invariant): pieces are UNIT tiles from a sequence's own beginning, 
 order, depends on that sequence alone. Scratch grows with the longest context.
 
 SWAP computes scores as K Q^T and values as V^T P: positions are the tall side of the tensor core, and 16
-queries its narrow one. A latent row serves as key and, its first C elements, as value: it is read once.
+queries its narrow one. A latent row serves as key and, its first C elements, as value: it is read once. Rows
+in FP8 (NARROW) are widened as they are read.
 Positions past a context are never read: they may hold NaN.
 """
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from shoal.ops.triton.launch import wait_for_previous
+from shoal.ops.triton.narrow_rows import behind_narrow, load_narrow
 
 
 @triton.jit
@@ -36,6 +38,19 @@ def _count_tiles(
     context = tl.load(contexts_ptr + s, mask=s < S, other=0)
     seen = context - new + 1 + tl.minimum((row + BM - 1) // REP, new - 1)
     return tl.where(new * REP > row, (tl.maximum(seen, 0) + BN - 1) // BN, 0)
+
+
+@triton.jit
+def _find_rows(table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
+    """From the beginning of the pages to BN rows (BN, 1)."""
+    position = tile * BN + tl.arange(0, BN)
+    if PAGE % BN == 0:
+        page = tl.load(table_ptr + tile // (PAGE // BN)).to(tl.int64)
+        at = page * (PAGE * ROW) + (tile % (PAGE // BN) * BN + tl.arange(0, BN))[:, None] * ROW
+    else:
+        page = tl.load(table_ptr + position // PAGE, mask=kept, other=0).to(tl.int64)
+        at = (page * PAGE + position % PAGE)[:, None] * ROW
+    return at
 
 
 @triton.jit
@@ -52,19 +67,54 @@ def _load_tile(
     BN: tl.constexpr,
 ):
     """BN cached rows, WIDTH elements from `first` on, (BN, BLOCK); zeros past `limit` and past WIDTH."""
-    position = tile * BN + tl.arange(0, BN)
-    kept = position < limit
-    if PAGE % BN == 0:
-        page = tl.load(table_ptr + tile // (PAGE // BN)).to(tl.int64)
-        at = page * (PAGE * ROW) + (tile % (PAGE // BN) * BN + tl.arange(0, BN))[:, None] * ROW
-    else:
-        page = tl.load(table_ptr + position // PAGE, mask=kept, other=0).to(tl.int64)
-        at = (page * PAGE + position % PAGE)[:, None] * ROW
+    kept = tile * BN + tl.arange(0, BN) < limit
+    at = _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
     column = tl.arange(0, BLOCK)
     mask = kept[:, None]
     if WIDTH != BLOCK:
         mask = mask & (column < WIDTH)[None, :]
     return tl.load(base + first + at + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_narrow_tile(
+    base,
+    table_ptr,
+    tile,
+    limit,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The same of rows in FP8, from byte `first` on, widened to DTYPE."""
+    kept = tile * BN + tl.arange(0, BN) < limit
+    at = base + first + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
+    return load_narrow(at, kept[:, None], WIDTH, BLOCK).to(DTYPE)
+
+
+@triton.jit
+def _load_behind_tile(
+    base,
+    table_ptr,
+    tile,
+    limit,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The R bfloat16 elements behind WIDTH narrow ones (BN, BR) in DTYPE."""
+    kept = tile * BN + tl.arange(0, BN) < limit
+    at = behind_narrow(base + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN), WIDTH)
+    column = tl.arange(0, BR)[None, :]
+    return tl.load(at + column, mask=kept[:, None] & (column < R), other=0.0).to(tl.float32).to(DTYPE)
 
 
 @triton.jit
@@ -107,6 +157,7 @@ def split_kernel(
     C: tl.constexpr,
     R: tl.constexpr,  # elements of a key past the C that have a value's place in a latent row; 0 otherwise
     LATENT: tl.constexpr,
+    NARROW: tl.constexpr,  # rows in FP8, of bytes
     ROW: tl.constexpr,  # from one cached position to the next
     PAGE: tl.constexpr,
     BC: tl.constexpr,
@@ -128,7 +179,8 @@ def split_kernel(
     w = tl.program_id(0) // (RB * G)
     group = lane // RB
     row = lane % RB * BM
-    base = pages_ptr if LATENT else pages_ptr + group * C
+    head_row: tl.constexpr = C + 4 * ((C + 127) // 128) if NARROW else C
+    base = pages_ptr if LATENT else pages_ptr + group * head_row
     tiles = _count_tiles(cu_ptr, contexts_ptr, S, row, S_PAD, REP, BM, BN)
     index = tl.arange(0, S_PAD)
     line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
@@ -172,11 +224,18 @@ def split_kernel(
                 total_M = tl.zeros((BM,), tl.float32)
                 o = tl.zeros((BM, BC), tl.float32)
             for tile in range(begin, end):
-                k = _load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
-                if R:
+                if NARROW:
+                    k = _load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
+                else:
+                    k = _load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
+                if R and NARROW:
+                    k_rope = _load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
+                elif R:
                     k_rope = _load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
                 if LATENT:
                     v = k
+                elif NARROW:
+                    v = _load_narrow_tile(base, pages, tile, limit, G * head_row, C, BC, ROW, PAGE, BN, dtype)
                 else:
                     v = _load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
                 position = tile * BN + tl.arange(0, BN)

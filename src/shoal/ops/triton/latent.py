@@ -22,7 +22,9 @@ from torch import Tensor
 
 from shoal.ops.triton.cache import MAX_LATENT, latent_row, turn_queries
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.narrow_rows import NARROW
 from shoal.ops.triton.norms import DTYPES
+from shoal.ops.triton.quantise import lacks_e4m3
 from shoal.ops.triton.rotary import head_block, load_angles, side_by_side
 
 MAX_DIM = 256  # of a head, unrotated: the depth of one product
@@ -43,6 +45,7 @@ def _queries_kernel(
     q_token_stride,
     q_head_stride,
     kv_stride,
+    slot_stride,
     eps,
     H: tl.constexpr,
     N: tl.constexpr,
@@ -56,6 +59,8 @@ def _queries_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROUND: tl.constexpr,
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -86,8 +91,8 @@ def _queries_kernel(
         cos, sin = load_angles(cos_ptr, sin_ptr, one, R, PAIRS)
         if part == 0:
             latent_row(
-                kv_ptr, norm_ptr, cos, sin, pages_ptr, slots_ptr, pages_ptr, one, kv_stride, C + R, eps,
-                C, R, BLOCK, PAIRS, INTERLEAVED, False,
+                kv_ptr, norm_ptr, cos, sin, pages_ptr, slots_ptr, pages_ptr, one, kv_stride, slot_stride, eps,
+                C, R, BLOCK, PAIRS, INTERLEAVED, False, NARROW, ROUND,
             )  # fmt: skip
         else:
             turn_queries(
@@ -174,8 +179,10 @@ def latent_queries_refusal(
         return f"queries are {q_THQ.dtype}, latents {kv_TL.dtype} and the weight {norm_C.dtype}; cast them"
     if rank > MAX_LATENT:
         return f"a latent of {rank}; a program holds at most {MAX_LATENT}"
-    if not pages.is_contiguous() or pages.dtype != q_THQ.dtype:
+    if not pages.is_contiguous() or pages.dtype not in (q_THQ.dtype, NARROW):
         return f"the pages are {pages.dtype}, or not contiguous; the kernel writes {q_THQ.dtype} in place"
+    if pages.dtype == NARROW and (reason := lacks_e4m3(pages)) is not None:
+        return reason
     return _refusal(q_THQ, kv_b, q_THQ.shape[2] - (kv_TL.shape[1] - rank))
 
 
@@ -220,6 +227,7 @@ def latent_queries(
         q_THQ.stride(0),
         q_THQ.stride(1),
         kv_TL.stride(0),
+        pages.stride(1),
         eps,
         H=H,
         N=N,
@@ -231,6 +239,8 @@ def latent_queries(
         BC=max(16, bc),
         BLOCK=triton.next_power_of_2(C),
         INTERLEAVED=interleaved,
+        NARROW=pages.dtype == NARROW,
+        ROUND=not pages.is_cuda,
         PDL=pdl,
         PRECISION=_precision(q_THQ),
         launch_pdl=pdl,

@@ -64,6 +64,7 @@ export class Plan {
           ["Decoding", `${short(flops.decode / 1e6)} MFLOP`],
           ["Training", `${short(flops.training / 1e6)} MFLOP`],
           ["Cache, bfloat16", bytes(kv.bfloat16)],
+          ...(kv.fp8 ? [["Cache, fp8", bytes(kv.fp8)]] : []),
           ["Weights in bfloat16", bytes(stored.bfloat16)],
           ["Weights in fp8", bytes(stored.fp8)],
         ])),
