@@ -17,6 +17,7 @@ from typer.main import get_command
 from shoal.cli.app import app
 from shoal.config.extend import load_extend
 from shoal.config.run import load_recipe
+from shoal.config.sparsify import load_sparsify
 from shoal.config.tune import load_grpo, load_sft
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,8 @@ def test_every_line_is_one_of_ours() -> None:
 @pytest.mark.parametrize(("page", "line"), [each for each in LINES if not each[1].startswith("./check")])
 def test_the_command_line_reads(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
-    load = {"sft": load_sft, "grpo": load_grpo, "extend": load_extend}.get(words[0], load_recipe)
+    loads = {"sft": load_sft, "grpo": load_grpo, "extend": load_extend, "sparsify": load_sparsify}
+    load = loads.get(words[0], load_recipe)
     command = get_command(app)
     while isinstance(command, TyperGroup):
         command = command.commands[words.pop(0)]

@@ -101,6 +101,19 @@ def test_a_larger_step_takes_more() -> None:
     assert step_bytes(LITE, 8192, 64, 4) > step_bytes(LITE, 8192, 64, 2)
 
 
+def test_scores_of_an_indexer_over_the_longest_context_are_counted() -> None:
+    """A chunk of T tokens at the end of N positions holds T x N float32 scores (V3.2, 163,840 positions)."""
+    config = family("deepseek-v3.2").config
+    whole = step_bytes(config, 2048, 64, 2)
+    half = step_bytes(config, 2048, 64, 2, context=config.max_position_embeddings // 2)
+    assert whole - half == 2048 * config.max_position_embeddings // 2 * 4
+    short = step_bytes(config, 2048, 64, 2, context=2048)  # all is read, nothing scored
+    assert half - short > 2048 * config.max_position_embeddings // 2 * 4
+    wish: dict[str, Any] = H200 | dict(weights=80 * GIB, page=64 * 85_888, max_batch_tokens=8192)
+    few, many = (draw_up(config, **{**wish, "num_pages": pages}) for pages in (1024, 2560))
+    assert few.activations < many.activations
+
+
 def test_the_engine_takes_what_its_ledger_says() -> None:
     """On a CPU: the pages and records, byte for byte."""
     engine = Engine(build("deepseek-v3"), EngineSettings(page_size=8, num_pages=50))

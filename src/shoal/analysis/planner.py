@@ -261,7 +261,7 @@ def _serve(config: ModelConfig, gpu: Gpu, count: int, load: Load, layout: Layout
     a_sequence = (load.prompt + load.output) * _cache_bytes(config, load, slices)
     limit = USABLE * gpu.memory
     own_at_most = 256 * slices
-    activations = cost.step_bytes(config, CHUNK, min(CHUNK, own_at_most), 2)
+    activations = cost.step_bytes(config, CHUNK, min(CHUNK, own_at_most), 2, context=round(load.context))
     own_room = max(0, int((limit - weights - activations) // a_sequence))
     room = own_room * count // slices
     batch = load.batch or max(1, min(room, 256 * count))

@@ -170,6 +170,16 @@ def extend(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device 
 
 
 @app.command()
+def sparsify(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
+    """Teach a checkpoint DeepSeek sparse attention (V3.2): indexers alone first, then all together."""
+    from shoal.cli.tune import show
+    from shoal.config.sparsify import load_sparsify
+    from shoal.stages import sparsify
+
+    show(sparsify.run, load_sparsify(recipe, set_ or ()), out, find_device(device))
+
+
+@app.command()
 def sft(recipe: Recipe, out: RunFolder, set_: Changes = None, device: Device = "auto") -> None:
     """Tune a checkpoint on conversations by a recipe."""
     from shoal.cli.tune import show

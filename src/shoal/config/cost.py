@@ -361,14 +361,17 @@ def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
-def step_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+def step_bytes(
+    config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int, *, context: int | None = None
+) -> int:
     """What a step of serving holds at its fullest beside weights and cache, `drawn` of its tokens drawn from.
 
-    Logits are held in float32 thrice while they are drawn from, and their cumulative sum in float64.
+    `context` is the longest that is served, by default the model's. Logits are held in float32 thrice while
+    they are drawn from, and their cumulative sum in float64.
     """
     drawing = drawn * config.vocab_size * (3 * 4 + 8)
     return max(
-        forward_bytes(config, tokens, 0, dtype_bytes),
+        forward_bytes(config, tokens, 0, dtype_bytes, context=context),
         _head_bytes(config, tokens, drawn, dtype_bytes) + drawing,
     )
 
@@ -377,7 +380,9 @@ def _head_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) 
     return (drawn * config.vocab_size + tokens * config.hidden_size) * dtype_bytes
 
 
-def forward_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:
+def forward_bytes(
+    config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int, *, context: int | None = None
+) -> int:
     """What the model itself holds of a step, up to the logits of `drawn` tokens: what a graph of it keeps.
 
     Summed tensor by tensor in the widest layer; an upper bound by a little, since PyTorch frees as it goes.
@@ -405,8 +410,19 @@ def forward_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int
         routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
         feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
     layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
+    layer += tokens * _index_bytes(attention, context or config.max_position_embeddings, dtype_bytes)
     # 2. The head.
     return max(layer, _head_bytes(config, tokens, drawn, dtype_bytes))
+
+
+def _index_bytes(attention: object, context: int, dtype_bytes: int) -> int:
+    """What an indexer holds of a token while attention waits: its queries, a float32 score for each position
+    of the context, and the choice as positions and as slots (int64, and what turns one into the other)."""
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    if indexer is None or context <= indexer.index_topk:
+        return 0
+    queries = 3 * indexer.index_n_heads * indexer.index_head_dim * dtype_bytes
+    return queries + 4 * context + 5 * 8 * indexer.index_topk
 
 
 def _known(dtype: str, *choices: str) -> str:

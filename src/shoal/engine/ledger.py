@@ -4,8 +4,8 @@ Weights, what the largest step holds at once, graphs, and the rest for the cache
 many tokens, or so many requests of the longest context. What does not fit is reduced, and `notes` says what
 and how to have it otherwise; a device too small for anything is told the setting and a value that fits.
 
-What a step holds is summed tensor by tensor from the shapes of the model, in the widest of its layers. It is
-an upper bound by a little: PyTorch frees as it goes.
+What a step holds is summed tensor by tensor from the shapes of the model, in the widest of its layers, scores
+of an indexer over the longest context among them. It is an upper bound by a little: PyTorch frees as it goes.
 """
 
 from __future__ import annotations
@@ -85,13 +85,17 @@ def draw_up(
     less than the pages asked for.
     """
     notes: list[str] = []
-    activations = step_bytes(config, max_batch_tokens, min(max_batch_tokens, max_sequences), dtype_bytes)
+    context = config.max_position_embeddings
+    if num_pages is not None:
+        context = min(context, num_pages * page_size)
+    drawn = min(max_batch_tokens, max_sequences)
+    activations = step_bytes(config, max_batch_tokens, drawn, dtype_bytes, context=context)
     activations += scratch + (WORKSPACE_BYTES if graph_sizes else 0)
     graphs = 0
     if graph_sizes:
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
         graphs = graphs_a_size * sum(graph_sizes) * kept + config.vocab_size * widest * dtype_bytes
-        graphs += forward_bytes(config, widest, widest, dtype_bytes) + WORKSPACE_BYTES
+        graphs += forward_bytes(config, widest, widest, dtype_bytes, context=context) + WORKSPACE_BYTES
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1
     usable = max_sequences * -(-config.max_position_embeddings // page_size)

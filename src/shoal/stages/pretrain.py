@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -34,6 +34,8 @@ from shoal.stages.claim import claim, is_begun
 from shoal.train.balance import add_noise
 from shoal.train.fp8 import multiply_in_fp8
 from shoal.train.metrics import Observer, Phase
+from shoal.train.objective import Objective
+from shoal.train.optim import Trainable
 from shoal.train.recompute import recompute
 from shoal.train.team import ALONE, Team
 from shoal.train.trainer import Evaluation, Outcome, Trainer
@@ -64,6 +66,13 @@ def at_birth(_: Corpus) -> Fill:
     return Transformer.init_weights
 
 
+class Lesson(NamedTuple):
+    """What is minimised, and what of the model learns; None: as the Trainer has it by itself."""
+
+    objective: Objective | None = None
+    trainable: Trainable | None = None
+
+
 def run(
     config: RunConfig,
     folder: Path,
@@ -71,19 +80,21 @@ def run(
     device: torch.device | str = "cpu",
     observe: Observer = lambda event: None,
     start: Callable[[Corpus], Fill] = at_birth,
+    lesson: Callable[[Transformer], Lesson] = lambda model: Lesson(),
 ) -> Outcome:
     """Run a recipe in a folder, or go on with the run that is there.
 
-    `start` may look at the text, and refuse it, before the folder is this run's.
+    `start` may look at the text, and refuse it, before the folder is this run's. `lesson` is asked once the
+    model has its weights.
     """
     if config.parallel.ranks == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _run(config, folder, torch.device(device), observe, None, start)
+        return _run(config, folder, torch.device(device), observe, None, start, lesson)
     from shoal.parallel.mesh import open_mesh  # seconds of torch that one process need not load
 
     with open_mesh(config.parallel, str(device)) as mesh:
         assert mesh is not None
         watch = observe if mesh.rank == 0 else lambda event: None
-        return _run(config, folder, mesh.device, watch, mesh, start)
+        return _run(config, folder, mesh.device, watch, mesh, start, lesson)
 
 
 def _run(
@@ -93,6 +104,7 @@ def _run(
     observe: Observer,
     mesh: Mesh | None,
     start: Callable[[Corpus], Fill],
+    lesson: Callable[[Transformer], Lesson],
 ) -> Outcome:
     # 1. The text: a tokenizer, and what it makes of the documents to train on and of those held out.
     first = mesh is None or mesh.rank == 0
@@ -129,12 +141,15 @@ def _run(
     torch.manual_seed(generator.initial_seed())  # what a library draws is the same in every start, too
 
     # 4. The loop, from the last checkpoint or the start.
+    objective, trainable = lesson(model)
     trainer = Trainer(
         model,
         packer.batch,
         config.train,
         folder,
         generator=generator,
+        objective=objective,
+        trainable=trainable,
         team=team,
         evaluation=corpus.evaluations(data),
         recipe=to_table(config),

@@ -141,6 +141,12 @@ def narrow_index_scores(
 
 @torch.no_grad()
 def select_top(scores_TN: Tensor, top_k: int) -> Tensor:
+    blocks = [torch.empty(0, top_k, dtype=torch.int64, device=scores_TN.device)]
+    blocks += (_select(scores_TN[block], top_k) for block in _blocks(*scores_TN.shape))
+    return torch.cat(blocks)
+
+
+def _select(scores_TN: Tensor, top_k: int) -> Tensor:
     tokens, positions = scores_TN.shape
     scores_TN = scores_TN.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     # 1. The smallest score that is taken. 2. All above it, and of its equals the first, up to top_k.
