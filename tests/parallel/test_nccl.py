@@ -1,4 +1,4 @@
-"""The law of parallelism on GPUs: two of them by NCCL give the gradients of one.
+"""The law of parallelism on GPUs: two of them by NCCL give the gradients of one, cut or in stages.
 
 Float32 without TF32, so the sides differ by the order of sums; the tolerance is that of test_parallel.
 """
@@ -13,6 +13,7 @@ import torch
 from shoal.train.team import Team
 from tests.parallel import work
 from tests.parallel.test_parallel import EPS, TWO, assert_close
+from tests.parallel.test_pipeline import DOWN, VEE, Runs, assert_equal_to_one
 from tests.train import parts
 
 pytestmark = [
@@ -34,3 +35,8 @@ def test_loss_and_gradients_of_two_gpus_are_those_of_one(tmp_path: Path) -> None
             for name, ((first, _), grad) in pieces.items():
                 whole = grads[name].cpu()
                 assert_close(grad.cpu(), whole[first : first + len(grad)], whole, f"{pair} {name}")
+
+
+def test_stages_on_two_gpus_are_one(tmp_path: Path) -> None:
+    runs: Runs = [(way, work.deep(), mode) for way in (DOWN, VEE) for mode in ("none", "full")]
+    assert_equal_to_one(tmp_path, 2, runs, 4, "cuda", work.NCCL)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from shoal.checkpoint import native
@@ -30,27 +31,27 @@ TRAIN = replace(work.TRAIN, evaluate_every=2, optim=replace(work.TRAIN.optim, cl
 MUON = replace(work.MUON, evaluate_every=0)
 
 
-def assert_equal_to_one(folder: Path, ranks: int, runs: Runs, batches: int) -> None:
-    found = work.launch(work.gradients_of_stages, ranks, folder, runs, batches)
+def assert_equal_to_one(
+    folder: Path, ranks: int, runs: Runs, batches: int, device: str = "cpu", backend: str = "gloo"
+) -> None:
+    found = work.launch(work.gradients_of_stages, ranks, folder, runs, batches, device, backend=backend)
     for number, (degrees, config, mode) in enumerate(runs):
-        model = parts.model(config)
+        model = parts.model(config).to(device)
         every = [parts.batch(i) for i in range(batches)]
+        every = [work.on_gpu(batch) for batch in every] if device == "cuda" else every
         loss, grads = work.losses_and_gradients(every, model, Team())
         covered = dict.fromkeys(grads, 0)
         for rank in found:
             theirs, pieces = rank[number]
             assert theirs == pytest.approx(loss, rel=128 * EPS)
             for name, ((first, whole), grad) in pieces.items():
-                assert whole == len(grads[name])
-                told = f"{degrees} {mode} {name}"
-                assert_close(grad, grads[name][first : first + len(grad)], grads[name], told)
+                ours, told = grads[name].cpu(), f"{degrees} {mode} {name}"
+                assert whole == len(ours)
+                assert_close(grad.cpu(), ours[first : first + len(grad)], ours, told)
                 covered[name] += len(grad)
-        twice = (
-            {"model.embed_tokens.weight"}
-            if degrees.schedule == "1f1b" and model.reads_embedding_twice
-            else set()
-        )
-        assert covered == {name: len(grad) * (1 + (name in twice)) for name, grad in grads.items()}
+        twice = degrees.schedule == "1f1b" and model.reads_embedding_twice
+        times = {"model.embed_tokens.weight": 2} if twice else {}
+        assert covered == {name: len(grad) * times.get(name, 1) for name, grad in grads.items()}
 
 
 def test_loss_and_gradients_of_two_stages(tmp_path: Path) -> None:
@@ -84,6 +85,12 @@ def test_loss_and_gradients_of_more(tmp_path: Path) -> None:
     assert_equal_to_one(tmp_path / "two", 2, runs, batches=4)
 
 
+def test_what_stages_cannot_do_is_refused(tmp_path: Path) -> None:
+    for uneven, unstaged in work.launch(work.refusals, 2, tmp_path, VEE, tmp_path):
+        assert uneven.startswith("the micro-batches of a step have 12 to 32 tokens; a pipeline needs them")
+        assert unstaged.startswith("the objective Policy needs a model whose layers are all in one process")
+
+
 def test_training_goes_on_bit_for_bit_and_on_other_stages(tmp_path: Path) -> None:
     """One launch of two processes: a V straight through and in two halves, 1F1B taken over by a V, and Muon
     with solved biases."""
@@ -96,6 +103,11 @@ def test_training_goes_on_bit_for_bit_and_on_other_stages(tmp_path: Path) -> Non
     for stem, tensors in weights(parts_of, 3).items():
         assert all(torch.equal(tensor, state[stem][name]) for name, tensor in tensors.items())
     assert lines(whole) == lines(parts_of)
+    # Nothing is written twice, and a place has its layers alone.
+    for written in (names(whole / "checkpoints/step-000003"), names(mixed / "checkpoints/step-000002")):
+        assert len(written) == 2
+        assert written[0].isdisjoint(written[1])
+        assert len(written[0] | written[1]) == len(parts.model(work.deep()).state_dict())
     # 2. And it is the run of one process, in what it is and in what it tells.
     work.train_deep(None, tmp_path / "alone", 3, TRAIN)
     assert_same(weights(tmp_path / "alone", 3), state, weights(mixed, 3))
@@ -115,6 +127,15 @@ def weights(folder: Path, step: int, settings: TrainConfig = TRAIN) -> dict[str,
     state = {"model": model.state_dict(), "optimizer": Optimizer(model, settings.optim).state()}
     native.load(folder / "checkpoints" / f"step-{step:06d}", state)
     return state
+
+
+def names(checkpoint: Path) -> list[set[str]]:
+    """What each process wrote of the model."""
+    written = []
+    for file in sorted(checkpoint.glob("model-*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            written.append(set(opened.keys()))
+    return written
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from shoal.batch import Batch
 from shoal.checkpoint import native
 from shoal.config.model import ModelConfig
+from shoal.config.policy import PolicyConfig
 from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, Recompute, TrainConfig
 from shoal.model.transformer import Output, Transformer
 from shoal.parallel.expert import ExpertDispatcher
@@ -27,6 +28,7 @@ from shoal.parallel.pipeline import Pipeline, keep_stages
 from shoal.parallel.shard import copies, join, local, rows, shard
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
+from shoal.train.policy import Policy
 from shoal.train.recompute import recompute
 from shoal.train.team import Team
 from shoal.train.trainer import Evaluation, Trainer
@@ -244,12 +246,41 @@ def train_all(runs: list[tuple[ParallelConfig, Path, int, TrainConfig]]) -> None
         train_deep(*run)
 
 
-def gradients_of_stages(runs: list[tuple[ParallelConfig, ModelConfig, Recompute]], batches: int) -> list[Any]:
+def gradients_of_stages(
+    runs: list[tuple[ParallelConfig, ModelConfig, Recompute]], batches: int, device: str
+) -> list[Any]:
     """Of each run: the loss, and for each parameter its rows here and their gradient."""
     found = []
     for degrees, config, mode in runs:
-        model = recompute(parts.model(config), mode)
+        model = recompute(parts.model(config).to(device), mode)
         team = spread(degrees, model)
-        loss, grads = losses_and_gradients(share_of(batches, team), model, team)
+        mine = share_of(batches, team)
+        mine = [on_gpu(batch) for batch in mine] if device == "cuda" else mine
+        loss, grads = losses_and_gradients(mine, model, team)
         found.append((loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()}))
     return found
+
+
+def refusals(degrees: ParallelConfig, folder: Path) -> list[str]:
+    """What stages say to micro-batches of unlike lengths, and to an objective that judges no parts."""
+    model = parts.model(deep())
+    team = spread(degrees, model)
+    uneven = [parts.batch(0), parts.batch(1, (9, 3)), parts.batch(2), parts.batch(3)]
+    told = []
+    try:
+        losses_and_gradients(uneven, model, team)
+    except ValueError as error:
+        told.append(str(error))
+    try:
+        Trainer(
+            model,
+            parts.batch,
+            TRAIN,
+            folder,
+            generator=torch.Generator(),
+            team=team,
+            objective=Policy(PolicyConfig()),
+        )
+    except ValueError as error:
+        told.append(str(error))
+    return told
