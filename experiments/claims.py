@@ -73,9 +73,25 @@ def claims(unit: int = 256) -> dict[str, Claim]:
                     "Switch", mixture(unit, 8, 1, 2, capacity_factor=1.25), replace(NONE, switch_loss=0.01)
                 ),
                 Variant(
+                    "Mixtral", mixture(unit, 16, 2, 1, norm_topk_prob=True), replace(NONE, switch_loss=0.01)
+                ),
+                Variant(
+                    "noisy top-2",
+                    mixture(unit, 16, 2, 1, norm_topk_prob=True, noisy_gate=True),
+                    replace(NONE, switch_loss=0.01),
+                ),
+                Variant(
                     "GShard",
                     mixture(unit, 16, 2, 1, norm_topk_prob=True, capacity_factor=2.0),
                     replace(NONE, gshard_loss=0.01),
+                ),
+                Variant(
+                    "GShard, random second",
+                    mixture(unit, 16, 2, 1, norm_topk_prob=True, capacity_factor=2.0, random_second=True),
+                    replace(NONE, gshard_loss=0.01),
+                ),
+                Variant(
+                    "expert choice, looks ahead", mixture(unit, 16, 2, 1, topk_method="expert_choice"), NONE
                 ),
                 Variant("DeepSeekMoE", segmented(unit, 4, 1), AUXILIARY),
                 Variant(

@@ -13,8 +13,9 @@ from torch import Tensor
 from shoal.config.families import tiny
 from shoal.config.model import MoEConfig
 from shoal.engine import Engine, EngineSettings
-from shoal.model.moe import MoE, choose_segments, choose_tokens, hash_experts, join_segments
+from shoal.model.moe import Gate, MoE, choose_segments, choose_tokens, hash_experts, join_segments
 from shoal.model.transformer import Transformer
+from shoal.ops import api as ops
 from tests.model import parts
 
 CLOSE = 1e-5
@@ -94,6 +95,60 @@ def test_each_rule_learns(name: str) -> None:
             assert p.grad.abs().max() > 0, key
 
 
+def test_the_spread_of_a_noisy_gate_is_learned_and_is_the_softplus() -> None:
+    """H = x W + N softplus(x W_noise) in training (arXiv 1701.06538, eq. 4), x W outside it."""
+    moe = MoEConfig(8, 2, 5, norm_topk_prob=True, noisy_gate=True)
+    gate = Gate(16, moe, device=None, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    for tensor in (gate.weight, gate.noise_weight):
+        assert tensor is not None
+        tensor.data.normal_(generator=draw)
+    x_TD = torch.randn(400, 16, generator=draw)
+    with pytest.raises(ValueError, match="nothing to draw from"):
+        gate.train()(x_TD, None)
+    gate.generator = torch.Generator().manual_seed(1)
+    noisy = gate(x_TD, None)
+    assert noisy.logits_TE is not None
+    assert gate.noise_weight is not None
+    spread_TE = torch.nn.functional.softplus(x_TD @ gate.noise_weight.t())
+    unit_TE = ((noisy.logits_TE - x_TD @ gate.weight.t()) / spread_TE).detach()
+    # 3200 draws: the mean within 4 of its deviations, 0.018 each; the spread within 4 of 0.0125.
+    assert abs(unit_TE.mean().item()) < 0.07
+    assert abs(unit_TE.std().item() - 1) < 0.05
+    noisy.weights_TK.square().sum().backward()
+    for tensor in (gate.weight, gate.noise_weight):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().max() > 0
+    plain = gate.eval()(x_TD, None)
+    assert torch.equal(plain.experts_TK, ops.gate(x_TD, gate.weight, **gate._rule(None)).experts_TK)
+    assert (plain.experts_TK != noisy.experts_TK).any()
+
+
+def test_a_second_choice_is_kept_with_twice_its_weight() -> None:
+    """GShard, algorithm 1; a choice that is left out is -1, weighs nothing, and the first stays as it was."""
+    moe = MoEConfig(8, 2, 5, norm_topk_prob=True, random_second=True)
+    gate = Gate(16, moe, device=None, dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    gate.weight.data.normal_(generator=draw)
+    x_TD = torch.randn(4000, 16, generator=draw)
+    plain = gate.eval()(x_TD, None)
+    gate.generator = torch.Generator().manual_seed(1)
+    chance = gate.train()(x_TD, None)
+    assert torch.equal(chance.experts_TK[:, 0], plain.experts_TK[:, 0])
+    assert torch.equal(chance.weights_TK[:, 0], plain.weights_TK[:, 0])
+    kept_T, second_T = chance.experts_TK[:, 1] >= 0, plain.weights_TK[:, 1]
+    assert torch.equal(chance.experts_TK[kept_T], plain.experts_TK[kept_T])
+    assert (chance.weights_TK[~kept_T, 1] == 0).all()
+    # Binomial in each tenth of the chances: the count within 4.5 of its deviations of what is expected.
+    chance_T = (2 * second_T).clamp(max=1)
+    for low in range(10):
+        in_T = (chance_T >= low / 10) & (chance_T < (low + 1) / 10)
+        expected, variance = chance_T[in_T].sum(), (chance_T[in_T] * (1 - chance_T[in_T])).sum()
+        assert abs(kept_T[in_T].sum() - expected) <= 4.5 * variance.sqrt() + 1
+    again = gate(x_TD, chance.experts_TK)  # a replay draws nothing
+    assert torch.equal(again.experts_TK, chance.experts_TK)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_replay_is_the_choice(name: str) -> None:
     """What a rule recorded, given back, gives the same: recompute and reinforcement learning rely on it."""
@@ -138,6 +193,8 @@ def test_expert_choice_looks_ahead_and_is_not_served() -> None:
         ({"topk_method": "expert_choice", "norm_topk_prob": True}, "norm_topk_prob is true"),
         ({"topk_method": "expert_choice", "scoring_func": "sigmoid"}, "softmax scores"),
         ({"topk_method": "hash", "capacity_factor": 1.0}, "capacity_factor is 1.0"),
+        ({"topk_method": "expert_choice", "noisy_gate": True}, "noisy_gate is true"),
+        ({"random_second": True}, "random_second is true"),
         ({"topk_method": "hash", "n_group": 4}, "'hash' ignores groups"),
         ({"topk_method": "segments", "n_group": 4, "topk_group": 3}, "not a multiple of topk_group 3"),
         ({"topk_method": "segments", "n_group": 6, "topk_group": 1}, "leaves only 2 experts"),

@@ -27,7 +27,8 @@ SETTINGS = TrainConfig(
 
 
 def _train(name: str, mode: Recompute, folder: Path) -> list[StepReport]:
-    model = recompute(parts.model(replace(tiny(name), vocab_size=50)), mode)
+    generator = torch.Generator().manual_seed(0)
+    model = recompute(parts.model(replace(tiny(name), vocab_size=50)), mode, [generator])
     told: list[StepReport] = []
 
     def observe(event: object) -> None:
@@ -37,11 +38,11 @@ def _train(name: str, mode: Recompute, folder: Path) -> list[StepReport]:
     def batches(index: int) -> Batch:
         return parts.batch(index % 2)
 
-    Trainer(model, batches, SETTINGS, folder, generator=torch.Generator(), observe=observe).run()
+    Trainer(model, batches, SETTINGS, folder, generator=generator, observe=observe).run()
     return told
 
 
-@pytest.mark.parametrize("rule", ["hash", "expert-choice", "segments"])
+@pytest.mark.parametrize("rule", ["hash", "expert-choice", "segments", "noisy"])
 def test_a_rule_learns_and_recompute_changes_nothing(rule: str, tmp_path: Path) -> None:
     kept = _train(f"deepseek-moe-2b-{rule}", "none", tmp_path / "none")
     remade = _train(f"deepseek-moe-2b-{rule}", "full", tmp_path / "full")

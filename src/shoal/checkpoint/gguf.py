@@ -186,6 +186,8 @@ def _obstacles(config: ModelConfig) -> Iterator[str]:
             yield f"it has no routing by topk_method {moe.topk_method!r}"
         if moe.n_shared_experts == 0:
             yield "its DeepSeek architectures have shared experts, but n_shared_experts is 0"
+        if moe.noisy_gate:
+            yield "it has no weights of a router's noise, which noisy_gate keeps"
         if moe.eval_capacity_factor is not None:
             yield f"it drops no token, but eval_capacity_factor is {moe.eval_capacity_factor}"
         if config.model_type == "deepseek" and (moe.norm_topk_prob or moe.n_group > 1):

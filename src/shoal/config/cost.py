@@ -102,6 +102,8 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Weight]:
     yield Weight("router", (experts, config.hidden_size), storage="plain")
     if moe.topk_method == "segments":
         yield Weight("router", (moe.n_group, config.hidden_size), storage="plain")
+    if moe.noisy_gate:
+        yield Weight("router", (experts, config.hidden_size), storage="plain")
     if moe.has_correction_bias:
         yield Weight("router", (experts,), storage="float32")
     yield from _swiglu("routed", config.hidden_size, moe.moe_intermediate_size, experts, top_k)

@@ -40,6 +40,7 @@ DEEPSEEK_MOE = (
 )
 DEEPSEEK_GROUPS = ("topk_method", "n_group", "topk_group", "routed_scaling_factor")
 CAPACITY = ("capacity_factor", "eval_capacity_factor")  # ours, in `deepseek` files of models that drop tokens
+CHANCE = ("noisy_gate", "random_second")  # ours too
 LATENT = (
     "q_lora_rank",
     "kv_lora_rank",
@@ -129,7 +130,7 @@ def _read_deepseek_moe(fields: Fields, **rule: Any) -> MoEConfig | None:
     blocks = fields["num_hidden_layers"] + fields.get("num_nextn_predict_layers", 0)
     if fields["n_routed_experts"] is None or fields["first_k_dense_replace"] >= blocks:
         return None
-    keys = [key for key in (*DEEPSEEK_MOE, *DEEPSEEK_GROUPS, *CAPACITY) if key in fields]
+    keys = [key for key in (*DEEPSEEK_MOE, *DEEPSEEK_GROUPS, *CAPACITY, *CHANCE) if key in fields]
     said = {key: fields[key] for key in keys if fields[key] is not None}
     if "num_experts_per_tok" not in said:
         raise ValueError(
@@ -231,7 +232,9 @@ def _read_deepseek(fields: Fields) -> tuple[GQAConfig, MoEConfig | None]:
 
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
     ours = [
-        key for key in DEEPSEEK_GROUPS if config.moe and getattr(config.moe, key) != getattr(MoEConfig, key)
+        key
+        for key in (*DEEPSEEK_GROUPS, *CHANCE)
+        if config.moe and getattr(config.moe, key) != getattr(MoEConfig, key)
     ]
     written = _write_gqa(config, "attention_bias", "head_dim") | _write_deepseek_moe(config, *CAPACITY, *ours)
     if written["head_dim"] * written["num_attention_heads"] == config.hidden_size:
@@ -382,6 +385,8 @@ DEEPSEEK: Fields = {
     "norm_topk_prob": False,
     "capacity_factor": None,
     "eval_capacity_factor": None,
+    "noisy_gate": False,
+    "random_second": False,
     "topk_method": None,
     "n_group": None,
     "topk_group": None,
@@ -446,7 +451,7 @@ NSA: Fields = {  # a dialect of our own: no model of the kind was published
     **{
         key: value
         for key, value in DEEPSEEK.items()
-        if key not in ("attention_bias", "head_dim", *CAPACITY, *DEEPSEEK_GROUPS)
+        if key not in ("attention_bias", "head_dim", *CAPACITY, *CHANCE, *DEEPSEEK_GROUPS)
     },
     **dataclasses.asdict(NSAConfig(32, 32, 192, 128)),
     "num_key_value_heads": None,

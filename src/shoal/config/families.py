@@ -113,6 +113,7 @@ MOE_2B_GSHARD = replace(MOE_2B, moe=MoEConfig(16, 2, 4 * 856, norm_topk_prob=Tru
 # The other rules, in the same shape: the Hash layer of the paper's Table 1, whose one expert counts in full;
 # experts that choose; and experts cut into segments, of which a second gate wakes two of four.
 MOE_2B_HASH = replace(MOE_2B, moe=MoEConfig(16, 1, 4 * 856, topk_method="hash", norm_topk_prob=True))
+MOE_2B_NOISY = replace(MOE_2B, moe=MoEConfig(16, 2, 4 * 856, norm_topk_prob=True, noisy_gate=True))
 MOE_2B_CHOICE = replace(MOE_2B, moe=MoEConfig(16, 2, 4 * 856, topk_method="expert_choice"))
 MOE_2B_SEGMENTS = replace(MOE_2B, moe=MoEConfig(64, 4, 856, topk_method="segments", n_group=16, topk_group=2))
 
@@ -299,7 +300,7 @@ QWEN3_30B = ModelConfig(
 
 # Switch and GShard are encoder-decoders of T5's parts. These rows are decoders of our parts in their shapes,
 # with their routing rule and capacity, and every second layer routed; no published total applies. The 2N/E
-# places of GShard are factor 1 of T x K / E; its random dropping of weak second choices is left out.
+# places of GShard are factor 1 of T x K / E; its weak second choices are kept by chance.
 SWITCH_MOE = MoEConfig(128, 1, 2048, moe_layer_freq=2, capacity_factor=1.25, eval_capacity_factor=2.0)
 SWITCH_BASE = replace(
     sized(MOE_16B, 768, 2048, 12, GQAConfig(12, 12, 64)),
@@ -313,7 +314,7 @@ SWITCH_BASE = replace(
 GSHARD_MOE = MoEConfig(2048, 2, 8192, moe_layer_freq=2, norm_topk_prob=True, capacity_factor=1.0)
 GSHARD = replace(
     sized(SWITCH_BASE, 1024, 8192, 36, GQAConfig(16, 16, 128)),
-    moe=replace(GSHARD_MOE, eval_capacity_factor=1.0),
+    moe=replace(GSHARD_MOE, eval_capacity_factor=1.0, random_second=True),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -332,6 +333,7 @@ ROWS = (
     Family("deepseek-moe-2b-dense", MOE_2B_DENSE, Figure("0.2B"), None, MOE),
     Family("deepseek-moe-2b-switch", MOE_2B_SWITCH, Figure("2.0B"), Figure("0.2B"), MOE),
     Family("deepseek-moe-2b-gshard", MOE_2B_GSHARD, Figure("2.0B"), Figure("0.3B"), MOE),
+    Family("deepseek-moe-2b-noisy", MOE_2B_NOISY, None, None, "arXiv 1701.06538"),
     Family("deepseek-moe-2b-hash", MOE_2B_HASH, Figure("2.0B"), Figure("0.2B"), MOE),
     Family("deepseek-moe-2b-expert-choice", MOE_2B_CHOICE, None, None, "arXiv 2202.09368"),
     Family("deepseek-moe-2b-segments", MOE_2B_SEGMENTS, None, None, "none; a rule to compare with"),

@@ -17,7 +17,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from shoal.config.dialects import CAPACITY, DIALECTS, Dialect, Fields, Values
+from shoal.config.dialects import CAPACITY, CHANCE, DIALECTS, Dialect, Fields, Values
 from shoal.config.model import (
     Fp8Blocks,
     LinearScaling,
@@ -82,7 +82,9 @@ LISTED = ("layer_types", "mlp_layer_types")  # a word for each layer
 NUMBER, FLAG, TEXT = ((int, float), "a number"), ((bool,), "true or false"), ((str,), "text")
 KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "routed_scaling_factor", *CAPACITY), NUMBER),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "norm_topk_prob", "rope_interleave"), FLAG),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "norm_topk_prob", "rope_interleave", *CHANCE), FLAG
+    ),
     **dict.fromkeys(("topk_method", *LISTED), TEXT),
     **dict.fromkeys(TABLES, ((dict,), "a table")),
 }

@@ -296,6 +296,9 @@ class MoEConfig:
       gate of its own: `topk_group` experts are chosen, then the best segments in each; weights are the
       products of both softmaxes).
     - `norm_topk_prob`: divide the chosen weights by their sum. `routed_scaling_factor` multiplies them last.
+    - `noisy_gate`: while it trains, a router's logits have normal noise whose spread is softplus(x W_noise),
+      learned with them (Shazeer, arXiv 1701.06538, eq. 4). `random_second`: while it trains, a second choice
+      of weight w is kept with probability min(1, 2 w) (GShard, arXiv 2006.16668, algorithm 1).
     - `capacity_factor`: an expert takes at most ceil(factor * T * K / E) of a training batch's T tokens, at
       least 4; first choices come before second, earlier tokens before later; what overflows is dropped
       (Switch, GShard). `eval_capacity_factor` is the same outside training. None, DeepSeek's rule, never
@@ -316,6 +319,8 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
+    noisy_gate: bool = False
+    random_second: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -380,6 +385,16 @@ class MoEConfig:
         require(
             method != "expert_choice" or not self.norm_topk_prob,
             "norm_topk_prob is true, but by 'expert_choice' a token may have no expert; set it to false",
+        )
+        require(
+            not self.noisy_gate or method in ("greedy", "group_limited_greedy", "noaux_tc"),
+            f"noisy_gate is true, but topk_method {method!r} does not choose by one gate's logits; set it to "
+            f"false",
+        )
+        require(
+            not self.random_second or (top_k == 2 and method == "greedy"),
+            f"random_second is true, but it is of 'greedy' with 2 experts a token, not of {method!r} with "
+            f"{top_k}; set it to false",
         )
         for field in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, field)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config.model import ModelConfig, MoEConfig
@@ -61,6 +62,12 @@ class Gate(nn.Module):
         self.moe = moe
         self.perturb: Callable[[Tensor], Tensor] | None = None  # of the logits, outside evaluation: noise
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, device=device, dtype=dtype))
+        self.generator: torch.Generator | None = None  # of what is drawn while the gate trains
+        self.noise_weight = None  # of the spread of its noise
+        if moe.noisy_gate:
+            self.noise_weight = nn.Parameter(
+                torch.empty(moe.n_routed_experts, hidden_size, device=device, dtype=dtype)
+            )
         self.expert_weight = None  # of the gate over experts, where `weight` is that over their segments
         if moe.topk_method == "segments":
             self.expert_weight = nn.Parameter(
@@ -80,6 +87,11 @@ class Gate(nn.Module):
             logits_TE = ops.gate_logits(x_TD, self.weight)
             if self.perturb is not None and self.training:
                 logits_TE = self.perturb(logits_TE)
+            if self.noise_weight is not None and self.training:
+                spread_TE = F.softplus(ops.gate_logits(x_TD, self.noise_weight))
+                logits_TE = logits_TE + spread_TE * torch.randn(
+                    logits_TE.shape, generator=self._generator(), device=logits_TE.device
+                )
             if self.expert_weight is not None:
                 logits_TE = join_segments(ops.gate_logits(x_TD, self.expert_weight), logits_TE)
             if replay_TK is None and moe.topk_method == "expert_choice":
@@ -87,6 +99,8 @@ class Gate(nn.Module):
             elif replay_TK is None and moe.topk_method == "segments":
                 given_TK = choose_segments(logits_TE.detach(), moe)
             routing = ops.route(logits_TE, **self._rule(given_TK))._replace(logits_TE=logits_TE)
+        if moe.random_second and self.training and replay_TK is None:
+            routing = self._leave_second_to_chance(routing)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if factor is None or replay_TK is not None:
             return routing
@@ -97,10 +111,30 @@ class Gate(nn.Module):
             experts_TK=kept_TK, weights_TK=routing.weights_TK.masked_fill(kept_TK < 0, 0.0)
         )
 
+    def _leave_second_to_chance(self, routing: Routing) -> Routing:
+        """Second choices of weight w kept with probability 2 w: where the first is sure they are a waste."""
+        second_T = routing.weights_TK[:, 1]
+        chance_T = torch.rand(second_T.shape, generator=self._generator(), device=second_T.device)
+        left_TK = torch.zeros_like(routing.experts_TK, dtype=torch.bool)
+        left_TK[:, 1] = 2 * second_T.detach() <= chance_T
+        return routing._replace(
+            experts_TK=routing.experts_TK.masked_fill(left_TK, -1),
+            weights_TK=routing.weights_TK.masked_fill(left_TK, 0.0),
+        )
+
+    def _generator(self) -> torch.Generator:
+        if self.generator is None:
+            raise ValueError(
+                "this router draws while it trains, and has nothing to draw from; train it by a Trainer, "
+                "give its gates a generator, or call model.eval()"
+            )
+        return self.generator
+
     def _is_plain(self) -> bool:
         """Whether the choice is a function of x W^T by one of the rules of `ops.route`."""
         own_rule = self.moe.topk_method in ("expert_choice", "segments")
-        return not own_rule and not (self.perturb is not None and self.training)
+        noisy = self.perturb is not None or self.noise_weight is not None
+        return not own_rule and not (noisy and self.training)
 
     def _rule(self, given_TK: Tensor | None) -> dict[str, Any]:
         moe = self.moe

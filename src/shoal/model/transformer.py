@@ -226,7 +226,7 @@ class Transformer(nn.Module):
             ):
                 if isinstance(module, RotaryEmbedding):
                     module.reset()
-                elif name in ("bias", "e_score_correction_bias"):
+                elif name in ("bias", "e_score_correction_bias", "noise_weight"):
                     tensor.zero_()
                 elif isinstance(module, RMSNorm | nn.LayerNorm):
                     tensor.fill_(1.0)

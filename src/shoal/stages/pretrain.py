@@ -31,7 +31,6 @@ from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import train_tokenizer
 from shoal.model.transformer import Transformer
 from shoal.stages.claim import claim, is_begun
-from shoal.train.balance import add_noise
 from shoal.train.fp8 import multiply_in_fp8
 from shoal.train.metrics import Observer, Phase
 from shoal.train.objective import Objective
@@ -131,7 +130,6 @@ def _run(
     model.allocate(device)
     generator = torch.Generator(device).manual_seed(config.seed)
     fill(model, generator)
-    add_noise(model, config.train.balance.noise, generator)
     recompute(model, config.train.recompute, [generator])
     if config.precision == "fp8":
         multiply_in_fp8(model)

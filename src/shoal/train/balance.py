@@ -130,7 +130,7 @@ def kth_smallest(values_TE: Tensor, places: Sequence[int], reduce: Reduce = alon
 
 
 class GateNoise:
-    """Normal noise of one spread on a router's logits (after Shazeer 2017, whose spread is learned)."""
+    """Normal noise of one spread on a router's logits. (Shazeer's spread is learned: `noisy_gate`.)"""
 
     def __init__(self, spread: float, generator: torch.Generator) -> None:
         self.spread = spread
@@ -142,8 +142,9 @@ class GateNoise:
 
 
 def add_noise(model: Transformer, spread: float, generator: torch.Generator) -> Transformer:
-    """The model, its routers noisy while it trains."""
+    """The model, its routers noisy while it trains, and those that draw by themselves given what from."""
     for gate in model.gates():
+        gate.generator = generator
         gate.perturb = GateNoise(spread, generator) if spread else None
     return model
 

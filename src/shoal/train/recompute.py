@@ -34,10 +34,12 @@ Run = Callable[[tuple[Tensor | None, ...], Tensor | None], tuple[tuple[Tensor, .
 def recompute(model: Transformer, mode: Recompute, generators: Sequence[torch.Generator] = ()) -> Transformer:
     """The model, set to keep what `mode` says. `generators` are those its blocks draw from."""
     moe = model.config.moe
-    if mode != "none" and moe is not None and moe.capacity_factor is not None and moe.norm_topk_prob:
+    drops = moe is not None and (moe.capacity_factor is not None or moe.random_second)
+    if mode != "none" and moe is not None and drops and moe.norm_topk_prob:
         raise ValueError(
-            f"train.recompute is {mode!r}, but with a capacity and normalised weights a replayed choice "
-            f"would weigh more than the first one did; set train.recompute or the capacity to none"
+            f"train.recompute is {mode!r}, but with dropped choices and normalised weights a replayed choice "
+            f"would weigh more than the first one did; set train.recompute or the capacity to none, and "
+            f"random_second to false"
         )
     if mode != "none":
         for _, block in model.model.blocks():

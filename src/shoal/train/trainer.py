@@ -35,7 +35,7 @@ from shoal.config.run import TrainConfig
 from shoal.model.transformer import Output, Transformer
 from shoal.train import loss
 from shoal.train.auxiliary import Auxiliary
-from shoal.train.balance import Balancer, max_violation
+from shoal.train.balance import Balancer, add_noise, max_violation
 from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
     EvaluationReport,
@@ -120,6 +120,7 @@ class Trainer:
         if settings.optim.in_backward:
             self.optimizer.attach()
         self.balancer = Balancer(model, settings.balance)
+        add_noise(model, settings.balance.noise, generator)
         self.generators = {"run": generator, "torch": torch.default_generator}
         if self.device.type == "cuda":
             self.generators["cuda"] = torch.cuda.default_generators[self.device.index or 0]
