@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from shoal.checkpoint import hf
+from shoal.config.families import tiny
 from shoal.config.tune import GRPOConfig, grpo_from_table
 from shoal.data.text import Tokenizer
 from shoal.engine import Completion
+from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from shoal.stages import grpo, rollout
 from shoal.stages.claim import claim
@@ -185,6 +187,16 @@ def test_what_happens_in_a_rollout_is_counted(start: Path, tmp_path: Path) -> No
         assert told["overlong"] + told["empty"] <= told["answers"] == 8
         assert told["longest"] == 6
         assert told[f"reward/{bad}"] == 1
+        one = groups[0][0]
+        ends = [((7,), "stop"), ((7,), "length"), ((7, 8), "stop")]  # nothing but the end; cut; a word
+        ended = [
+            replace(one, completion=replace(one.completion, ids=ids, finish=finish)) for ids, finish in ends
+        ]
+        assert [(episode.empty, episode.overlong) for episode in ended] == [
+            (True, False), (False, True), (False, False),
+        ]  # fmt: skip
+        told = rollout.count([ended])
+        assert (told["empty"], told["overlong"], told["equal_groups"]) == (1, 1, 1)
         score = judge.score(["nan"], [{}])[0]
         assert rollout.count([[replace(groups[0][0], score=score)]])["fault/not a number"] == 1
     assert rollout.is_flat([replace(groups[0][0], reward=0.1 + 0.2), replace(groups[0][0], reward=0.3)])
@@ -229,6 +241,17 @@ def test_in_batch_invariant_mode_the_gap_is_zero_at_every_step(start: Path, tmp_
     told = lines(tmp_path / "run" / "rollouts.jsonl")
     assert [row["gap"] for row in told] == [{"mean": 0, "most": 0, "routing": 0, "replayed": 0}] * 3
     assert not dispatch.is_batch_invariant()  # left as it was
+
+
+def test_sparse_attention_has_no_batch_invariant_form(start: Path, tmp_path: Path) -> None:
+    for family in ("nsa-27b", "deepseek-v3.2"):
+        model = Transformer(tiny(family))
+        model.init_weights(torch.Generator().manual_seed(0))
+        files = [start / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        hf.save(model, tmp_path / family, tokenizer_files=files)
+        run = config(tmp_path / family, tmp_path, rollout={"batch_invariant": True})
+        with pytest.raises(ValueError, match="has no batch-invariant form; leave it out"):
+            grpo.run(run, tmp_path / "run" / family)
 
 
 def test_mistakes_are_told(start: Path, tmp_path: Path) -> None:

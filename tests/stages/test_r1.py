@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import r1 as benchmark
 from shoal.checkpoint import hf
+from shoal.config.run import to_toml
+from shoal.config.tune import load_grpo, load_preference, load_reject, load_sft
 from shoal.stages import r1, rewards, tasks
-from shoal.stages.r1_recipes import Recipes, Scale, scale_of
+from shoal.stages.r1_recipes import SCALES, Recipes, Scale, scale_of
 from shoal.train.metrics import Event, StepReport
 
 REWARD = {"number": rewards.number, "countdown": rewards.countdown}
@@ -82,6 +85,23 @@ def test_what_cannot_be_asked_is_told(tmp_path: Path) -> None:
         scale_of("laptop", "addition", {"slips": 1})
 
 
+@pytest.mark.parametrize("scale", [scale for tasks in SCALES.values() for scale in tasks.values()])
+def test_every_scale_has_its_problems_and_recipes_that_are_read_back(scale: Scale, tmp_path: Path) -> None:
+    recipes = Recipes(scale, tmp_path, 0)
+    held_out = tasks.problems(scale.task, scale.size, 0, held_out=True)
+    assert sum(1 for _ in islice(held_out, scale.held_out)) == scale.held_out
+    loads = {
+        load_sft: [recipes.cold_start(), recipes.control(5), recipes.tuning(), recipes.distillation()],
+        load_grpo: [recipes.reasoning(), recipes.all_scenarios()],
+        load_reject: [recipes.rejection()],
+        load_preference: [recipes.taste()],
+    }
+    for load, those in loads.items():
+        for recipe in those:
+            (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+            assert load(tmp_path / "recipe.toml") == recipe
+
+
 def test_the_whole_runs_and_goes_on(tmp_path: Path) -> None:
     scale = Scale(
         size=2, demonstrations=60, problems=200, held_out=20, start_steps=4, rl_steps=2, questions=4, group=4,
@@ -108,3 +128,13 @@ def test_the_whole_runs_and_goes_on(tmp_path: Path) -> None:
     assert r1.run(scale, tmp_path, observe=events.append) == results  # done: nothing is trained again
     assert not any(isinstance(event, StepReport) for event in events)
     assert hf.load(tmp_path / "student" / "export").config.model_type == "qwen2"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_round_runs(tmp_path: Path) -> None:
+    assert benchmark.covered([(5, 9), (0, 3), (2, 4), (6, 7)]) == 8
+    recipes = Recipes(scale_of("laptop", "addition", benchmark.TINY), tmp_path, 0)
+    told = benchmark.measure(recipes, 2, "cpu", None)
+    assert 0 < told.share <= 1
+    assert told.hand_over_ms > 0
+    assert 0 < told.sampling + told.looking_back < told.seconds

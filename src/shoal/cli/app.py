@@ -100,10 +100,10 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart"),
     steps: Annotated[int | None, typer.Option(help="Fewer or more steps than the recipe's.")] = None,
     fresh: Annotated[bool, typer.Option(help="Start over, if the folder holds a run.")] = False,
-    sums: Annotated[bool, typer.Option("--sums", help="Then teach it sums, by SFT and GRPO.")] = False,
+    sums: Annotated[bool, typer.Option(help="Then teach it sums, by SFT and GRPO.")] = True,
 ) -> None:
-    """Train a tiny DeepSeek-V3 on your text, here and now: tokenizer, model, pictures, samples (minutes on
-    2 cores).
+    """Train a tiny DeepSeek-V3 on your text, here and now: tokenizer, model, pictures, samples; then teach it
+    to think and add (minutes on 2 cores).
     """
     from shoal.cli.quickstart import show
 

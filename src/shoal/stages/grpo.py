@@ -175,7 +175,11 @@ class Rounds:
             steps = [[rollout.follow_teacher(batch) for batch in batches] for batches in steps]
         if config.steps_per_round > 1:
             self._save(step, steps)
-        timing = {"sampling": sampled - start, "looking back": time.perf_counter() - sampled}
+        timing = {
+            "sampling": sampled - start,
+            "looking back": time.perf_counter() - sampled,
+            "hand-over": self.sampler.hand_over_seconds,
+        }
         self._log(
             "rollouts.jsonl",
             step,
@@ -290,7 +294,7 @@ class Rounds:
     def _log(self, name: str, step: int, line: dict[str, Any], timing: dict[str, float]) -> None:
         """Write a line of `step`; one that a run before a resume wrote of it, or of a later step, goes."""
         with MetricsLog(self.folder / name, step - 1) as log:
-            log.write({**line, "timing": {what: round(seconds, 3) for what, seconds in timing.items()}})
+            log.write({**line, "timing": {what: round(seconds, 6) for what, seconds in timing.items()}})
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

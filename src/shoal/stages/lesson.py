@@ -55,7 +55,7 @@ def run(
     folder: Path,
     observe: Observer,
     *,
-    sft_steps: int = 120,
+    sft_steps: int = 200,
     rl_steps: int = 24,
     held_out: int = HELD_OUT,
 ) -> Lesson | None:

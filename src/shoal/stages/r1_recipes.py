@@ -125,7 +125,7 @@ class Scale:
 SCALES = {
     "laptop": {
         "addition": Scale(),
-        "countdown": Scale("countdown", size=3, slips=0.3, max_tokens=40),
+        "countdown": Scale("countdown", size=4, slips=0.3, max_tokens=40),
     },
     "one-gpu": {
         "addition": Scale(
@@ -134,8 +134,8 @@ SCALES = {
             final_steps=40, student_steps=600, width=4, tokens_per_batch=32_768,
         ),
         "countdown": Scale(
-            "countdown", size=4, slips=0.3, demonstrations=20_000, held_out=2000, start_steps=600,
-            rl_steps=100, questions=128, group=16, width=4, tokens_per_batch=32_768,
+            "countdown", size=5, slips=0.3, demonstrations=20_000, problems=100_000, held_out=2000,
+            start_steps=600, rl_steps=100, questions=128, group=16, width=4, tokens_per_batch=32_768,
         ),
     },
 }  # fmt: skip

@@ -13,6 +13,7 @@ Shape letters: T tokens, L layers that route, K experts per token.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +96,14 @@ class Rollout:
                 max_batch_tokens=max(2048, settings.max_sequences),
             ),
         )
+        self.hand_over_seconds = 0.0  # between the trainer's last step and the engine's first
+
+    def hand_over(self) -> None:
+        """The trainer's weights to the engine, which reads them where they are and forgets older prefixes."""
+        start = time.perf_counter()
+        self.model.eval()
+        self.engine.forget_prefixes()
+        self.hand_over_seconds = time.perf_counter() - start
 
     def sample(self, questions: Sequence[Question], seed: int) -> list[list[Episode]]:
         """A group of answers to each question, with advantages."""
@@ -142,9 +151,8 @@ class Rollout:
         asked = [question for question in questions for _ in range(count)]
         each = [replace(params, seed=hash_pair(seed, n)) for n in range(len(asked))]
         training = self.model.training
-        self.model.eval()
         try:
-            self.engine.forget_prefixes()
+            self.hand_over()
             completions = self.engine.generate([list(question.ids) for question in asked], each)
         finally:
             self.model.train(training)

@@ -1,0 +1,149 @@
+"""A round of reasoning RL, rollout and update: how much of it the device works, and the hand-over.
+
+    python -m benchmarks.r1 [--scale one-gpu] [--task addition] [--rounds 3] [--model PATH] [--trace FILE]
+
+The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after one that warms up. A
+newborn answers to the end of its budget, so no answer is shorter than the recipe allows; --model takes one
+that has learned. Share: the union of the kernels' spans, as torch's profiler saw them, over wall-clock. On a
+CPU there are no kernels: it shows that all of it runs, at --tiny, with the share of time in torch's ops.
+Hand-over: from the trainer's last step to the engine's first, longest of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from shoal.stages import grpo
+from shoal.stages.r1_recipes import Recipes, scale_of
+from shoal.train.metrics import Event, StepReport
+
+SHARE, HAND_OVER_MS = 0.60, 50.0  # wanted on an H200
+TINY = {"demonstrations": 20, "problems": 200, "held_out": 5, "questions": 4, "group": 4, "max_tokens": 8}
+
+
+@dataclass(frozen=True)
+class Result:
+    rounds: int
+    seconds: float  # of a round, by wall-clock
+    sampling: float
+    looking_back: float
+    share: float  # of wall-clock, in kernels (on a CPU: in torch's ops)
+    hand_over_ms: float
+    drawn: float  # tokens a second, prompts included, over whole rounds
+
+
+class Watch:
+    """Profiles what comes after the first step, to the last."""
+
+    def __init__(self, rounds: int, device: str) -> None:
+        self.rounds, self.cuda = rounds, device.startswith("cuda")
+        self.profiler = profile(
+            activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU], acc_events=True
+        )
+        self.began = self.seconds = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, StepReport) or event.step not in (1, 1 + self.rounds):
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        if event.step == 1:
+            self.profiler.start()
+            self.began = time.perf_counter()
+        else:
+            self.seconds = time.perf_counter() - self.began
+            self.profiler.stop()
+
+    def share(self) -> float:
+        kind = DeviceType.CUDA if self.cuda else DeviceType.CPU
+        spans = (
+            (event.time_range.start, event.time_range.end)
+            for event in self.profiler.events() or ()
+            if event.device_type == kind
+        )
+        return covered(spans) / 1e6 / self.seconds
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
+
+
+def measure(
+    recipes: Recipes, rounds: int, device: str, model: str | None, trace: str | None = None
+) -> Result:
+    recipes.write_problems()
+    recipes.make_base()
+    recipe = recipes.reasoning()
+    recipe = replace(
+        recipe,
+        model=model or str(recipes.folder / "base"),
+        held_out=(),
+        train=replace(recipe.train, steps=1 + rounds, evaluate_every=0, checkpoint_every=0),
+    )
+    watch, folder = Watch(rounds, device), recipes.folder / "rl"
+    grpo.run(recipe, folder, device=device, observe=watch)
+    if trace:
+        watch.profiler.export_chrome_trace(trace)
+    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text("utf-8").splitlines()[1:]]
+    sampling, looking_back = (
+        sum(line["timing"][what] for line in lines) / rounds for what in ("sampling", "looking back")
+    )
+    return Result(
+        rounds=rounds,
+        seconds=watch.seconds / rounds,
+        sampling=sampling,
+        looking_back=looking_back,
+        share=watch.share(),
+        hand_over_ms=1e3 * max(line["timing"]["hand-over"] for line in lines),
+        drawn=sum(line["drawn"] for line in lines) / watch.seconds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--scale", default="one-gpu")
+    parser.add_argument("--task", default="addition")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", help="a checkpoint with the recipe's tokenizer; without it a newborn")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="few and short answers: shows that it runs")
+    parser.add_argument("--trace", help="where to leave the profile, for chrome://tracing or Perfetto")
+    chosen = parser.parse_args()
+    scale = scale_of(chosen.scale, chosen.task, TINY if chosen.tiny else {})
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = Recipes(scale, Path(folder), 0)
+        told = measure(recipes, chosen.rounds, chosen.device, chosen.model, chosen.trace)
+    where = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else "a CPU"
+    print(f"{where}, torch {torch.__version__}, {chosen.scale}, {chosen.task}: {told.rounds} rounds of "
+          f"{scale.questions} x {scale.group} answers of at most {scale.max_tokens} tokens\n")  # fmt: skip
+    update = told.seconds - told.sampling - told.looking_back
+    for name, seconds in (
+        ("a round", told.seconds),
+        ("  rollout", told.sampling),
+        ("  looking back", told.looking_back),
+        ("  update and the rest", update),
+    ):
+        print(f"{name:24} {1e3 * seconds:12,.1f} ms {seconds / told.seconds:6.1%}")
+    kind = "in kernels" if chosen.device.startswith("cuda") else "in torch's ops"
+    print(f"{kind:24} {told.share:15.1%}    wanted {SHARE:.0%} in kernels of an H200")
+    print(f"{'hand-over':24} {told.hand_over_ms:12,.3f} ms    wanted {HAND_OVER_MS:.0f}")
+    print(f"{'tokens drawn':24} {told.drawn:12,.0f} /s")
+
+
+if __name__ == "__main__":
+    main()
