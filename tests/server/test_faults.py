@@ -114,6 +114,25 @@ def test_what_cannot_be_served_is_refused_in_openais_shape(server: Server, body:
     assert len(error["message"]) < 600
 
 
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("text/plain", 400),
+        ("application/x-www-form-urlencoded", 400),  # curl's, where none is given
+        ("multipart/form-data; boundary=x", 400),
+        ("application/json; charset=utf-8", 200),
+        ("APPLICATION/JSON", 200),
+        ("", 400),
+    ],
+)
+def test_a_body_that_is_not_json_is_refused(server: Server, kind: str, status: int) -> None:
+    content = b'{"prompt": "x", "max_tokens": 1}'
+    answer = server.ask("POST", "/v1/completions", content=content, headers={"content-type": kind})
+    assert answer.status_code == status, answer.text
+    if status == 400:
+        assert answer.json()["error"]["code"] == "unsupported_content_type"
+
+
 def test_hostile_schemas_are_refused(server: Server) -> None:
     deep: Any = {"type": "string"}
     for _ in range(300):

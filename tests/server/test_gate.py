@@ -38,9 +38,8 @@ def test_a_body_that_does_not_come_is_408() -> None:
 
         metrics = Metrics(EngineProcess(_build))
         gate = Gate(app, keys=(), limits=Limits(body_seconds=0.05), metrics=metrics)
-        await gate(
-            {"type": "http", "path": "/v1/completions", "method": "POST", "headers": []}, receive, send
-        )
+        scope = {"type": "http", "path": "/v1/completions", "method": "POST"}
+        await gate({**scope, "headers": [(b"content-type", b"application/json")]}, receive, send)
         return sent
 
     start, body = asyncio.run(ask())

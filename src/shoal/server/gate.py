@@ -130,6 +130,7 @@ class Gate:
         too_large = ApiError(413, f"the body is larger than {most} bytes; send less, or raise --max-body-mib")
         if length.isdigit() and int(length[:20]) > most:
             raise too_large
+        _check_type(headers)
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -147,6 +148,20 @@ class Gate:
         except TimeoutError:
             seconds = self._limits.body_seconds
             raise ApiError(408, f"the body did not arrive within {seconds:g} s; send it faster") from None
+
+
+def _check_type(headers: dict[bytes, bytes]) -> None:
+    """A body says that it is JSON, which no page of another site can have a browser send unasked. Status and
+    code are OpenAI's own.
+    """
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and not kind.endswith(b"+json"):
+        told = kind[:80].decode("latin-1") or "of no type"
+        raise ApiError(
+            400,
+            f"the body is said to be {told}; send JSON, as content-type: application/json",
+            code="unsupported_content_type",
+        )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
