@@ -28,9 +28,9 @@ from shoal.config.model import ModelConfig
 from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
 from shoal.data.pack import evaluation_batches
 from shoal.data.shard import Shard
+from shoal.model.moe import max_violation
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
-from shoal.train.balance import max_violation
 from shoal.train.trainer import Trainer
 
 

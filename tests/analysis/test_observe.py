@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from benchmarks import watching
 from shoal.analysis import observe, report
 from shoal.analysis.experts import bits_per_byte, routed
 from shoal.analysis.routing import expert_load
+from shoal.model.moe import LocalDispatcher, MoE
 from tests.analysis.test_experts import batch, build
 
 
@@ -55,6 +57,9 @@ def test_the_model_is_left_as_it_was(seen: tuple[observe.Observation, ...]) -> N
     assert model.training
     assert torch.equal(model.state_dict()["lm_head.weight"], before)
     assert not any(module._forward_hooks for module in model.modules())
+    assert all(
+        type(module.dispatcher) is LocalDispatcher for module in model.modules() if isinstance(module, MoE)
+    )
 
 
 def test_norms_are_of_what_the_experts_put_out(seen: tuple[observe.Observation, ...]) -> None:
@@ -62,6 +67,16 @@ def test_norms_are_of_what_the_experts_put_out(seen: tuple[observe.Observation, 
     assert (seen[0].norms_L2 > 0).all()
     bare = observe.observe(build("mixtral-8x7b"), "text", [batch()], 100)
     assert bare.norms_L2[:, 1].isnan().all(), "Mixtral shares no expert"
+
+
+def test_the_benchmark_of_watching_compares_the_same_reading() -> None:
+    model = build("deepseek-v3")
+    batches = watching.read(model, 70, 32)
+    assert [batch.num_tokens for batch in batches] == [32, 32, 6]
+    result = watching.measure(model, batches, rounds=2)
+    assert result.plain > 0
+    assert 0 < result.told < 1
+    assert result.overhead > -1
 
 
 def test_entropy_divergence_and_skew_have_their_ends() -> None:

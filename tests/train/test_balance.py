@@ -10,9 +10,10 @@ import torch
 
 from shoal.config.families import tiny
 from shoal.config.run import BalanceConfig
+from shoal.model.moe import max_violation
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
-from shoal.train.balance import Balancer, add_noise, max_violation
+from shoal.train.balance import Balancer, add_noise
 from tests.train import parts
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from shoal.batch import Batch
-from shoal.model.moe import MoE
+from shoal.model.moe import Dispatcher, MoE, max_violation
 from shoal.model.transformer import Output, Transformer
 from shoal.ops import api as ops
 from shoal.ops.api import Routing
@@ -52,9 +53,7 @@ class Observation:
 
     @property
     def max_violation_L(self) -> Tensor:
-        """Largest load over the mean, less 1."""
-        load = self.load_LE.double()
-        return load.amax(1) / load.mean(1).clamp(min=1e-9) - 1
+        return max_violation(self.load_LE)
 
     @property
     def load_entropy_L(self) -> Tensor:
@@ -208,33 +207,52 @@ class _Totals:
             self.entropy_L[layer] += torch.special.entr(share_TE).sum() / math.log(2)
 
 
+class _Watched:
+    """A layer's dispatcher, and the mean norm of what it brings back from the routed experts.
+
+    Under another dispatcher than the local one a layer calls its shared experts by themselves, so that they
+    can be watched too.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher, self.routed, self.shared = dispatcher, math.nan, math.nan
+
+    def dispatch(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        return self.dispatcher.dispatch(x_TD, experts_TK, weights_TK)
+
+    def combine(self, y_TD: Tensor, handle: Any) -> Tensor:
+        combined_TD = self.dispatcher.combine(y_TD, handle)
+        self.routed = _mean_norm(combined_TD)
+        return combined_TD
+
+    def hear(self, module: nn.Module, given: Any, out_TD: Tensor) -> None:
+        self.shared = _mean_norm(out_TD)
+
+
 def _with_norms(model: Transformer, batch: Batch) -> tuple[Output, Tensor]:
     """The output, and (L, 2) the mean norm of what routed and shared experts put out."""
-    kept: list[list[float]] = []
-    handles = []
-
-    def watch(slot: int, row: list[float]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, given: Any, out: Tensor) -> None:
-            row[slot] = out.float().norm(dim=-1).mean().item()
-
-        return hook
-
-    for block in list(model.model.layers)[: model.config.num_hidden_layers]:
-        if isinstance(block.mlp, MoE):
-            row = [math.nan, math.nan]
-            kept.append(row)
-            block.mlp.apart = True
-            handles.append(block.mlp.experts.register_forward_hook(watch(0, row)))
-            if block.mlp.shared_experts is not None:
-                handles.append(block.mlp.shared_experts.register_forward_hook(watch(1, row)))
+    blocks = list(model.model.layers)[: model.config.num_hidden_layers]
+    layers = [block.mlp for block in blocks if isinstance(block.mlp, MoE)]
+    watched, hooks = [_Watched(layer.dispatcher) for layer in layers], list[RemovableHandle]()
+    for layer, watch in zip(layers, watched, strict=True):
+        layer.dispatcher = watch
+        if layer.shared_experts is not None:
+            hooks.append(layer.shared_experts.register_forward_hook(watch.hear))
     try:
-        return model(batch), torch.tensor(kept, dtype=torch.float64)
+        output = model(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-        for block in model.model.layers:
-            if isinstance(block.mlp, MoE):
-                block.mlp.apart = False
+        for hook in hooks:
+            hook.remove()
+        for layer, watch in zip(layers, watched, strict=True):
+            layer.dispatcher = watch.dispatcher
+    norms = [(watch.routed, watch.shared) for watch in watched]
+    return output, torch.tensor(norms, dtype=torch.float64)
+
+
+def _mean_norm(rows_TD: Tensor) -> float:
+    return rows_TD.float().norm(dim=-1).mean().item()
 
 
 def _wait(device: torch.device) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shoal.model.moe import max_violation
+
 
 @dataclass(frozen=True, eq=False)
 class Stats:
@@ -29,3 +31,8 @@ class Stats:
     accepted: tuple[int, ...] = ()  # of those, the ones that the model then drew itself
     expert_tokens: Tensor | None = None  # (L, E) int64 on the host: tokens that each expert was given
     experts_touched: Tensor | None = None  # (L,) int64: distinct experts given a token, summed over steps
+
+    @property
+    def max_violation(self) -> Tensor | None:
+        """MaxVio of each layer since the first step."""
+        return None if self.expert_tokens is None else max_violation(self.expert_tokens)

@@ -50,6 +50,14 @@ class LocalDispatcher:
         return y_TD
 
 
+def max_violation(load_LE: Tensor) -> Tensor:
+    """MaxVio of each layer: its largest load over the mean, less 1; (L,) float64, 0 where no token came."""
+    if load_LE.numel() == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    mean_L = load_LE.double().mean(-1)
+    return (load_LE.amax(-1) - mean_L) / mean_L.clamp(min=1e-9)
+
+
 class Gate(nn.Module):
     """Scores the experts and chooses, by the rule of the config."""
 
@@ -245,7 +253,6 @@ class MoE(nn.Module):
                 config.hidden_size, moe.shared_intermediate_size, device=device, dtype=dtype
             )
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.apart = False  # two calls for the two kinds of experts, for whoever watches each
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD, replay_TK)
@@ -253,7 +260,6 @@ class MoE(nn.Module):
             self.shared_experts is not None
             and type(self.dispatcher) is LocalDispatcher
             and is_plain(self.experts)
-            and not self.apart
         ):
             matrices = self.shared_experts.matrices()
             if matrices is not None:

@@ -135,8 +135,8 @@ def _experts(stats: dict[str, Any]) -> Iterable[Metric]:
     for layer, counts in enumerate(stats["expert_tokens"]):
         for expert, count in enumerate(counts):
             load.add_metric([str(layer), str(expert)], count)
-        if total := sum(counts):
-            violation.add_metric([str(layer)], max(counts) * len(counts) / total - 1)
+    for layer, value in enumerate(stats["max_violation"]):
+        violation.add_metric([str(layer)], value)
     for layer, count in enumerate(stats["experts_touched"] or ()):
         distinct.add_metric([str(layer)], count)
     yield from (load, violation, distinct)

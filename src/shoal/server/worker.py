@@ -209,7 +209,8 @@ def _pack(routed: Routed | None) -> tuple[int, tuple[int, ...], bytes, bytes | N
 def plain(stats: Stats) -> dict[str, Any]:
     """Stats, with lists for tensors."""
     values = {field.name: getattr(stats, field.name) for field in fields(stats)}
-    for name in ("expert_tokens", "experts_touched"):
+    values["max_violation"] = stats.max_violation
+    for name in ("expert_tokens", "experts_touched", "max_violation"):
         if values[name] is not None:
             values[name] = values[name].tolist()
     return values

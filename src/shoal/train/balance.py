@@ -147,11 +147,3 @@ def add_noise(model: Transformer, spread: float, generator: torch.Generator) -> 
         gate.generator = generator
         gate.perturb = GateNoise(spread, generator) if spread else None
     return model
-
-
-def max_violation(load_LE: Tensor) -> Tensor:
-    """MaxVio of each layer, (L,) float32; 0 for a layer that saw no token."""
-    if load_LE.numel() == 0:
-        return torch.zeros(0)
-    mean_L = load_LE.float().mean(-1)
-    return (load_LE.amax(-1) - mean_L) / mean_L.clamp(min=1e-9)

@@ -32,10 +32,11 @@ from shoal.batch import Batch
 from shoal.checkpoint import native
 from shoal.config.cost import flops_per_token, peak_flops
 from shoal.config.run import TrainConfig
+from shoal.model.moe import max_violation
 from shoal.model.transformer import Output, Transformer
 from shoal.train import loss
 from shoal.train.auxiliary import Auxiliary
-from shoal.train.balance import Balancer, add_noise, max_violation
+from shoal.train.balance import Balancer, add_noise
 from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
     EvaluationReport,
