@@ -182,6 +182,13 @@ def test_a_mistake_is_one_line_that_names_it(shoal: Shoal, arguments: tuple[str,
     assert said in refusal(shoal(*arguments))
 
 
+def test_a_dtype_of_no_engine_is_refused(shoal: Shoal, checkpoint: Path, tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}\n')
+    for verb in (("serve", checkpoint), ("batch", checkpoint, requests, tmp_path / "out.jsonl")):
+        assert "--dtype is 'float16'" in refusal(shoal(*verb, "--dtype", "float16"))
+
+
 def test_input_is_given_one_way(shoal: Shoal, checkpoint: Path, tmp_path: Path) -> None:
     refusal(shoal("score", checkpoint))
     refusal(shoal("score", checkpoint, "text", "--ids", "1,2"))

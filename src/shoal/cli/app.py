@@ -23,7 +23,7 @@ from shoal.cli.bench import bench_app
 from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
-from shoal.cli.device import CacheDtype, Device, KvCacheDtype, Quant, find_device
+from shoal.cli.device import CacheDtype, Checkpoint, Device, Download, KvCacheDtype, Quant, find_device
 from shoal.cli.evaluate import evaluate
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
@@ -73,8 +73,6 @@ class Track(StrEnum):
     trackio = "trackio"
 
 
-Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")]
-Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
 Ids = Annotated[str | None, typer.Option(help='Token ids in place of text: "1,2,3".')]
 File = Annotated[Path | None, typer.Option(help="Read the text from a file.")]

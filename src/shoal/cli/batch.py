@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Device, KvCacheDtype, Quant
+from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Quant
+from shoal.cli.serve import AffinityLimit, CacheGib, ChatTemplate, MaxSequences, Opening, find_template
 
 if TYPE_CHECKING:
     from shoal.server.app import Service
@@ -19,30 +20,23 @@ if TYPE_CHECKING:
 
 
 def batch(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    path: Checkpoint,
     requests: Annotated[Path, typer.Argument(help='Lines of {"custom_id", "url", "body"}.')],
     out: Annotated[Path, typer.Argument(help="The file of answers. One that is there is gone on with.")],
-    chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja file, or v2, v2.5, v3, r1, v3.1. Default: the checkpoint's.")
-    ] = None,
-    max_sequences: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
-    cache_gib: Annotated[
-        float | None, typer.Option(help="Memory for the cache, in GiB. Default: what the device leaves.")
-    ] = None,
-    affinity: Annotated[
-        int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
-    ] = 0,
+    chat_template: ChatTemplate = None,
+    max_sequences: MaxSequences = 64,
+    cache_gib: CacheGib = None,
+    affinity: AffinityLimit = 0,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    dtype: Dtype = None,
     quant: Quant = None,
     kv_cache_dtype: KvCacheDtype = "auto",
-    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    download: Download = False,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format, without a server."""
     import time
 
     from shoal.checkpoint import hf
-    from shoal.cli.serve import Opening, find_template
     from shoal.cli.view import say
     from shoal.data.text import Tokenizer
     from shoal.engine import EngineSettings

@@ -16,7 +16,7 @@ import typer
 from shoal.cli import baseline as baselines
 from shoal.cli.baseline import Baseline
 from shoal.cli.bench_serve import Load, summarise
-from shoal.cli.device import Device, KvCacheDtype, find_device
+from shoal.cli.device import Device, Download, Dtype, KvCacheDtype, find_device
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -27,8 +27,6 @@ Prompt = Annotated[int, typer.Option(help="Tokens of each prompt.")]
 Tokens = Annotated[int, typer.Option(help="Tokens of each answer.")]
 Seed = Annotated[int, typer.Option(help="Of prompts and weights.")]
 Speculate = Annotated[int, typer.Option(help="Tokens guessed ahead with the model's MTP module.")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")]
-Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")]
 
 

@@ -1,5 +1,5 @@
-"""The device that a command runs on, and how weights and cache are held there: options, and what `auto` comes
-to.
+"""The model that a command loads, the device it runs on, how weights and cache are held there: options that
+most commands share, and what `auto` comes to.
 
 torch is loaded only to answer `auto`, inside the command, so that `--help` needs none.
 """
@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")]
+Download = Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")]
 Quant = Annotated[
     str | None,
     typer.Option(

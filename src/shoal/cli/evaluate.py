@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Device, find_device
+from shoal.cli.device import Checkpoint, Device, Download, find_device
 
 if TYPE_CHECKING:
     from shoal.stages.evaluate import Score
 
 
 def evaluate(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    path: Checkpoint,
     tasks: Annotated[str, typer.Option(help="Names, with commas: gsm8k,mmlu_stem,humaneval.")],
     data: Annotated[Path, typer.Option(help="The folder of the files.")] = Path("../shared/data/eval"),
     limit: Annotated[int | None, typer.Option(help="Questions of each task, the first ones.")] = None,
@@ -31,7 +31,7 @@ def evaluate(
         Path | None, typer.Option(help="Write what was asked and answered, as JSON lines.")
     ] = None,
     device: Device = "auto",
-    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    download: Download = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")] = False,
 ) -> None:
     """Score a checkpoint on evaluation sets with lm-eval (shoal[eval]): maths, knowledge, code."""

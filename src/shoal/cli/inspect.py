@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli.device import Device, find_device
+from shoal.cli.device import Checkpoint, Device, Download, find_device
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    path: Checkpoint,
     text: Annotated[
         list[str], typer.Option("--text", help="A domain: NAME=FILES, or FILES alone. Repeatable.")
     ],
@@ -26,7 +26,7 @@ def inspect(
     limit: Annotated[int, typer.Option(help="Tokens of each domain to read.")] = 32768,
     sample: Annotated[int, typer.Option(help="Tokens of each domain to show one by one.")] = 128,
     device: Device = "auto",
-    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    download: Download = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON too (docs/json.md).")] = False,
 ) -> None:
     """Look inside the experts: load, balance, who goes together, whose is what, token by token."""

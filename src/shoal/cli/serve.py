@@ -15,13 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.device import Device, KvCacheDtype, Quant
+from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Quant
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
     from shoal.server.page import Page
 
 KEY_VARIABLE = "SHOAL_API_KEY"
+
+# What `batch` is asked as well.
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="A Jinja file, or v2, v2.5, v3, r1, v3.1. Default: the checkpoint's.")
+]
+MaxSequences = Annotated[int, typer.Option(help="Requests that run at once.")]
+CacheGib = Annotated[
+    float | None, typer.Option(help="Memory for the cache, in GiB. Default: what the device leaves.")
+]
+AffinityLimit = Annotated[
+    int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,10 @@ class Opening:
     device: str = "auto"
     dtype: str | None = None
     quant: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"--dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
     def __call__(self, report: Callable[[str, int, int], None]) -> Engine:
         import torch
@@ -59,7 +75,7 @@ class Opening:
 
 
 def serve(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    path: Checkpoint,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -68,20 +84,14 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"Keys, one a line. Or set {KEY_VARIABLE}. Without: no key is needed.")
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja file, or v2, v2.5, v3, r1, v3.1. Default: the checkpoint's.")
-    ] = None,
-    max_sequences: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
+    chat_template: ChatTemplate = None,
+    max_sequences: MaxSequences = 64,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait; beyond that, 429.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 2048,
-    cache_gib: Annotated[
-        float | None, typer.Option(help="Memory for the cache, in GiB. Default: what --memory leaves.")
-    ] = None,
+    cache_gib: CacheGib = None,
     memory: Annotated[float, typer.Option(help="Share of the GPU that may be used.")] = 0.9,
     speculate: Annotated[int, typer.Option(help="Tokens guessed ahead with the model's MTP module.")] = 0,
-    affinity: Annotated[
-        int, typer.Option(help="Requests that may pass one that waits, to run with others of its experts.")
-    ] = 0,
+    affinity: AffinityLimit = 0,
     index_keys: Annotated[
         str, typer.Option(help="Of sparse attention (V3.2), in the cache: wide, or fp8 as V3.2 serves.")
     ] = "wide",
@@ -91,10 +101,10 @@ def serve(
     max_body_mib: Annotated[float, typer.Option(help="The largest request, in MiB.")] = 16.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    dtype: Dtype = None,
     quant: Quant = None,
     kv_cache_dtype: KvCacheDtype = "auto",
-    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    download: Download = False,
     ui: Annotated[
         bool,
         typer.Option("--ui", help="A page to chat on, with a map of the experts, at the address itself."),
@@ -109,8 +119,6 @@ def serve(
     from shoal.server.gate import Limits
     from shoal.server.lifecycle import ServerSettings, log_to_stderr, run
 
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"--dtype is {dtype!r}; it must be float32 or bfloat16")
     if log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
     folder = hf.find_folder(path, download=download)

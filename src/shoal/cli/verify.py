@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Device, find_device
+from shoal.cli.device import Checkpoint, Device, Download, Dtype, find_device
 
 if TYPE_CHECKING:
     from shoal.stages.verify import Case, Feature, Report
 
 
 def verify(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id with --download.")],
+    path: Checkpoint,
     feature: Annotated[
         list[str] | None, typer.Option(help="Only this feature, and its pairs with others named. Repeatable.")
     ] = None,
@@ -29,8 +29,8 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
-    download: Annotated[bool, typer.Option(help="Fetch a hub id, or take it from the hub's cache.")] = False,
+    dtype: Dtype = None,
+    download: Download = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md).")] = False,
 ) -> None:
     """Hold serving to the model's naive forward pass: every feature and every pair. Exit 1 if one fails."""
