@@ -6,7 +6,8 @@ DATA holds pretrain/en-000.jsonl.zst and zh-000.jsonl.zst (or as .jsonl); Python
 third domain. Without EXPORT a small model with V2-Lite's 64 experts, 6 a token, is trained first, by
 `stages.pretrain`. Then a queue of requests of all domains, mixed, is served by two engines that differ in
 `affinity` alone, in turns, and each ratio is taken within a turn. Distinct experts are the engine's own
-count, a step and layer. Latency is from arrival (all at once) to the last token.
+count, a step and layer. Latency is from arrival (all at once) to the last token. With one thread seconds are
+the process's own, so that others on the machine do not count; with more they are the clock's.
 
 What fewer experts would be worth on an H200 at V2-Lite's shape is derived by analysis/planner, not measured:
 the step's bytes with the routed part scaled by the measured ratio.
@@ -46,7 +47,7 @@ from shoal.stages.quickstart import MODEL
 
 DOMAINS = ("en", "zh", "py")
 TEXT = 600_000  # characters of a domain, of which a share is held out
-PROMPT, NEW, A_DOMAIN = 48, 32, 32  # tokens of a request, and requests of a domain
+PROMPT, NEW = 48, 32  # tokens of a request
 PATIENCE = 64
 
 
@@ -105,12 +106,12 @@ class Asked:
     params: SamplingParams
 
 
-def requests(held_out: dict[str, list[str]], tokenizer: Tokenizer, seed: int) -> list[Asked]:
+def requests(held_out: dict[str, list[str]], tokenizer: Tokenizer, count: int, seed: int) -> list[Asked]:
     """Prompts from held-out text, a place of its own each, mixed; answers of unlike lengths."""
     draw, asked = random.Random(seed), []
     for domain in DOMAINS:
         ids = [token for text in held_out[domain] for token in tokenizer.encode(text)]
-        for _ in range(A_DOMAIN):
+        for _ in range(count):
             start = draw.randrange(len(ids) - PROMPT)
             params = SamplingParams(max_tokens=draw.randint(NEW // 2, 3 * NEW // 2), ignore_eos=True, seed=0)
             asked.append(Asked(domain, ids[start : start + PROMPT], params))
@@ -128,10 +129,12 @@ class Round:
     tokens: dict[int, list[int]]  # by place in the queue: the same whoever ran beside it
 
 
+def now() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def serve(engine: Engine, asked: Sequence[Asked]) -> Round:
-    before, start = engine.stats(), time.perf_counter()
-    assert before.experts_touched is not None
-    before = replace(before, experts_touched=before.experts_touched.clone())  # a CPU's is the live count
+    before, start = engine.stats(), now()
     places = {engine.add(each.ids, each.params): place for place, each in enumerate(asked)}
     latencies, tokens = [], {place: [] for place in places.values()}
     while engine.busy:
@@ -139,8 +142,8 @@ def serve(engine: Engine, asked: Sequence[Asked]) -> Round:
             if event.token is not None:
                 tokens[places[event.request]].append(event.token)
             if event.finish:
-                latencies.append(time.perf_counter() - start)
-    seconds, after = time.perf_counter() - start, engine.stats()
+                latencies.append(now() - start)
+    seconds, after = now() - start, engine.stats()
     assert before.experts_touched is not None and after.experts_touched is not None
     touched = (after.experts_touched - before.experts_touched).double().mean().item()
     return Round(
@@ -271,8 +274,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="an export of an earlier run; without, one is trained")
     parser.add_argument("--save", type=Path, help="where to keep what is trained")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=32, help="of each domain")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -281,10 +286,10 @@ def main() -> None:
         held_out = write_domains(arguments.data, folder)
         export = arguments.model or train(folder, arguments.steps)
         model, tokenizer = hf.load(export).eval(), Tokenizer.load(export)
-    first, asked = (requests(held_out, tokenizer, seed) for seed in (1, 2))
+    first, asked = (requests(held_out, tokenizer, arguments.requests, seed) for seed in (1, 2))
     rows = [foresight(model, first, asked)]
     print(json.dumps(rows[-1]))
-    for most in (4, 8, 16):
+    for most in arguments.at_once:
         rows.append(measure(model, most, first, asked, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
         rows.append(derive(rows[-1], most))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import plan as benchmark
 from shoal.analysis.planner import TRAINING_MFU, Load, decode_point, fewest, plan_serving, plan_training
 from shoal.analysis.published import TOLERANCE, claims
 from shoal.config import cost
-from shoal.config.families import FAMILIES, family
+from shoal.config.families import FAMILIES, family, tiny
 from shoal.config.hardware import GPUS, gpu
+from shoal.config.hf import from_hf, to_hf
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-24-h200-kernels.jsonl"
 LITE, H200 = family("deepseek-v2-lite").config, gpu("h200")
@@ -43,6 +47,36 @@ def test_prediction_against_the_measured_blocks() -> None:
         point = decode_point(LITE, H200, 1, Load(prompt=1023, output=2), batch)
         step = LITE.num_hidden_layers * block * 1e-6 + head
         assert point.predicted_s == pytest.approx(step, rel=0.2), f"batch {batch}"
+
+
+def test_the_benchmark_sets_prediction_beside_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real runs of `shoal bench latency`. A CPU is no GPU: that is said, and the ratios are not looked at."""
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(tiny("deepseek-v2-lite"))))
+    sizes = "--batches 1 2 --prompt 8 --tokens 4 --rounds 1 --device cpu --gpu h200"
+    out = tmp_path / "plan.md"
+    monkeypatch.setattr(sys, "argv", ["plan", "--model", str(tmp_path), *sizes.split(), "--out", str(out)])
+    benchmark.main()
+    told = capsys.readouterr().out
+    assert "h200 predicted, cpu measured: not the same device" in told
+    assert table_of(told) == table_of(out.read_text("utf-8"))
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text("utf-8").splitlines()]
+    assert [row["batch"] for row in rows] == [1, 2]
+    config = from_hf(json.loads((tmp_path / "config.json").read_text()))
+    for row in rows:
+        point = decode_point(config, H200, 1, Load(row["batch"], 8, 4, "float32"), row["batch"])
+        assert row["step_predicted"] == pytest.approx(1e3 * point.predicted_s)
+        assert row["step_measured"] > 0 < row["first_measured"]
+    assert benchmark.known("NVIDIA H200") is H200
+    assert benchmark.known("cpu") is None
+    right = benchmark.Row(1, 1.19, 1.0, 1.0, 1.0)
+    assert "| 1.19 | yes |" in benchmark.table([right])
+    assert "| 1.21 | no |" in benchmark.table([replace(right, step_predicted=1.21)])
+
+
+def table_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
 
 
 def test_the_share_of_training_is_what_its_other_figures_say() -> None:

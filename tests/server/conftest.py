@@ -28,7 +28,7 @@ from shoal.data.text import Tokenizer
 from tests.tiny_checkpoint import write_checkpoint
 
 MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
-PATIENCE = 240.0  # seconds
+PATIENCE = 600.0  # seconds
 
 
 @dataclass
