@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
     arguments = parser.parse_args()
     wanted = {name: getattr(arguments, name) for name in ("prompt", "tokens", "rounds", "device")}
-    rows, device = [], ""
+    rows, device, title = [], "", ""
     for batch in arguments.batches:
         told = measure(arguments.model, batch, **wanted)
         device = told["settings"]["device"]
