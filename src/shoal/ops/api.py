@@ -6,9 +6,8 @@ never know which. Both are differentiable where the contract says so. An op refu
 never guesses.
 
 Shape letters: T tokens, S sequences, D hidden, H query heads, G key-value heads, Q query/key head dim, V
-value head
-dim, C latent rank, R rope dim, E experts, K experts per token (of sparse attention: positions), F expert
-hidden, P pages, B pages of a sequence, N positions of a sequence, J index heads, I index head dim.
+value head dim, C latent rank, R rope dim, E experts, K experts per token (of sparse attention: positions), F
+expert hidden, P pages, B pages of a sequence, N positions of a sequence, J index heads, I index head dim.
 
 A paged cache of uint8 is in FP8: in place of C + R numbers a slot has C bytes of e4m3, a float32 scale for
 each 128 of them and R bfloat16; in place of a head's Q, Q bytes and the scales. It stands for the numbers
