@@ -2,6 +2,8 @@
 
     python -m experiments text --out runs/text --en 'en/*.jsonl.zst' --zh 'zh/*.jsonl.zst'
     python -m experiments routers segments balance mtp --text runs/text [--device cuda --jobs 8]
+    python -m experiments masking overhead domains --keep        # one training serves all three
+    python -m experiments fp8 | sparse --seq-len 1024 | ...
 
 A study trains its variants with each seed and writes what it found under --out: a record of every run (JSON),
 a table (Markdown) and a picture.
@@ -41,6 +43,12 @@ def main() -> None:
     training.add_argument("--seeds", type=int, default=3)
     training.add_argument("--steps", type=int, default=Plan.steps)
     training.add_argument("--tokens-per-batch", type=int, default=Plan.tokens_per_batch)
+    training.add_argument("--seq-len", type=int, default=Plan.seq_len)
+    training.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep trained models beside the text, and take those there",
+    )
     training.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
     if arguments.names == ["text"]:
@@ -58,6 +66,8 @@ def main() -> None:
         arguments.device,
         steps=arguments.steps,
         tokens_per_batch=arguments.tokens_per_batch,
+        seq_len=arguments.seq_len,
+        keep=arguments.keep,
     )
     for name in arguments.names:
         claim = claims(arguments.width)[name]
@@ -65,12 +75,13 @@ def main() -> None:
         results = run(claim.variants, range(arguments.seeds), plan, arguments.jobs, claim.extra)
         record = {"claim": claim.text, "source": claim.source, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
         record |= {"width": arguments.width} | to_record(plan, results)
+        told = picture.table(name, record, summarise(results)) + picture.looked_table(results)
         folder = arguments.out or Path("docs/results")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / f"{name}.md").write_text(table := picture.table(name, record, summarise(results)))
+        (folder / f"{name}.md").write_text(told)
         picture.dots(results).savefig(folder / f"{name}.svg")
-        print(f"\n{table}", flush=True)
+        print(f"\n{told}", flush=True)
 
 
 if __name__ == "__main__":

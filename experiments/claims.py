@@ -11,10 +11,21 @@ from dataclasses import dataclass, replace
 
 from experiments import look
 from experiments.study import Extra, Variant, nothing_more
-from shoal.config.model import GQAConfig, ModelConfig, MoEConfig, RopeConfig
+from shoal.config.model import (
+    GQAConfig,
+    IndexerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    NSAConfig,
+    RopeConfig,
+)
 from shoal.config.run import BalanceConfig
 
 LAYERS, HEAD = 6, 64
+SPARSE = (
+    0.3  # of the steps, the last of a run, are those of sparse attention where it is put on a dense model
+)
 NONE = BalanceConfig(bias_update_speed=0.0, sequence_loss=0.0)
 AUXILIARY = replace(
     NONE, sequence_loss=0.01
@@ -56,11 +67,36 @@ def segmented(unit: int, m: int, shared: int, **fields: object) -> ModelConfig:
     return mixture(unit, 16 * m - shared, 2 * m - shared, 1 / m, n_shared_experts=shared, **fields)
 
 
+def sparse_attention(unit: int) -> tuple[Variant, ...]:
+    """Grouped queries and NSA; MLA and DSA. A token of a 1,024 reads a fifth of it by NSA, 128 by DSA."""
+    heads = unit // HEAD
+    full = dense(unit, 2)
+    mla = MLAConfig(2 * heads, unit // 2, 32, 16, 32, q_lora_rank=unit // 2)
+    nsa = NSAConfig(2 * heads, heads, 48, 32, 16, 8, 16, 6, sliding_window=64)
+    gqa = GQAConfig(num_attention_heads=2 * heads, num_key_value_heads=heads, head_dim=HEAD)
+    latent = replace(full, model_type="deepseek_v3", attention=mla)
+    indexed = replace(mla, indexer=IndexerConfig(4, 32, 128))
+    return (
+        Variant("full, grouped queries", replace(full, attention=gqa), NONE),
+        Variant("NSA", replace(full, model_type="nsa", attention=nsa), NONE),
+        Variant("full, MLA", latent, NONE, sparse_share=SPARSE),
+        Variant(
+            "DSA", replace(latent, model_type="deepseek_v32", attention=indexed), NONE, sparse_share=SPARSE
+        ),
+    )
+
+
 def claims(unit: int = 256) -> dict[str, Claim]:
     """All of them, in models `unit` wide, a multiple of 64."""
     if unit % HEAD:
         raise ValueError(f"the width is {unit}; it must be a multiple of the head's {HEAD}")
     loss_free = segmented(unit, 4, 1, scoring_func="sigmoid", topk_method="noaux_tc", norm_topk_prob=True)
+    gshard = Variant(
+        "GShard",
+        mixture(unit, 16, 2, 1, norm_topk_prob=True, capacity_factor=2.0),
+        replace(NONE, gshard_loss=0.01),
+    )
+    deepseek = Variant("DeepSeekMoE", segmented(unit, 4, 1), AUXILIARY)
     return {
         "routers": Claim(
             "dense < hash < Switch < GShard < DeepSeekMoE at equal active parameters; a dense model of all "
@@ -80,11 +116,7 @@ def claims(unit: int = 256) -> dict[str, Claim]:
                     mixture(unit, 16, 2, 1, norm_topk_prob=True, noisy_gate=True),
                     replace(NONE, switch_loss=0.01),
                 ),
-                Variant(
-                    "GShard",
-                    mixture(unit, 16, 2, 1, norm_topk_prob=True, capacity_factor=2.0),
-                    replace(NONE, gshard_loss=0.01),
-                ),
+                gshard,
                 Variant(
                     "GShard, random second",
                     mixture(unit, 16, 2, 1, norm_topk_prob=True, capacity_factor=2.0, random_second=True),
@@ -93,7 +125,7 @@ def claims(unit: int = 256) -> dict[str, Claim]:
                 Variant(
                     "expert choice, looks ahead", mixture(unit, 16, 2, 1, topk_method="expert_choice"), NONE
                 ),
-                Variant("DeepSeekMoE", segmented(unit, 4, 1), AUXILIARY),
+                deepseek,
                 Variant(
                     "segments",
                     mixture(unit, 64, 8, 1 / 4, topk_method="segments", n_group=16, topk_group=4),
@@ -123,6 +155,39 @@ def claims(unit: int = 256) -> dict[str, Claim]:
                 Variant("loss-free", loss_free, replace(NONE, bias_update_speed=0.005)),
                 Variant("quantile", loss_free, replace(NONE, bias_update_speed=0.005, bias_rule="quantile")),
             ),
+        ),
+        "masking": Claim(
+            "experts of DeepSeekMoE are less redundant: without each token's best it loses more than GShard",
+            "DeepSeekMoE, arXiv 2401.06066, figure 4",
+            (gshard, deepseek),
+            look.at_masking,
+        ),
+        "overhead": Claim(
+            "routing is 10 to 15% of a mixture layer on small batches; on a narrow domain 80% of the tokens "
+            "go to two experts",
+            "articles",
+            (gshard, deepseek),
+            look.at_overhead,
+        ),
+        "domains": Claim(
+            "experts specialise by domain: English, Chinese, code; finer ones more",
+            "DeepSeekMoE, arXiv 2401.06066, section 1; ESFT, arXiv 2407.01906, figure 3",
+            (gshard, deepseek),
+            look.at_domains,
+        ),
+        "fp8": Claim(
+            "products in FP8 cost less than 0.25% of the loss",
+            "DeepSeek-V3, arXiv 2412.19437, section 3.3 and appendix B.1",
+            (
+                Variant("wide", loss_free, replace(NONE, bias_update_speed=0.005)),
+                Variant("FP8", loss_free, replace(NONE, bias_update_speed=0.005), precision="fp8"),
+            ),
+        ),
+        "sparse": Claim(
+            "sparse attention costs no loss: NSA against full attention from the first step, DSA put on a "
+            "trained MLA against the same MLA trained on",
+            "NSA, arXiv 2502.11089, table 1; DeepSeek-V3.2, arXiv 2512.02556, section 2.2",
+            sparse_attention(unit),
         ),
         "mtp": Claim(
             "predicting a second token improves the main loss, and 85 to 90% of its guesses stand",

@@ -5,9 +5,11 @@ Each function takes the model, the text and the plan of a study and returns numb
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from experiments.study import Plan, measure, on
 from experiments.text import Text
 from shoal.analysis.observe import Observation, divergence, observe, specialists
+from shoal.config.families import family
 from shoal.data.pack import evaluation_batches
 from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.model.moe import Gate, MoE
@@ -24,6 +27,7 @@ from shoal.model.transformer import Transformer
 from shoal.ops.api import Routing
 
 MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the experts, each token's best
+SIZES, TURNS, CALLS = (1, 4, 16, 64, 256), 5, 3  # tokens of a layer's step, and how often it is timed
 PROMPTS, PROMPT, ANSWER = 16, 64, 64
 
 
@@ -60,22 +64,32 @@ def without_best(model: Transformer, share: float) -> Iterator[None]:
 
 def at_experts(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
     """Held-out loss without each token's best experts, and what the experts do domain by domain."""
-    moe = model.config.moe
-    if moe is None:
+    if model.config.moe is None:
         return {}
+    return at_masking(model, text, plan) | at_domains(model, text, plan)
+
+
+def at_masking(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    """Bits per byte of held-out text without each token's best experts, by the share of all that they are."""
+    moe = model.config.moe
+    assert moe is not None
     sizes = {name: shard.num_bytes for name, shard in text.held_out.items()}
     masked = {}
     for share in MASKED if moe.topk_method in ("greedy", "noaux_tc") and moe.n_group == 1 else ():
         with without_best(model, share):
             bits = {name: measure(model, shard, plan)[0] for name, shard in text.held_out.items()}
         masked[f"{share:.4f}"] = sum(bits[name] * sizes[name] for name in bits) / sum(sizes.values())
+    return {"masked": masked}
+
+
+def at_domains(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    """How far the loads of the domains are apart, each one's own experts, and how few serve it."""
     seen: list[Observation] = []
     for name, shard in text.held_out.items():
         batches = evaluation_batches(shard, plan.tokens_per_batch, plan.seq_len)
         seen.append(observe(model, name, on(model, batches), shard.num_bytes))
     loads_DLE = torch.stack([each.load_LE for each in seen])
     return {
-        "masked": masked,
         "divergence": divergence(loads_DLE).mean().item(),  # bits, of at most log2(domains)
         "specialists": {
             each.name: len(found) for each, found in zip(seen, specialists(loads_DLE), strict=True)
@@ -84,6 +98,50 @@ def at_experts(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
         "experts_for_80": {each.name: each.experts_for(0.8).double().mean().item() for each in seen},
         "share_of_two": {each.name: share_of_best(each.load_LE, 2) for each in seen},
     }
+
+
+def at_overhead(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    """The gate's share of a mixture layer's time by the number of tokens, in the trained model and in a layer
+    of V2-Lite's shape at a quarter of its width, and how few experts serve a domain."""
+    layer = next(module for module in model.modules() if isinstance(module, MoE))
+    like = model.head_weight()
+    lite = replace(family("deepseek-v2-lite").config, hidden_size=512)
+    assert lite.moe is not None
+    quarter = MoE(lite, replace(lite.moe, moe_intermediate_size=352), device=like.device, dtype=like.dtype)
+    draw = torch.Generator(like.device).manual_seed(0)
+    for tensor in quarter.parameters():
+        tensor.data.normal_(std=0.02, generator=draw)
+    skew = at_domains(model, text, plan)
+    return {
+        "gate_share": {f"{size} tokens": share_of_gate(layer, size) for size in SIZES},
+        "gate_share_quarter_of_v2_lite": {
+            f"{size} tokens": share_of_gate(quarter.eval(), size) for size in SIZES
+        },
+        "experts_for_80": skew["experts_for_80"],
+        "share_of_two": skew["share_of_two"],
+    }
+
+
+@torch.inference_mode()
+def share_of_gate(layer: MoE, tokens: int) -> float:
+    """Of the time of the layer; the least of some turns of both."""
+    weight = layer.gate.weight
+    x_TD = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    least = [math.inf, math.inf]
+    for _ in range(TURNS):
+        for place, part in enumerate((layer.gate, layer)):
+            synchronise(weight.device)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                part(x_TD, None)
+            synchronise(weight.device)
+            least[place] = min(least[place], time.perf_counter() - start)
+    return least[0] / least[1]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def share_of_best(load_LE: Tensor, count: int) -> float:
@@ -114,6 +172,7 @@ def at_guesses(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
     after = engine.stats()
     guessed = [b - a for a, b in zip(before.drafted, after.drafted, strict=True)]
     stood = [b - a for a, b in zip(before.accepted, after.accepted, strict=True)]
+    told["speed_of_guessing"] = told["tokens_per_second_1"] / told["tokens_per_second_0"]
     told["acceptance"] = [s / g if g else 0.0 for s, g in zip(stood, guessed, strict=True)]
     told["same_answers"] = sum(a == b for a, b in zip(*answers, strict=True)) / len(prompts)
     return told

@@ -5,13 +5,52 @@ Every run is a dot, every variant its mean and deviation: nothing is averaged aw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments.study import Result, Row
 from shoal.analysis.plots import GRID, SERIES, tidy
+
+
+def leaves(told: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record, by their names on the way to them."""
+    for key, value in told.items():
+        at = f"{path}, {key}" if path else key.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from leaves(value, at)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield from leaves({str(place + 1): each for place, each in enumerate(value)}, at)
+        else:
+            yield at, float(value)
+
+
+def looked(results: Sequence[Result]) -> dict[str, dict[str, list[float]]]:
+    """What was looked at: by name, by variant, a number a seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for each in results:
+        for name, value in leaves(each.extra):
+            found.setdefault(name, {}).setdefault(each.variant, []).append(value)
+    return found
+
+
+def looked_table(results: Sequence[Result]) -> str:
+    """Means and deviations over seeds; empty where nothing was looked at."""
+    found = looked(results)
+    if not found:
+        return ""
+    names = list(dict.fromkeys(each.variant for each in results))
+    lines = ["", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name, by in found.items():
+        cells = []
+        for variant in names:
+            values = by.get(variant, [])
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -40,8 +79,24 @@ def table(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def dots(results: Sequence[Result]) -> Figure:
     names = list(dict.fromkeys(each.variant for each in results))
-    figure = Figure(figsize=(8, 0.5 * len(names) + 1.4), layout="constrained")
-    axes = figure.subplots()
+    found = {what: by for what, by in looked(results).items() if len(by) > 1}
+    figure = Figure(figsize=(8, 0.5 * len(names) + 1.4 + 0.32 * len(found)), layout="constrained")
+    heights = [0.5 * len(names) + 1.2, 0.32 * len(found)] if found else [1]
+    axes, *below = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
+    for lower in below:  # each as a share of the largest, since they have units of their own
+        for place, by in enumerate(found.values()):
+            most = max(abs(value) for values in by.values() for value in values) or 1.0
+            for number, (variant, values) in enumerate(by.items()):
+                at = [place + 0.12 * number] * len(values)
+                label = variant if place == 0 else None
+                color = SERIES[number % len(SERIES)]
+                lower.plot(
+                    [value / most for value in values], at, "o", color=color, markersize=4, label=label
+                )
+        lower.set_yticks(range(len(found)), found)
+        lower.invert_yaxis()
+        lower.legend(frameon=False, fontsize=8)
+        tidy(lower, "What was looked at, each as a share of its largest", "", "")
     for place, name in enumerate(names):
         bits = [each.bits_per_byte for each in results if each.variant == name]
         mean = sum(bits) / len(bits)

@@ -8,6 +8,7 @@ launches.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import statistics
@@ -20,17 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from experiments.text import Text, load
 from shoal.batch import Batch
 from shoal.config import cost
-from shoal.config.model import ModelConfig
+from shoal.config.model import MLAConfig, ModelConfig
 from shoal.config.run import BalanceConfig, OptimConfig, TrainConfig
 from shoal.data.pack import evaluation_batches
 from shoal.data.shard import Shard
 from shoal.model.moe import max_violation
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
+from shoal.train.fp8 import multiply_in_fp8
+from shoal.train.indexer import LearnIndexers, indexers
+from shoal.train.loss import NextToken
 from shoal.train.trainer import Trainer
 
 
@@ -41,6 +47,8 @@ class Variant:
     balance: BalanceConfig
     mtp_loss_weight: float = 0.0
     dtype: str = "bfloat16"
+    precision: str = "dtype"  # or fp8: of the products
+    sparse_share: float = 0.0  # the last of the steps, begun anew; by an indexer if the model has one
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Plan:
     seq_len: int = 512
     lr: float = 2e-3
     threads: int = 1
+    keep: bool = False  # trained models stay beside the text, and serve every study that asks for the same
 
 
 @dataclass(frozen=True)
@@ -79,29 +88,84 @@ def nothing_more(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
     return {}
 
 
-def train(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transformer, float]:
-    """The model after its last step, and the seconds that took."""
+def trained(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transformer, float]:
+    """The model after its last step, and the seconds that took; kept, and found again, if the plan says."""
+    if not plan.keep:
+        return train(variant, seed, plan, text)
+    device = torch.device(plan.device)
+    path = Path(plan.text) / "trained" / f"{_name(variant, seed, plan)}.safetensors"
+    if path.exists():
+        model = _empty(variant, plan, text)
+        state = load_file(path, device=str(device))
+        model.load_state_dict(state)
+        with safe_open(path, "pt") as file:
+            return model.eval(), float(file.metadata()["seconds"])
+    model, seconds = train(variant, seed, plan, text)
+    path.parent.mkdir(exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path.with_suffix(f".{os.getpid()}"), {"seconds": str(seconds)})
+    path.with_suffix(f".{os.getpid()}").rename(path)
+    return model, seconds
+
+
+def _name(variant: Variant, seed: int, plan: Plan) -> str:
+    """What a run is a function of."""
+    what = replace(variant, name=""), seed, replace(plan, text="", threads=1, keep=True)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def _empty(variant: Variant, plan: Plan, text: Text) -> Transformer:
     device = torch.device(plan.device)
     # A CPU computes in float32: it has no fast bfloat16.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, variant.dtype)
     config = replace(variant.model, vocab_size=text.tokenizer.vocab_size)
     model = Transformer(config, device="meta", dtype=dtype)
     model.allocate(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    return multiply_in_fp8(model) if variant.precision == "fp8" else model
+
+
+def train(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transformer, float]:
+    model, batches = _empty(variant, plan, text), text.batches(plan.tokens_per_batch, plan.seq_len, seed)
+    generator = torch.Generator(model.head_weight().device).manual_seed(seed)
     model.init_weights(generator)
-    warmup = max(1, plan.steps // 20)
-    settings = TrainConfig(
-        steps=plan.steps,
-        mtp_loss_weight=variant.mtp_loss_weight,
-        optim=OptimConfig(lr=plan.lr, warmup_steps=warmup, schedule="linear"),
-        balance=variant.balance,
-    )
-    batches = text.batches(plan.tokens_per_batch, plan.seq_len, seed)
-    trainer = Trainer(model, batches.batch, settings, Path(plan.text), generator=generator)
-    model.train()
     start = time.perf_counter()
-    for _ in range(plan.steps):
-        trainer.train_step()
+    last = max(1, round(variant.sparse_share * plan.steps)) if variant.sparse_share else 0
+
+    def go_on(model: Transformer, first: int, steps: int, **how: Any) -> None:
+        settings = TrainConfig(
+            steps=steps,
+            mtp_loss_weight=variant.mtp_loss_weight,
+            optim=OptimConfig(lr=plan.lr, warmup_steps=max(1, steps // 20), schedule="linear"),
+            balance=variant.balance,
+        )
+        folder = Path(plan.text)
+        trainer = Trainer(
+            model, lambda at: batches.batch(first + at), settings, folder, generator=generator, **how
+        )
+        model.train()
+        for _ in range(steps):
+            trainer.train_step()
+
+    if not isinstance(variant.model.attention, MLAConfig) or variant.model.attention.indexer is None:
+        go_on(model, 0, plan.steps - last)
+        if last:
+            go_on(model, plan.steps - last, last)
+        return model.eval(), time.perf_counter() - start
+    # A model with an indexer was one without, which is then taught what attention reads: more steps than
+    # others have, on text that comes again.
+    attention = replace(variant.model.attention, indexer=None)
+    plain = _empty(
+        replace(variant, model=replace(variant.model, model_type="deepseek_v3", attention=attention)),
+        plan,
+        text,
+    )
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    go_on(plain, 0, plan.steps - last)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    warm = max(1, last // 3)
+    go_on(model, plan.steps - last, warm, objective=LearnIndexers(), trainable=indexers(model))
+    objective = LearnIndexers(NextToken(0, mtp_weight=0.0))
+    go_on(model, plan.steps - last, last, objective=objective)
     return model.eval(), time.perf_counter() - start
 
 
@@ -135,15 +199,15 @@ def on(model: Transformer, batches: Iterator[Batch]) -> Iterator[Batch]:
 def run_one(variant: Variant, seed: int, plan: Plan, extra: Extra) -> Result:
     torch.set_num_threads(plan.threads)
     text = load(Path(plan.text))
-    model, seconds = train(variant, seed, plan, text)
+    model, seconds = trained(variant, seed, plan, text)
     found = {name: measure(model, shard, plan) for name, shard in text.held_out.items()}
     sizes = {name: shard.num_bytes for name, shard in text.held_out.items()}
     bits = sum(value * sizes[name] for name, (value, _) in found.items()) / sum(sizes.values())
     loads = [load_LE for _, load_LE in found.values() if load_LE is not None]
     violation = max_violation(torch.stack(loads).sum(0)).mean().item() if loads else 0.0
     params = cost.params(model.config, mtp=False)
-    trained = plan.steps * plan.tokens_per_batch
-    flops = trained * cost.flops_per_token(model.config, plan.seq_len // 2, mtp=variant.mtp_loss_weight > 0)
+    tokens = plan.steps * plan.tokens_per_batch
+    flops = tokens * cost.flops_per_token(model.config, plan.seq_len // 2, mtp=variant.mtp_loss_weight > 0)
     domains = {name: value for name, (value, _) in found.items()}
     more = extra(model, text, plan)
     return Result(
@@ -211,5 +275,5 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
 def to_record(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if plan.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    told = {key: value for key, value in asdict(plan).items() if key != "text"}
+    told = {key: value for key, value in asdict(plan).items() if key not in ("text", "keep")}
     return {"hardware": where, "plan": told, "results": [asdict(each) for each in results]}
