@@ -121,6 +121,25 @@ def test_training_goes_on_bit_for_bit_and_on_other_stages(tmp_path: Path) -> Non
     assert_same(*(weights(folder, 2, MUON) for folder in (tmp_path / "one", muon)))
 
 
+def test_stages_of_sharded_weights_keep_all_of_a_run(tmp_path: Path) -> None:
+    """Four processes go on from what one wrote, with experts spread, then weights cut; then one again."""
+    folder, alone = tmp_path / "four", tmp_path / "alone"
+    for run in (folder, alone):
+        work.train_deep(None, run, 1, TRAIN)
+    spread = ParallelConfig(expert=2, pipeline=2)
+    runs = [(spread, folder, 2, TRAIN), (ParallelConfig(data=2, pipeline=2), folder, 3, TRAIN)]
+    work.launch(work.train_all, 4, tmp_path, runs)
+    work.train_deep(None, folder, 4, TRAIN)
+    work.train_deep(None, alone, 4, TRAIN)
+    assert_same(weights(alone, 4), weights(folder, 4))
+    # Each run is judged at its end, and these ended at other steps.
+    told = [
+        [line for line in lines(run) if line["kind"] == "step" or line["step"] == 4]
+        for run in (alone, folder)
+    ]
+    assert_told(*told)
+
+
 def weights(folder: Path, step: int, settings: TrainConfig = TRAIN) -> dict[str, dict[str, Tensor]]:
     """All that a checkpoint keeps of a run, whole, whoever wrote it."""
     model = parts.model(work.deep())
