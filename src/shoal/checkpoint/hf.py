@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +49,22 @@ OTHER_LAYOUTS = ["consolidated*", "*/*"]  # the same weights again, beside Huggi
 SHARD_BYTES = 5_000_000_000
 
 
+class Share(Protocol):
+    """One process's part of a model (parallel/tensor.py, parallel/expert.py)."""
+
+    def split(self, model: Transformer) -> Transformer:
+        """The model with this part of its parameters."""
+        ...
+
+    def cut(self, parameter: str, whole: Tensor) -> Tensor:
+        """Of a parameter, or one expert's matrix of it, what is here."""
+        ...
+
+    def expert(self, number: int) -> int | None:
+        """Where an expert is in the stack here; None if it is elsewhere."""
+        ...
+
+
 def load(
     path_or_id: str | Path,
     *,
@@ -55,6 +73,7 @@ def load(
     download: bool = False,
     mtp: bool = True,
     quant: str | None = None,
+    share: Share | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model of a checkpoint, its weights in `dtype` (None: what its config.json says).
@@ -66,6 +85,7 @@ def load(
 
     `quant` ("fp8", "int4") holds experts and linears quantised (model/quantised.py); what is published in
     FP8 blocks of 128 is then taken as it is, scales and all. Memory peaks at the narrow model and one tensor.
+    With `share` it is one process's part of the model, and no more than that is kept.
 
     ValueError names the tensor or file that is missing, unknown, cut short, of another shape or dtype than
     config.json makes it, or that differs from what it must repeat: the embedding and head copied into
@@ -74,8 +94,10 @@ def load(
     source = open_source(find_folder(path_or_id, download=download), dtype=dtype, mtp=mtp)
     if (scheme := check_quant(quant)) is not None:
         quantise(source.model, scheme)
+    if share is not None:
+        share.split(source.model)
     source.model.allocate(device)
-    _copy(source, source.model, progress)
+    _copy(source, source.model, progress, share)
     return source.model
 
 
@@ -99,35 +121,45 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(state[name].shape) if name in state else None
 
 
-def _copy(source: Source, model: Transformer, progress: Progress | None) -> None:
+def _copy(source: Source, model: Transformer, progress: Progress | None, share: Share | None = None) -> None:
     state = model.state_dict()
-    own = {piece.stored: piece for piece in source.pieces if piece.role == "own"}
+    own = {piece.stored: piece for piece in _kept(source.pieces, share) if piece.role == "own"}
     in_file_order = [own[name] for name in source.shards.table if name in own]
     done = 0
     for number, piece in enumerate(in_file_order, start=1):
         part = piece.of(state[piece.parameter])
         scales = state.get(piece.parameter + SCALE_SUFFIX)
         if scales is None:
-            part.copy_(source.read(piece.stored, part.device))
+            whole = source.read(piece.stored, part.device)
+            part.copy_(whole if share is None else share.cut(piece.parameter, whole))
         else:
-            _fill_narrow(source, piece, part, piece.of(scales))
+            _fill_narrow(source, piece, part, piece.of(scales), share)
         done += part.nbytes
         if progress is not None:
             progress(number, len(own), done)
 
 
-def _fill_narrow(source: Source, piece: Piece, values: Tensor, scales: Tensor) -> None:
+def _kept(pieces: Iterable[Piece], share: Share | None) -> Iterator[Piece]:
+    """The pieces that are here, experts at their places here."""
+    for piece in pieces:
+        place = piece.expert if share is None or piece.expert is None else share.expert(piece.expert)
+        if place is not None or piece.expert is None:
+            yield replace(piece, expert=place)
+
+
+def _fill_narrow(source: Source, piece: Piece, values: Tensor, scales: Tensor, share: Share | None) -> None:
     """A stored tensor into quantised values and their scales: as it is, or quantised as it is read."""
     scheme: Scheme = "int4" if values.dtype == torch.uint8 else "fp8"
     stored = source.shards.table[piece.stored]
     halves_apart = piece.half is not None or not piece.parameter.endswith(GATE_UP)
     if scheme == "fp8" and stored.dtype == FLOAT8 and source.block == (BLOCK, BLOCK) and halves_apart:
-        values.copy_(
-            source.shards.read(piece.stored).view_as(values[0] if piece.half is not None else values)
-        )
-        scales.copy_(source.shards.read(piece.stored + SCALE_SUFFIX))
+        for kept, name in ((values, piece.stored), (scales, piece.stored + SCALE_SUFFIX)):
+            whole = source.shards.read(name)
+            part = whole if share is None else share.cut(piece.parameter, whole)
+            kept.copy_(part.view_as(kept[0] if piece.half is not None else kept))
         return
     wide = source.read(piece.stored, values.device)
+    wide = wide if share is None else share.cut(piece.parameter, wide)
     if not halves_apart:
         wide = wide.unflatten(-2, (2, -1))
     weight = narrow(wide, scheme)

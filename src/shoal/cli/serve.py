@@ -19,7 +19,9 @@ from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, 
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
+    from shoal.engine.lockstep import Lockstep
     from shoal.server.page import Page
+    from shoal.stages.spread import Degrees
 
 KEY_VARIABLE = "SHOAL_API_KEY"
 
@@ -45,15 +47,17 @@ class Opening:
     device: str = "auto"
     dtype: str | None = None
     quant: str | None = None
+    degrees: Degrees | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"--dtype is {self.dtype!r}; it must be float32 or bfloat16")
 
-    def __call__(self, report: Callable[[str, int, int], None]) -> Engine:
+    def __call__(self, report: Callable[[str, int, int], None]) -> Engine | Lockstep:
         import torch
 
-        from shoal.stages.llm import open_engine
+        from shoal.stages.llm import open_engines
+        from shoal.stages.spread import Degrees
 
         told = 0
 
@@ -64,9 +68,10 @@ class Opening:
                 report("loading", done, total)
 
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return open_engine(
+        return open_engines(
             self.folder,
             self.settings,
+            self.degrees or Degrees(),
             device=self.device,
             dtype=dtype,
             quant=self.quant,
@@ -104,6 +109,19 @@ def serve(
     dtype: Dtype = None,
     quant: Quant = None,
     kv_cache_dtype: KvCacheDtype = "auto",
+    tensor_parallel: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", "-tp", help="Processes, or GPUs, that the model is cut over."),
+    ] = 1,
+    data_parallel: Annotated[
+        int,
+        typer.Option(
+            "--data-parallel-size", "-dp", help="Processes, or GPUs, each with requests of its own."
+        ),
+    ] = 1,
+    expert_parallel: Annotated[
+        bool, typer.Option("--enable-expert-parallel", "-ep", help="Their experts are shared out over them.")
+    ] = False,
     download: Download = False,
     ui: Annotated[
         bool,
@@ -118,6 +136,7 @@ def serve(
     from shoal.model.quantised import check_quant
     from shoal.server.gate import Limits
     from shoal.server.lifecycle import ServerSettings, log_to_stderr, run
+    from shoal.stages.spread import Degrees
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"--log-level is {log_level!r}; it must be debug, info, warning or error")
@@ -154,6 +173,7 @@ def serve(
         device,
         dtype,
         check_quant(quant),
+        Degrees(tensor_parallel, data_parallel, expert_parallel),
     )
     log_to_stderr(log_level)
 

@@ -21,11 +21,11 @@ from time import monotonic, perf_counter
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, ledger, sampling, scoring, staging
+from shoal.engine import grammar, ledger, offline, sampling, scoring, staging
 from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
-from shoal.engine.events import Completion, Event, Routed, complete
+from shoal.engine.events import Completion, Event, Routed
 from shoal.engine.flight import Flight, collect_routed, open_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
 from shoal.engine.order import Affinity, Arrival, Order
@@ -36,12 +36,15 @@ from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
 from shoal.engine.settings import EngineSettings
 from shoal.engine.speculation import Drafter, Governor, Seen
 from shoal.engine.stats import Stats
+from shoal.engine.team import Alone, Team
 from shoal.model.transformer import Transformer
 
 
 class Engine:
     """`vocabulary`, what the ids mean, is needed by requests with a grammar alone; `governor` says when to
-    guess ahead, where `settings.speculate` does."""
+    guess ahead, where `settings.speculate` does; `team` runs the model with this process."""
+
+    places = 1  # so often `settings.max_sequences` run at once (lockstep.py)
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Engine:
         settings: EngineSettings,
         vocabulary: Vocabulary | None = None,
         governor: Governor | None = None,
+        team: Team | None = None,
     ) -> None:
         self.config, self.settings, self.vocabulary = model.config, settings, vocabulary
         if self.config.moe is not None and not self.config.moe.is_causal:
@@ -59,7 +63,8 @@ class Engine:
         on_cuda = model.head_weight().is_cuda
         buckets = default_sizes(settings.max_sequences) if on_cuda else ()
         buckets = buckets if settings.buckets is None else settings.buckets
-        self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else ())
+        team = team or Alone()
+        self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else (), team)
         self.pool = BlockPool(self.ledger.num_pages, settings.page_size, remember=settings.prefix_cache)
         if settings.affinity and self.config.moe is None:
             raise ValueError(f"affinity is {settings.affinity}, but this model routes nothing; set it to 0")
@@ -88,6 +93,7 @@ class Engine:
             record_weights=settings.record_weights,
             index_keys=settings.index_keys,
             cache_dtype=settings.cache_dtype,
+            team=team,
         )
         self._drafter = None
         if settings.speculate:
@@ -210,26 +216,7 @@ class Engine:
 
         FloatingPointError if the logits of one are not numbers.
         """
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"there are {len(prompts)} prompts and {len(each)} params; give one, or one for each"
-            )
-        if self.busy:
-            raise ValueError(f"{len(self._live)} requests are being served; use add and step beside them")
-        events: dict[int, list[Event]] = {}
-        try:
-            for ids, wish in zip(prompts, each, strict=True):
-                events[self.add(ids, wish)] = []
-            while self.busy:
-                for event in self.step():
-                    if event.error is not None:
-                        raise FloatingPointError(event.error)
-                    events[event.request].append(event)
-        finally:
-            for request in events:
-                self._drop(request)
-        return [complete(of_request) for of_request in events.values()]
+        return offline.generate(self, prompts, params)
 
     def score(self, ids: list[int], routing: Tensor | None = None) -> list[float]:
         """Log-probability of each token after the first, given those before it, in float32.
@@ -237,8 +224,17 @@ class Engine:
         Read through free pages in steps of `max_batch_tokens`, so memory does not grow with the text.
         `routing` (tokens - 1, L, K) replays experts that were recorded of this text.
         """
-        self.admission.check_text(ids, routing)
+        self.check_score(ids, routing)
         return scoring.score(self.runner, self.pool, ids, routing, most=self.settings.max_batch_tokens)
+
+    def check(self, ids: list[int], params: SamplingParams) -> None:
+        """Refuse what `add` would."""
+        self.scheduler.check(self.admission.admit(self._num_requests, ids, params))
+
+    def check_score(self, ids: list[int], routing: Tensor | None) -> None:
+        """Refuse what `score` would."""
+        self.admission.check_text(ids, routing)
+        scoring.count_pages(self.pool, ids)
 
     def forget_prefixes(self) -> None:
         """The weights have changed: what the cache remembers is no longer what the model would compute."""

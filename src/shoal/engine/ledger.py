@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from shoal.engine.buckets import default_contexts
 from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import count_page_bytes
 from shoal.engine.settings import EngineSettings
+from shoal.engine.team import Team
 from shoal.model.quantised import scratch_bytes
 from shoal.model.transformer import Transformer
 
@@ -131,8 +133,14 @@ def _remedy(config: ModelConfig, room: int, affordable: int, max_sequences: int,
     return f"lower max_batch_tokens to {tokens}"
 
 
-def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[int, ...]) -> Ledger:
-    """The ledger of an engine for a model that is already where it will run."""
+def of_engine(
+    model: Transformer,
+    settings: EngineSettings,
+    graph_sizes: tuple[int, ...],
+    team: Team | None = None,
+) -> Ledger:
+    """The ledger of an engine for a model that is already where it will run; of a team, that of the first,
+    with no more pages than fit on each."""
     config, head = model.config, model.head_weight()
     size = settings.page_size
     page = count_page_bytes(
@@ -160,17 +168,20 @@ def of_engine(model: Transformer, settings: EngineSettings, graph_sizes: tuple[i
         limit = min(int(settings.memory * total), free + torch.cuda.memory_reserved(head.device))
     else:
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return draw_up(
+    draft = partial(
+        draw_up,
         config,
         limit=limit,
         weights=weights,
         dtype_bytes=head.dtype.itemsize,
         page=page + size * count_record_bytes(config, weights=settings.record_weights),
         page_size=size,
-        num_pages=num_pages,
-        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_tokens=settings.max_batch_tokens * (1 if team is None else team.crowd),
         max_sequences=settings.max_sequences,
         graph_sizes=graph_sizes,
         graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
         scratch=scratch_bytes(model, head.dtype.itemsize),
     )
+    ledger = draft(num_pages=num_pages)
+    least = ledger.num_pages if team is None else team.least(ledger.num_pages)
+    return ledger if least == ledger.num_pages else draft(num_pages=least)

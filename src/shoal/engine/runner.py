@@ -17,12 +17,13 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.batch import Batch, Chunk, KVView
@@ -34,6 +35,8 @@ from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.engine.settings import CacheDtype
+from shoal.engine.team import Alone, Team
+from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
 from shoal.ops.quantised import FP8, check_index
@@ -86,7 +89,8 @@ class Step:
 
 class Runner:
     """`buckets` are the sizes to which steps of decodes are padded, `contexts` the bounds of their contexts,
-    `num_drafts` how many tokens may be guessed ahead."""
+    `num_drafts` how many tokens may be guessed ahead; `team` has the processes that run the model with this
+    one."""
 
     def __init__(
         self,
@@ -101,6 +105,7 @@ class Runner:
         record_weights: bool = False,
         index_keys: IndexKeys = "wide",
         cache_dtype: CacheDtype = "auto",
+        team: Team | None = None,
     ) -> None:
         config, head = model.config, model.head_weight()
         layers, rows = config.num_hidden_layers + (num_drafts > 0), (num_pages + 1, page_size)
@@ -117,6 +122,8 @@ class Runner:
                 for _ in range(layers)
             )
         self.model, self.device, self.page_size = model, head.device, page_size
+        self.team = team or Alone()
+        self.calls = 0  # of the model, by `run` and `rest`
         self.pages = tuple(_zeros(shape, dtype, head.device) for _ in range(layers))
         self.records = Records(config, num_pages, page_size, head.device, weights=record_weights)
         self._width = 1 + num_drafts
@@ -140,13 +147,36 @@ class Runner:
         codes += [-1 - self.place(sequence, guess) for guess in range(1, pick.num_drafts + 1)]
         return Span(sequence.pages, start, codes, 1 + pick.num_drafts if pick.samples else 0)
 
-    @torch.inference_mode()
     def run(self, spans: list[Span]) -> Step:
         """The spans through the model. Launches only: the host goes on at once."""
+        self.team.tell("run", spans)
+        return self._run(spans)
+
+    @torch.inference_mode()
+    def rest(self) -> None:
+        """No tokens through the model: where its experts are spread, those of others meet the ones here."""
+        self.calls += 1
+        config, head = self.model.config, self.model.head_weight()
+        none_TD = head.new_empty(0, config.hidden_size)
+        for layer, block in enumerate(islice(self.model.model.layers, config.num_hidden_layers)):
+            if isinstance(block.mlp, MoE):
+                block.mlp(none_TD, self.model.hashed(self.tokens[:0], layer))
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Do what the first of the team does, until its end."""
+        calls = {"run": self._run, "capture": self._capture, "score": self._score}
+        calls |= {"project": self._project, "predict": self._predict}
+        while (told := self.team.hear()) is not None:
+            calls[told[0]](*told[1:])
+
+    @torch.inference_mode()
+    def _run(self, spans: list[Span]) -> Step:
         if self.model.training:
             raise ValueError(
                 "the model is in training mode, where experts may drop tokens; call model.eval() first"
             )
+        self.calls += 1
         bucket, tokens = None, spans[0].num_drawn
         if all(len(span.codes) == span.num_drawn == tokens for span in spans):
             bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
@@ -165,21 +195,66 @@ class Runner:
         (places_S,) = staging.send([places], self.device)
         self.tokens.index_copy_(0, places_S, tokens_S)
 
-    @torch.inference_mode()
     def capture(self) -> None:
         """Record the graphs of all buckets."""
+        self.team.tell("capture")
+        self._capture()
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
         if self.device.type == "cuda":
             for tokens in {1, self._width}:
                 self.buckets.capture(self._forward_padded, tokens)
 
+    def predict(self, hidden_TD: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor | None]:
+        """The first prediction module over spans and the hidden states before them: its own, and the rows to
+        draw from (None for all)."""
+        self.team.tell("predict", len(hidden_TD), spans)
+        return self._predict(hidden_TD, spans)
+
     @torch.inference_mode()
+    def _predict(self, hidden_TD: Tensor | int, spans: list[Span]) -> tuple[Tensor, Tensor | None]:
+        inputs = self.inputs(spans)
+        batch = self.batch(inputs)
+        output = self.model.predict_ahead(self._shared(hidden_TD), batch.ids_T, batch)
+        return output.hidden_TD, inputs.last_M
+
+    def project(self, rows_XD: Tensor) -> Tensor:
+        """Logits (X, V) of rows that no step asked them for."""
+        if self.model.has_plain_head:
+            return self.model.project(rows_XD)
+        self.team.tell("project", len(rows_XD))
+        return self._project(rows_XD)
+
+    @torch.inference_mode()
+    def _project(self, rows_XD: Tensor | int) -> Tensor:
+        return self.model.project(self._shared(rows_XD))
+
+    def _shared(self, rows_XD: Tensor | int) -> Tensor:
+        """Rows that the first of the team has, where the others know their number."""
+        if isinstance(rows_XD, int):
+            rows_XD = torch.empty(
+                rows_XD,
+                self.model.config.hidden_size,
+                dtype=self.model.head_weight().dtype,
+                device=self.device,
+            )
+        return self.team.share(rows_XD)
+
     def score(self, span: Span, targets: list[int], routing_TLK: Tensor | None = None) -> list[float]:
         """Log-probability of the token that follows each of the span's, by recorded experts if given."""
+        self.team.tell("score", span, targets, routing_TLK)
+        return self._score(span, targets, routing_TLK)
+
+    @torch.inference_mode()
+    def _score(self, span: Span, targets: list[int], routing_TLK: Tensor | None) -> list[float]:
         if routing_TLK is None:
-            hidden_TD = self.run([span]).hidden_TD
+            hidden_TD = self._run([span]).hidden_TD
         else:
             batch = replace(self.batch(self.inputs([span])), routing=routing_TLK.to(self.device))
             hidden_TD = self.model(batch).hidden_TD
+        if not self.model.has_plain_head:
+            return self._score_rows(hidden_TD, targets, 0, self.model.project)[:, 0].tolist()
         targets_T = torch.tensor(targets, device=self.device)
         weights_T = torch.ones(len(targets), device=self.device)
         loss = ops.linear_cross_entropy(hidden_TD, self.model.head_weight(), targets_T, weights_T)
@@ -189,12 +264,17 @@ class Runner:
     def score_rows(self, hidden_TD: Tensor, targets: list[int], num_top: int) -> Tensor:
         """For each row the log-probability of its target, then the `num_top` best ids, then theirs: float64
         on the device. Only some rows' logits are held at a time."""
+        return self._score_rows(hidden_TD, targets, num_top, self.project)
+
+    def _score_rows(
+        self, hidden_TD: Tensor, targets: list[int], num_top: int, project: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         (targets_T,) = staging.send([np.array(targets, np.int64)], self.device)
         scored = []
         for rows_TD, wanted_T in zip(
             hidden_TD.split(_SCORED_AT_ONCE), targets_T.split(_SCORED_AT_ONCE), strict=True
         ):
-            logprobs_TV = F.linear(rows_TD, self.model.head_weight()).float().log_softmax(-1)
+            logprobs_TV = project(rows_TD).float().log_softmax(-1)
             best, ids = logprobs_TV.topk(num_top)
             chosen_T1 = logprobs_TV.gather(1, wanted_T.unsqueeze(1))
             if ops.is_batch_invariant():  # by the sums of whoever scores, at the price of a second product
@@ -210,7 +290,7 @@ class Runner:
         codes_T = inputs.codes_T
         ids_T = torch.where(codes_T < 0, self.tokens[(-1 - codes_T).clamp(min=0)], codes_T)
         return Batch(
-            ids_T=ids_T,
+            ids_T=self.team.share(ids_T),
             positions_T=inputs.positions_T,
             cu_seqlens_S1=inputs.cu_seqlens_S1,
             max_seqlen=inputs.max_seqlen,

@@ -67,6 +67,11 @@ class Scheduler:
         self.num_positions_remembered = 0  # of those, by the pool: they were not computed again
 
     def add(self, sequence: Sequence) -> None:
+        self.check(sequence)
+        insort(self.waiting, sequence, key=_turn)
+
+    def check(self, sequence: Sequence) -> None:
+        """ValueError if it could not run alone."""
         pool = self.pool
         if sequence.max_len > pool.capacity:
             raise ValueError(
@@ -75,7 +80,6 @@ class Scheduler:
                 f"({pool.num_pages} pages of {pool.page_size}); lower max_tokens, shorten the prompt, "
                 f"or raise num_pages to {pool.count_pages(sequence.max_len)}"
             )
-        insort(self.waiting, sequence, key=_turn)
 
     def schedule(self, *, num_drafts: int = 0) -> list[Pick]:
         """The next step, with at most `num_drafts` guesses a sequence. Empty only when nothing is left to do

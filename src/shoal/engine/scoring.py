@@ -17,17 +17,10 @@ def score(
 ) -> list[float]:
     """Log-probability of each id after the first, given those before it, in float32.
 
-    By steps of `most` tokens; `routing` (ids - 1, L, K) are recorded experts to replay. ValueError if there
-    are too few free pages.
+    By steps of `most` tokens; `routing` (ids - 1, L, K) are recorded experts to replay.
     """
     length = len(ids) - 1  # nothing is asked of the last
-    needed = pool.count_pages(length)
-    if needed > pool.num_free:
-        raise ValueError(
-            f"a text of {len(ids)} tokens needs {needed} pages, but {pool.num_free} of "
-            f"{pool.num_pages} are free; score it in pieces, let requests finish, or raise num_pages"
-        )
-    pages = pool.take(needed)
+    pages = pool.take(count_pages(pool, ids))
     logprobs: list[float] = []
     try:
         for start in range(0, length, most):
@@ -38,3 +31,14 @@ def score(
     finally:
         pool.release(pages)
     return logprobs
+
+
+def count_pages(pool: BlockPool, ids: list[int]) -> int:
+    """How many it takes to read a text. ValueError if there are too few free ones."""
+    needed = pool.count_pages(len(ids) - 1)
+    if needed > pool.num_free:
+        raise ValueError(
+            f"a text of {len(ids)} tokens needs {needed} pages, but {pool.num_free} of "
+            f"{pool.num_pages} are free; score it in pieces, let requests finish, or raise num_pages"
+        )
+    return needed

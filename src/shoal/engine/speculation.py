@@ -51,7 +51,7 @@ class Drafter:
     def draft(self, seen: list[Seen], hidden_TD: Tensor, count: int) -> None:
         """Read what a step computed into the module's own cache, and guess `count` tokens for each sequence
         that is up to its last id. Launches only."""
-        runner, model = self._runner, self._runner.model
+        runner = self._runner
         self._guesses = []
         for each in seen:
             each.sequence.num_drafts = 0
@@ -69,16 +69,14 @@ class Drafter:
         if len(rows) != len(hidden_TD):
             (rows_T,) = staging.send([np.array(rows)], runner.device)
             hidden_TD = hidden_TD.index_select(0, rows_T)
-        inputs = runner.inputs(spans)
-        batch = runner.batch(inputs)
-        hidden_TD = model.predict_ahead(hidden_TD, batch.ids_T, batch).hidden_TD
+        hidden_TD, last_M = runner.predict(hidden_TD, spans)
         # 2. Guess, and go on from the guess, for as long as there is room.
         line = [each.sequence for each in seen if each.drafts]
-        hidden_SD = hidden_TD if inputs.last_M is None else hidden_TD.index_select(0, inputs.last_M)
+        hidden_SD = hidden_TD if last_M is None else hidden_TD.index_select(0, last_M)
         for guess in range(1, count + 1):
             if not line:
                 return
-            logits_SV = torch.nn.functional.linear(hidden_SD, model.head_weight())
+            logits_SV = runner.project(hidden_SD)
             draws = [Draw(each.params, each.seed, len(each.ids) + guess - 1) for each in line]
             tokens_S = sampling.choose(logits_SV, draws).tokens_S
             runner.keep(tokens_S, line, guess)
@@ -102,8 +100,7 @@ class Drafter:
                 Span(each.pages, ends[at] - 1, [-1 - runner.place(each, guess)], 1)
                 for at, each in zip(stay, line, strict=True)
             ]
-            batch = runner.batch(runner.inputs(spans))
-            hidden_SD = model.predict_ahead(hidden_SD, batch.ids_T, batch).hidden_TD
+            hidden_SD, _ = runner.predict(hidden_SD, spans)
 
     def count(self, places: Counter[int]) -> tuple[int, ...]:
         return tuple(places[place] for place in range(self.num_drafts))

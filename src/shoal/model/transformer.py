@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         routings: list[Routing] = []
         for layer in layers:
             replay_TK = (
-                self._hashed(batch.ids_T, layer)
+                self.hashed(batch.ids_T, layer)
                 if batch.routing is None
                 else batch.routing[:, before + len(routings)]
             )
@@ -291,12 +291,12 @@ class Transformer(nn.Module):
         assert isinstance(module, PredictionModule)
         x_TD = module.join(self.model.embed_tokens(next_ids_T), hidden_TD)
         angles = self.model.rotary(batch.positions_T)
-        replay_TK = self._hashed(next_ids_T, self.config.num_hidden_layers + depth)
+        replay_TK = self.hashed(next_ids_T, self.config.num_hidden_layers + depth)
         x_TD, y_TD, routing = module(x_TD, None, angles, batch, replay_TK)
         hidden_TD = module.shared_head.norm.add(x_TD, y_TD)[1]
         return Output(hidden_TD, () if routing is None else (routing,))
 
-    def _hashed(self, ids_T: Tensor, layer: int) -> Tensor | None:
+    def hashed(self, ids_T: Tensor, layer: int) -> Tensor | None:
         """The experts of a layer that goes by ids alone: the choice is then given to the gate."""
         moe = self.config.moe
         return hash_experts(ids_T, layer, moe) if moe is not None and moe.topk_method == "hash" else None
@@ -305,13 +305,24 @@ class Transformer(nn.Module):
         """The output matrix (V, D): the embedding where it is tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether logits are products with `head_weight`, all of them."""
+        return self.lm_head is None or self.lm_head.product is F.linear
+
     def logits(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
         """(S, V) for the rows the batch asks for, or (T, V) for all."""
         rows = hidden_TD if batch.last_S is None else hidden_TD.index_select(0, batch.last_S)
         if ops.is_batch_invariant():
             return ops.linears(rows, (self.head_weight(),), (None,))[0]
-        logits = ops.head_step(rows, self.head_weight())
-        return F.linear(rows, self.head_weight()) if logits is None else logits
+        logits = ops.head_step(rows, self.head_weight()) if self.has_plain_head else None
+        return self.project(rows) if logits is None else logits
+
+    def project(self, rows_XD: Tensor) -> Tensor:
+        """Logits (X, V) of rows, whatever made them."""
+        if self.lm_head is not None:
+            return self.lm_head.product(rows_XD, self.lm_head.weight, None)
+        return F.linear(rows_XD, self.head_weight())
 
     def gates(self) -> list[Gate]:
         """The gate of each layer here that routes, in order: blocks first, then prediction modules."""

@@ -37,16 +37,34 @@ def spread_experts(model: Transformer, mesh: Mesh) -> Transformer:
         raise ValueError(
             f"parallel.expert is {places}, but the model has {experts}; it must divide their number"
         )
-    each, place = moe.n_routed_experts // places, mesh.devices.get_local_rank("expert")
-    dispatcher = ExpertDispatcher(mesh.devices.get_group("expert"), each)
-    for _, block in model.model.blocks():
-        if isinstance(block.mlp, MoE):
-            experts = block.mlp.experts
-            for name, p in list(experts.named_parameters()):
-                kept = p.detach()[place * each : (place + 1) * each].clone()
-                experts.register_parameter(name, nn.Parameter(kept, p.requires_grad))
-            block.mlp.dispatcher = dispatcher
-    return model
+    return ExpertShare(mesh.devices.get_group("expert"), moe.n_routed_experts).split(model)
+
+
+class ExpertShare:
+    """Of a model one process of the group keeps all but the experts of the others (checkpoint.hf.Share)."""
+
+    def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
+        assert experts % group.size() == 0
+        self.group, self.each = group, experts // group.size()
+        self._here = range(group.rank() * self.each, (group.rank() + 1) * self.each)
+
+    def split(self, model: Transformer) -> Transformer:
+        dispatcher = ExpertDispatcher(self.group, self.each)
+        for _, block in model.model.blocks():
+            if isinstance(block.mlp, MoE):
+                experts = block.mlp.experts
+                for name, p in list(experts.named_parameters()):
+                    kept = p.detach()[self._here.start : self._here.stop].clone()
+                    experts.register_parameter(name, nn.Parameter(kept, p.requires_grad))
+                block.mlp.dispatcher = dispatcher
+        return model
+
+    def cut(self, parameter: str, whole: Tensor) -> Tensor:
+        stacked = ".mlp.experts." in parameter and whole.dim() > 2
+        return whole[self._here.start : self._here.stop] if stacked else whole
+
+    def expert(self, number: int) -> int | None:
+        return number - self._here.start if number in self._here else None
 
 
 @dataclass(frozen=True, eq=False)

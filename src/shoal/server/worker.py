@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from shoal.engine import Engine, Event, SamplingParams
 from shoal.engine.events import Routed
+from shoal.engine.lockstep import Lockstep
 from shoal.engine.stats import Stats
 
 LENGTH = struct.Struct("!I")
@@ -37,7 +38,7 @@ class Report(Protocol):
     def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
-Build = Callable[[Report], Engine]  # picklable: it travels to the process that calls it
+Build = Callable[[Report], Engine | Lockstep]  # picklable: it travels to the process that calls it
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class EngineInfo:
     ledger: str  # what memory goes where, for a person
 
     @classmethod
-    def of(cls, engine: Engine) -> EngineInfo:
+    def of(cls, engine: Engine | Lockstep) -> EngineInfo:
         eos = engine.config.eos_token_id
         return cls(
             max_len=engine.ledger.longest,
             vocab_size=engine.config.vocab_size,
             eos_ids=frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,)),
-            max_sequences=engine.settings.max_sequences,
-            num_pages=engine.pool.num_pages,
+            max_sequences=engine.places * engine.settings.max_sequences,
+            num_pages=engine.places * engine.pool.num_pages,
             page_size=engine.settings.page_size,
             ledger=str(engine.ledger),
         )
@@ -98,7 +99,7 @@ def work(end: socket.socket, build: Build) -> None:
         return  # the server is gone, and nobody waits for an answer
 
 
-def _warm_up(engine: Engine) -> None:
+def _warm_up(engine: Engine | Lockstep) -> None:
     """What the first request would wait for. A CPU compiles nothing: one answer shows that it can."""
     if engine.runner.device.type == "cpu":
         engine.generate([[0]], SamplingParams(max_tokens=1))
@@ -108,7 +109,7 @@ def _warm_up(engine: Engine) -> None:
 
 
 class _Loop:
-    def __init__(self, end: socket.socket, engine: Engine) -> None:
+    def __init__(self, end: socket.socket, engine: Engine | Lockstep) -> None:
         self.end, self.engine = end, engine
         self._buffer = bytearray()
         self._request_of: dict[int, int] = {}  # the server's key -> the engine's request

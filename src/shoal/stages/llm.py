@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,10 @@ from shoal.data.chat import Message
 from shoal.data.text import StopStrings, TextStream, Tokenizer
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.engine.grammar import Vocabulary
+from shoal.engine.lockstep import Lockstep
+from shoal.engine.team import Team
 from shoal.model.quantised import Scheme
+from shoal.stages.spread import Degrees, open_spread
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,22 @@ class LLM:
         quant: Scheme | None = None,
         download: bool = False,
         settings: EngineSettings | None = None,
+        tensor_parallel: int = 1,
+        data_parallel: int = 1,
+        expert_parallel: bool = False,
     ) -> None:
+        """The last three: over how many processes the model is cut, or, with `expert_parallel`, its experts
+        are shared out. This one starts the others, or torchrun has: those then do their part in here, and end
+        with the first."""
         folder = hf.find_folder(model, download=download)
         self.tokenizer = Tokenizer.load(folder)
-        self.engine = open_engine(
-            folder, settings or EngineSettings(), device=device, dtype=dtype, quant=quant
+        self.engine = open_engines(
+            folder,
+            settings or EngineSettings(),
+            Degrees(tensor_parallel, data_parallel, expert_parallel),
+            device=device,
+            dtype=dtype,
+            quant=quant,
         )
 
     def generate(
@@ -115,14 +130,51 @@ def open_engine(
     progress: Progress | None = None,
 ) -> Engine:
     """An engine over a checkpoint's folder, which knows what its ids mean where there is a tokenizer."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _load(folder, dtype, quant, settings, progress, _find(device))
+
+
+def open_engines(
+    folder: Path,
+    settings: EngineSettings,
+    degrees: Degrees,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    quant: str | None = None,
+    progress: Progress | None = None,
+) -> Engine | Lockstep:
+    """The same, over as many processes as the degrees say."""
+    load = partial(_load, folder, dtype, quant)
+    if degrees.ranks == 1:
+        return load(settings, progress, _find(device))
+    return open_spread(load, folder, degrees, settings, _find(device), progress, quant)
+
+
+def _find(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(
+    folder: Path,
+    dtype: torch.dtype | None,
+    quant: str | None,
+    settings: EngineSettings,
+    progress: Progress | None,
+    device: str,
+    team: Team | None = None,
+    share: hf.Share | None = None,
+) -> Engine:
+    """The engine of one process, with its part of the model."""
     mtp = settings.speculate > 0
-    model = hf.load(folder, device=device, dtype=dtype, mtp=mtp, quant=quant, progress=progress).eval()
+    model = hf.load(
+        folder, device=device, dtype=dtype, mtp=mtp, quant=quant, progress=progress, share=share
+    ).eval()
     vocabulary = None
     if (folder / "tokenizer.json").is_file():
         vocabulary = read_vocabulary(Tokenizer.load(folder), model.config.vocab_size)
-    return Engine(model, settings, vocabulary)
+    return Engine(model, settings, vocabulary, team=team)
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
