@@ -35,8 +35,8 @@ BY_TWO = {
     "a norm of all heads": Case("olmoe-1b-7b"),
     "a narrow cache": Case("qwen3-30b-a3b", settings=replace(PLAIN, cache_dtype="fp8")),
 }
-# A number that lies between two of e4m3 may be rounded the other way, which moves it by 2^-4 of itself: one of
-# hundreds that a logit of up to 8 is made of.
+# A number that lies between two of e4m3 may be rounded the other way, which moves it by 2^-4 of itself: one
+# of hundreds that a logit of up to 8 is made of.
 COARSE = 2e-2
 BY_FOUR = {name: BY_TWO[name] for name in ("heads of a latent", "guesses", "a norm of all heads")}
 

@@ -195,7 +195,7 @@ class Lockstep:
         self._place.engine.warm_up()
 
     def stats(self) -> Stats:
-        """The sums over all processes; of steps and their time the first one's, as all step together."""
+        """The sums over all processes; of steps and their time the most, as all step together."""
         self._line.tell("stats")
         each = self._place.stats()
         assert each is not None
@@ -204,8 +204,8 @@ class Lockstep:
             values = [getattr(stats, name) for stats in each]
             if isinstance(values[0], Tensor):
                 sums[name] = torch.stack(values).sum(0)
-            elif isinstance(values[0], int) and name != "steps":
-                sums[name] = sum(values)
+            elif isinstance(values[0], int | float):
+                sums[name] = max(values) if name.startswith("step") else sum(values)
         return replace(first, **sums)
 
     def generate(

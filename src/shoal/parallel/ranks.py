@@ -14,12 +14,14 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -124,6 +126,11 @@ class Ranks:
     def serve(self) -> None:
         """All have been made: from here on an end is an end of all."""
         self._serving = True
+        ended = [process.args for process in self._others if process.poll() is not None]
+        if ended:
+            raise RuntimeError(
+                f"{len(ended)} of {self.ranks} processes of the engine ended while they loaded"
+            )
 
     def failure(self) -> str | None:
         """What another one failed of while it was made."""
@@ -160,6 +167,10 @@ def start(work: Work, ranks: int, device: str, environment: Mapping[str, str] = 
 
     Returns in the first. Another one of torchrun's does `work`, and ends with it, in here.
     """
+    if dist.is_initialized():
+        raise ValueError(
+            "this process has a group with others already; make one engine of several processes in a process"
+        )
     if (started := started_with(environment)) > 1:
         if started != ranks:
             raise ValueError(
@@ -194,7 +205,9 @@ def start(work: Work, ranks: int, device: str, environment: Mapping[str, str] = 
 
 
 def enter() -> None:
-    """The main function of those that are started."""
+    """The main function of those that are started. Signals are the first one's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.path[:] = pickle.load(sys.stdin.buffer)
     work, rank, ranks, device, port = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_pipe, daemon=True).start()
@@ -202,8 +215,9 @@ def enter() -> None:
     try:
         work(_meet(rank, ranks, _place(device, rank), store))
     except (ValueError, OSError, RuntimeError) as error:
+        with suppress(RuntimeError):  # the first one has the store
+            store.set(FAILED, f"process {rank} of the engine: {error}")
         time.sleep(1)  # if it is that the first one has ended, the pipe says so by now
-        store.set(FAILED, f"process {rank} of the engine: {error}")
         traceback.print_exc()
         leave(1)
     leave(0)

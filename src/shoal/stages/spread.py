@@ -105,9 +105,13 @@ def open_spread(
     ranks = start(partial(_follow, part), degrees.ranks, device)
     try:
         made = part(progress, ranks)
-    except RuntimeError as error:
-        raise RuntimeError(ranks.failure() or str(error)) from error
-    ranks.serve()
+        ranks.serve()
+    except BaseException as error:
+        failure = ranks.failure()
+        ranks.close()
+        if failure is None or not isinstance(error, RuntimeError):
+            raise
+        raise RuntimeError(failure) from error
     return Lockstep(made) if isinstance(made, Place) else made
 
 
