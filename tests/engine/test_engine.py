@@ -518,7 +518,7 @@ def test_generate_refuses_what_it_would_mix_up(v3: Transformer) -> None:
     with pytest.raises(ValueError, match="2 prompts and 1 params"):
         engine.generate([[1], [2]], [GREEDY])
     engine.add([1], GREEDY)
-    with pytest.raises(ValueError, match="1 requests are being served"):
+    with pytest.raises(ValueError, match="requests are being served"):
         engine.generate([[1]], GREEDY)
 
 
