@@ -64,7 +64,8 @@ def table(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"{record['date']}, {record['hardware']}; {plan['steps']} steps of {plan['tokens_per_batch']:,}"
         f" tokens in sequences of {plan['seq_len']}, {rows[0].seeds} seeds, {record['width']} wide.",
         "Bits per byte are of held-out English, Chinese and Python.",
-        f"`python -m experiments {name}`",
+        f"`python -m experiments {name} --width {record['width']} --seeds {rows[0].seeds} "
+        f"--steps {plan['steps']} --tokens-per-batch {plan['tokens_per_batch']} --seq-len {plan['seq_len']}`",
         "",
         "| variant | bits per byte | deviation | MaxVio | parameters, active / all | FLOPs | seconds |",
         "|---|---|---|---|---|---|---|",
