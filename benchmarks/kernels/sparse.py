@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case
-from shoal.ops.triton import cache_attention, select, sparse
+from shoal.ops.triton import cache_attention, index, select, sparse
 
 DTYPE = torch.bfloat16
 HEADS, RANK, ROPE, INDEX_HEADS, INDEX_DIM, TOP_K, PAGE = 128, 512, 64, 64, 128, 2048, 64
@@ -40,6 +40,12 @@ def decode(batch: int, context: int) -> Case:
     rows_XL = latents.flatten(0, 1)
 
     score = partial(sparse.paged_index_scores, q_TJI, weights_TJ, keys, *where)
+    values, scales = index.narrow_index(keys.contiguous())
+
+    def narrow() -> Tensor:
+        q, by = index.narrow_index(q_TJI)
+        return sparse.narrow_index_scores(q, weights_TJ * by, values, scales, *where)
+
     scores_TN = score()
     slots_TK = _slots(select.select_top(scores_TN, TOP_K), table_SB)
     attend = partial(sparse.sparse_latent_attention, q_THL, rows_XL, slots_TK, RANK, scale)
@@ -58,6 +64,7 @@ def decode(batch: int, context: int) -> Case:
             "ours": [ours],
             "dense MLA": [partial(cache_attention.latent_attention, q_THL, latents, *where, RANK, scale)],
             "scores alone": [score],
+            "scores in FP8": [narrow],
             "selection alone": [partial(select.select_top, scores_TN, TOP_K)],
             "attention alone": [attend],
         },

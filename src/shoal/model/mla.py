@@ -192,7 +192,7 @@ class MLA(nn.Module):
         return low_TX, self.q_b_proj(low_TX), kv_TL
 
     def _pages(self, kv: KVView) -> Tensor:
-        """The latent rows of the cache; after them, in the same row, comes the indexer's key."""
+        """The latent rows of the cache; after them, in the same row, comes a wide key of the indexer."""
         pages = kv.pages[self.layer]
         return pages if self.indexer is None else pages[..., : self.mla.latent_dim]
 
