@@ -56,7 +56,7 @@ def run(
     observe: Observer,
     *,
     sft_steps: int = 200,
-    rl_steps: int = 24,
+    rl_steps: int = 36,
     held_out: int = HELD_OUT,
 ) -> Lesson | None:
     """Teach the checkpoint `export`, in `folder`; None if it was interrupted. Started again it goes on."""
