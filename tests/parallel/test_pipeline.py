@@ -82,6 +82,7 @@ def test_loss_and_gradients_of_more(tmp_path: Path) -> None:
     )
     plain = work.deep(num_nextn_predict_layers=0)
     runs = [(way, config, "none") for way in (DOWN, VEE) for config in (plain, tied)]
+    runs += [(DOWN, work.routed(rule), "none") for rule in ("hash", "expert_choice", "segments")]
     assert_equal_to_one(tmp_path / "two", 2, runs, batches=4)
 
 
