@@ -1,9 +1,11 @@
 """How fast text is prepared: MB/s and peak memory of each step, and the recall of planted copies.
 
 `python -m benchmarks.data FILES... --size MB [--workers N]` makes a corpus of that size from the documents of
-the files, repeated with seeded changes of words, so that every repetition is new; then it runs the steps
-of src/shoal/data/steps.py on it. Recall is of pairs whose exact Jaccard similarity, counted here from the
-sets of runs, is at the threshold or above, among copies planted at similarities around it.
+the files: as they are, then again and again with three words in ten changed by a seed, so that no
+repetition is a copy of another, and the duplicates are those that the files have; then it runs the steps of
+src/shoal/data/steps.py on it. `--corpus FILE` keeps the corpus, or takes the one that is there.
+Recall is of pairs whose exact Jaccard similarity, counted here from the sets of runs, is at the threshold or
+above, among copies planted at similarities around it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import json
 import os
 import random
 import re
-import resource
 import tempfile
 import threading
 import time
@@ -25,10 +26,13 @@ import zstandard
 
 from shoal.data import steps
 from shoal.data.clean import CleanRules
-from shoal.data.dedup import DOCUMENTS, IDEOGRAPH_RUN, WORD_RUN, find_duplicates
-from shoal.data.read import Document, Reading, read_documents
-from shoal.data.report import StepReport
+from shoal.data.dedup import find_duplicates
+from shoal.data.jobs import Job, quiet, run_here
+from shoal.data.minhash import DOCUMENTS, IDEOGRAPH_RUN, WORD_RUN
+from shoal.data.parts import DOCUMENTS_FILES, load_report
+from shoal.data.read import Document, read_documents
 from shoal.data.units import Units
+from shoal.data.workers import Workers
 
 PIECE = re.compile(r"[A-Za-z]+|[\u4e00-\u9fff]|[^A-Za-z\u4e00-\u9fff]+")
 
@@ -59,10 +63,10 @@ def make_corpus(files: list[str], path: Path, size: int) -> int:
 
 
 class PeakMemory:
-    """The most memory of this process and its children together, looked at ten times a second."""
+    """The most memory of this process with its children, and of it alone, looked at ten times a second."""
 
     def __enter__(self) -> PeakMemory:
-        self.peak, self._stop = 0, threading.Event()
+        self.peak, self.own, self._stop = 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
@@ -80,7 +84,7 @@ class PeakMemory:
                     total += process.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue
-            self.peak = max(self.peak, total)
+            self.peak, self.own = max(self.peak, total), max(self.own, me.memory_info().rss)
 
 
 def recall(files: list[str], count: int) -> tuple[int, int, int, int]:
@@ -89,12 +93,13 @@ def recall(files: list[str], count: int) -> tuple[int, int, int, int]:
     originals = [document.text for document, _ in zip(_distinct(files), range(count), strict=False)]
     copies = [change(text, draw.uniform(0.005, 0.06), draw) for text in originals]
     documents = [Document(text, "") for text in originals + copies]
-    with tempfile.TemporaryDirectory() as folder:
-        found = find_duplicates(documents, Path(folder), level="document", settings=DOCUMENTS, workers=1)
+    with tempfile.TemporaryDirectory() as folder, Workers(1) as here:
+        found = find_duplicates(documents, Path(folder), level="document", settings=DOCUMENTS, workers=here)
+    first = dict(zip(found.text_C.tolist(), found.first_C.tolist(), strict=True))
     counts = [0, 0, 0, 0]
     for n, (one, other) in enumerate(zip(originals, copies, strict=True)):
         near = jaccard(one, other) >= DOCUMENTS.threshold
-        together = found.first_X[n] == found.first_X[len(originals) + n]
+        together = first.get(n, n) == first.get(len(originals) + n)
         counts[0 if near else 2] += 1
         counts[1 if near else 3] += int(together)
     return counts[0], counts[1], counts[2], counts[3]
@@ -122,44 +127,37 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--against", nargs="*", default=[], help="evaluation files")
     parser.add_argument("--pairs", type=int, default=1000, help="planted copies for the recall; 0: none")
+    parser.add_argument("--corpus", type=Path, help="a .jsonl.zst to make, or made before")
     options = parser.parse_args()
-
-    def quiet(reading: Reading) -> None:
-        """No bar."""
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = make_corpus(options.files, folder / "corpus.jsonl.zst", int(options.size * 1e6))
-        print(f"{size / 1e6:.0f} MB of text, {options.workers} workers")
-        print(f"{'step':22}{'seconds':>9}{'MB/s':>8}{'peak MiB':>10}{'kept':>10}")
-        last, total = folder / "corpus.jsonl.zst", 0.0
-        common = {"workers": options.workers, "progress": quiet}
-        work: list[tuple[str, Callable[[Path, Path], StepReport]]] = [
-            ("clean", lambda at, to: steps.clean([at], to, CleanRules(), **common)),
-            ("dedup", lambda at, to: steps.dedup([at], to, level="document", **common)),
-            ("paragraphs", lambda at, to: steps.dedup([at], to, level="paragraph", **common)),
-        ]  # fmt: skip
+        corpus: Path = options.corpus or folder / "corpus.jsonl.zst"
+        if not corpus.exists():
+            make_corpus(options.files, corpus, int(options.size * 1e6))
+        print(f"{'step':16}{'MB':>7}{'seconds':>9}{'MB/s':>8}{'peak MiB':>10}{'this one':>10}{'kept':>8}")
+        work: list[tuple[str, Callable[[Path, Path], Job]]] = [
+            ("clean", lambda at, to: steps.clean([at], to, CleanRules())),
+            ("documents", lambda at, to: steps.dedup([at], to, level="document")),
+            ("paragraphs", lambda at, to: steps.dedup([at], to, level="paragraph")),
+        ]
         if options.against:
-            work.append(
-                (
-                    "decontaminate",
-                    lambda at, to: steps.decontaminate([at], options.against, to, **common),
-                )
-            )
-        for step, run in work:
+            work.append(("decontaminate", lambda at, to: steps.decontaminate([at], options.against, to)))
+        last, total, size = corpus, 0.0, 0
+        for step, make in work:
             start = time.perf_counter()
             with PeakMemory() as memory:
-                report = run(last, folder / step)
+                run_here(make(last, folder / step), workers=options.workers, progress=quiet)
             seconds = time.perf_counter() - start
-            total += seconds
-            last = folder / step / steps.DOCUMENTS_FILE
-            rate, peak = report.bytes_in / 1e6 / seconds, memory.peak / 2**20
-            kept = f"{report.bytes_out / report.bytes_in:.1%}"
-            print(f"{step:22}{seconds:9.1f}{rate:8.1f}{peak:10.0f}{kept:>10}", flush=True)
-        print(f"{'all':22}{total:9.1f}{size / 1e6 / total:8.1f}")
-        print(
-            f"this process alone at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-        )
+            report, last = load_report(folder / step), folder / step / DOCUMENTS_FILES
+            total, size = total + seconds, size or report.bytes_in
+            read, kept = report.bytes_in / 1e6, report.bytes_out / report.bytes_in
+            print(
+                f"{step:16}{read:7.0f}{seconds:9.1f}{read / seconds:8.1f}"
+                f"{memory.peak / 2**20:10.0f}{memory.own / 2**20:10.0f}{kept:8.1%}",
+                flush=True,
+            )
+        print(f"{'all':16}{size / 1e6:7.0f}{total:9.1f}{size / 1e6 / total:8.1f}, {options.workers} workers")
     if options.pairs:
         near, found, below, joined = recall(options.files, options.pairs)
         print(f"planted copies: {found} of {near} at Jaccard >= {DOCUMENTS.threshold} found ", end="")

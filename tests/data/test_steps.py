@@ -15,23 +15,15 @@ import pytest
 from shoal.data import steps
 from shoal.data.clean import CleanRules, judge
 from shoal.data.decontaminate import count_hits, guard
-from shoal.data.dedup import DOCUMENTS, MinHash, find_duplicates, paragraphs, sign
-from shoal.data.read import Document, Reading, read_documents
+from shoal.data.dedup import find_duplicates, paragraphs
+from shoal.data.jobs import Job, quiet, run_here
+from shoal.data.minhash import DOCUMENTS, MinHash, sign
+from shoal.data.parts import DOCUMENTS_FILES, load_report
+from shoal.data.read import Document, read_documents
 from shoal.data.report import StepReport, page
 from shoal.data.units import Units
-
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "mel", "ta")]
-CHOICES = (*WORDS, *("the", "of", "and", "that") * 8)
-
-
-def prose(words: int, draw: random.Random) -> str:
-    """Sentences with English's commonest words between made-up ones, so that no run comes twice by chance."""
-    chosen = [draw.choice(CHOICES) for _ in range(words)]
-    return " ".join(word + (".\n" if n % 12 == 11 else "") for n, word in enumerate(chosen))
-
-
-def change(text: str, share: float, draw: random.Random) -> str:
-    return " ".join(draw.choice(WORDS) if draw.random() < share else word for word in text.split(" "))
+from shoal.data.workers import Workers
+from tests.data.corpus import change, prose, write
 
 
 def jaccard(one: str, other: str) -> float:
@@ -39,13 +31,9 @@ def jaccard(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def quiet(reading: Reading) -> None:
-    """No bar."""
-
-
-def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+def do(job: Job, workers: int = 1) -> StepReport:
+    run_here(job, workers=workers, progress=quiet)
+    return load_report(job.out)
 
 
 def test_units_ignore_case_space_and_punctuation_and_cut_chinese_by_character() -> None:
@@ -106,6 +94,16 @@ def test_the_estimate_is_the_jaccard_similarity() -> None:
     assert np.abs(np.mean(estimates - true)) < 5 * 0.5 / (40 * DOCUMENTS.hashes) ** 0.5
 
 
+def duplicates(documents: list[Document], folder: Path, workers: int = 1) -> tuple[list[int], list[int]]:
+    """Of every document the first like it, and which ones are exact copies."""
+    with Workers(workers) as crew:
+        found = find_duplicates(documents, folder, level="document", settings=DOCUMENTS, workers=crew)
+    first = list(range(len(documents)))
+    for text, other in zip(found.text_C.tolist(), found.first_C.tolist(), strict=True):
+        first[text] = other
+    return first, found.text_C[found.exact_C].tolist()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_planted_copies_are_found_and_the_first_is_kept(tmp_path: Path, workers: int) -> None:
     draw = random.Random(4)
@@ -113,15 +111,15 @@ def test_planted_copies_are_found_and_the_first_is_kept(tmp_path: Path, workers:
     near = [change(text, 0.01, draw) for text in originals[:100]]
     far = [change(text, 0.3, draw) for text in originals[100:200]]
     documents = [Document(text, "") for text in originals + near + far + originals[200:]]
-    found = find_duplicates(documents, tmp_path, level="document", settings=DOCUMENTS, workers=workers)
+    first, exact = duplicates(documents, tmp_path, workers)
     sure = [n for n in range(100) if jaccard(originals[n], near[n]) > 0.9]  # 3 sigma of the estimate above
     assert len(sure) > 50
-    assert all(found.first_X[300 + n] == n for n in sure)
-    assert found.first_X[400:500].tolist() == list(range(400, 500))
-    assert found.first_X[500:].tolist() == list(range(200, 300))
-    unchanged = [other == text for other, text in zip(near, originals, strict=False)]
-    assert found.exact_X.tolist() == [False] * 300 + unchanged + [False] * 100 + [True] * 100
-    assert found.kept_X[:300].all()
+    assert all(first[300 + n] == n for n in sure)
+    assert first[400:500] == list(range(400, 500))
+    assert first[500:] == list(range(200, 300))
+    unchanged = [300 + n for n in range(100) if near[n] == originals[n]]
+    assert exact == [*unchanged, *range(500, 600)]
+    assert first[:300] == list(range(300))
 
 
 def test_a_cluster_is_one_whatever_joins_it(tmp_path: Path) -> None:
@@ -132,8 +130,7 @@ def test_a_cluster_is_one_whatever_joins_it(tmp_path: Path) -> None:
         chain.append(change(chain[-1], 0.012, draw))
     assert jaccard(chain[0], chain[-1]) < 0.8
     documents = [Document(text, "") for text in [prose(50, draw), *chain]]
-    found = find_duplicates(documents, tmp_path, level="document", settings=DOCUMENTS, workers=1)
-    assert found.first_X.tolist() == [0, 1, 1, 1, 1, 1]
+    assert duplicates(documents, tmp_path)[0] == [0, 1, 1, 1, 1, 1]
 
 
 def test_paragraphs_joined_are_the_text() -> None:
@@ -151,8 +148,8 @@ def test_repeated_paragraphs_go_and_the_rest_stays(tmp_path: Path) -> None:
     ]
     texts += [notice, own[3]]
     source = write(tmp_path / "a.jsonl", texts)
-    report = steps.dedup([source], tmp_path / "out", level="paragraph", workers=1, progress=quiet)
-    kept = [document.text for document in read_documents([tmp_path / "out" / steps.DOCUMENTS_FILE])]
+    report = do(steps.dedup([source], tmp_path / "out", level="paragraph"))
+    kept = [document.text for document in read_documents([tmp_path / "out" / DOCUMENTS_FILES])]
     assert kept == [texts[0], f"{own[1]}\n\nshort", own[2].rstrip(), own[3]]
     assert report.reasons["every paragraph a copy"][0] == 1
     assert report.bytes_out == sum(len(text.encode()) for text in kept)
@@ -176,47 +173,25 @@ def test_evaluation_text_is_caught_in_words_and_in_characters(tmp_path: Path) ->
     assert count_hits([Document(text, "") for text in texts], guarded.runs) == [0, 1, 0, 1, 0]
 
 
-def run_all(source: Path, out: Path, workers: int, against: Path) -> list[StepReport]:
-    first, second, third, fourth = (out / name for name in ("clean", "dedup", "paragraphs", "clear"))
-    return [
-        steps.clean([source], first, CleanRules(), workers=workers, progress=quiet),
-        steps.dedup(
-            [first / steps.DOCUMENTS_FILE], second, level="document", workers=workers, progress=quiet
-        ),
-        steps.dedup(
-            [second / steps.DOCUMENTS_FILE], third, level="paragraph", workers=workers, progress=quiet
-        ),
-        steps.decontaminate(
-            [third / steps.DOCUMENTS_FILE], [against], fourth, workers=workers, progress=quiet
-        ),
+def test_keys_are_gone_through_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, ranges and batches of a few rows, as a corpus of millions of texts has them: the same copies."""
+    draw = random.Random(10)
+    texts = [prose(40, draw) for _ in range(100)]
+    documents = [
+        Document(text, "") for text in [*texts, *(change(t, 0.01, draw) for t in texts), *texts[:20]]
     ]
-
-
-def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path) -> None:
-    draw = random.Random(8)
-    texts = [prose(draw.randrange(20, 900), draw) for _ in range(600)]
-    texts += [change(text, 0.01, draw) for text in texts[::7]] + texts[::11]
-    source = write(tmp_path / "a.jsonl", texts)
-    source.write_bytes(source.read_bytes() + b'{"text": 3}\n{"text": "\xff"}\nno JSON\n')
-    against = write(tmp_path / "eval.jsonl", [max(texts[:600], key=len)])
-    one = run_all(source, tmp_path / "1", 1, against)
-    assert one == run_all(source, tmp_path / "2", 2, against)
-    for path in sorted((tmp_path / "1").rglob("*.*")):
-        assert path.read_bytes() == (tmp_path / "2" / path.relative_to(tmp_path / "1")).read_bytes()
-    assert [report.documents_in for report in one[1:]] == [report.documents_out for report in one[:-1]]
-    assert one[0].bad_records == 3
-    assert [str(source) + f":{len(texts) + n}" in one[0].quotes[k] for k, n in ((0, 1), (2, 3))] == [
-        True,
-        True,
-    ]
-    assert "is not UTF-8" in one[0].quotes[1]
-    assert "no JSON" in one[0].quotes[2]
-    assert one[3].reasons["evaluation text"][0] == 1
+    whole = duplicates(documents, tmp_path / "whole")
+    monkeypatch.setattr("shoal.data.dedup.RUN", 1)
+    monkeypatch.setattr("shoal.data.dedup.RANGE", 50)
+    monkeypatch.setattr("shoal.data.dedup.COMPARED", 7)
+    monkeypatch.setattr("shoal.data.workers.CHUNK_DOCUMENTS", 16)
+    assert duplicates(documents, tmp_path / "pieces") == whole
+    assert len(list((tmp_path / "pieces").glob("signs-00000/*"))) > 10
 
 
 def test_the_page_stands_alone_and_shows_text_as_text(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ["<script>alert(1)</script> " + prose(90, random.Random(9)), "few"])
-    report = steps.clean([source], tmp_path / "out", CleanRules(), workers=1, progress=quiet)
+    report = do(steps.clean([source], tmp_path / "out", CleanRules()))
     shown = page([report, replace(report, step="again")])
     assert "<svg" in shown
     assert "<script" not in shown

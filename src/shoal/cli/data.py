@@ -20,14 +20,17 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shoal.data.jobs import Job
     from shoal.data.read import Document, Reading
-    from shoal.data.report import StepReport
 
 app = typer.Typer(help="Prepare text: clean, deduplicate, tokenize, pack.", no_args_is_help=True)
 
 Files = Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst) .parquet.")]
-Out = Annotated[Path, typer.Option(help="The folder to write: documents.jsonl.zst and report.json.")]
+Out = Annotated[Path, typer.Option(help="The folder to write: documents-*.jsonl.zst and report.json.")]
 Workers = Annotated[int, typer.Option(help="Processes. The result does not depend on it.")]
+Cluster = Annotated[
+    Path | None, typer.Option(help="Run on a cluster, as this TOML says (docs/how-to/data-on-a-cluster.md).")
+]
 CORES = os.cpu_count() or 1
 
 
@@ -38,15 +41,14 @@ def clean(
     languages: Annotated[str, typer.Option(help="What to keep, of en, zh, code, other.")] = "en,zh,code",
     min_units: Annotated[int, typer.Option(help="Words, or Chinese characters, of a document.")] = 50,
     workers: Workers = CORES,
+    cluster: Cluster = None,
 ) -> None:
     """Drop documents that are no text worth reading: language, length, symbols, repetition, boilerplate."""
     from shoal.data import steps
     from shoal.data.clean import CleanRules
 
     rules = CleanRules(languages=tuple(languages.split(",")), min_units=min_units)
-    with reading_bar(files, "cleaning") as progress:
-        report = steps.clean(files, out, rules, workers=workers, progress=progress)
-    _tell(report, out)
+    _do(steps.clean(files, out, rules), files, "cleaning", workers, cluster)
 
 
 @app.command()
@@ -56,20 +58,20 @@ def dedup(
     by: Annotated[str, typer.Option(help="document or paragraph.")] = "document",
     threshold: Annotated[float, typer.Option(help="Jaccard similarity from which two are copies.")] = 0.8,
     workers: Workers = CORES,
+    cluster: Cluster = None,
 ) -> None:
     """Keep the first of every cluster of exact and near copies (MinHash), by document or by paragraph."""
     from dataclasses import replace
 
     from shoal.data import steps
-    from shoal.data.dedup import DOCUMENTS, PARAGRAPHS
+    from shoal.data.minhash import DOCUMENTS, PARAGRAPHS
 
     if by not in ("document", "paragraph"):
         raise ValueError(f"--by is {by!r}; it is document or paragraph")
     level = "document" if by == "document" else "paragraph"
     settings = replace(DOCUMENTS if level == "document" else PARAGRAPHS, threshold=threshold)
-    with reading_bar(files, "finding copies", times=2) as progress:
-        report = steps.dedup(files, out, level=level, settings=settings, workers=workers, progress=progress)
-    _tell(report, out)
+    job = steps.dedup(files, out, level=level, settings=settings)
+    _do(job, files, "finding copies", workers, cluster, times=2)
 
 
 @app.command()
@@ -82,15 +84,13 @@ def decontaminate(
     run: Annotated[int, typer.Option(help="Words, or Chinese characters, in a row that are one hit.")] = 13,
     min_hits: Annotated[int, typer.Option(help="Hits from which a document is dropped.")] = 1,
     workers: Workers = CORES,
+    cluster: Cluster = None,
 ) -> None:
     """Drop documents that share a run of 13 words (in Chinese, characters) with an evaluation set."""
     from shoal.data import steps
 
-    with reading_bar(files, "looking for evaluation text") as progress:
-        report = steps.decontaminate(
-            files, against, out, run=run, min_hits=min_hits, workers=workers, progress=progress
-        )
-    _tell(report, out)
+    job = steps.decontaminate(files, against, out, run=run, min_hits=min_hits)
+    _do(job, files, "looking for evaluation text", workers, cluster)
 
 
 @app.command()
@@ -101,8 +101,8 @@ def report(
     """One page with pictures of what each step kept and dropped."""
     from shoal.cli.view import say
     from shoal.data.atomic import write_atomically
+    from shoal.data.parts import load_report
     from shoal.data.report import page
-    from shoal.data.steps import load_report
 
     with write_atomically(out) as file:
         file.write(page([load_report(folder) for folder in folders]).encode())
@@ -259,11 +259,28 @@ def _watch(
         progress(reading)
 
 
-def _tell(report: StepReport, out: Path) -> None:
+def _do(
+    job: Job, files: Sequence[str], what: str, workers: int, cluster: Path | None, times: int = 1
+) -> None:
+    """A step, here or on a cluster, and in words what came of it."""
     from shoal.cli.view import say
+    from shoal.data.jobs import run_here
+    from shoal.data.parts import load_report
 
-    share = report.bytes_out / report.bytes_in if report.bytes_in else 0.0
-    say(f"kept {report.documents_out:,} of {report.documents_in:,} documents, {share:.1%} of the text: {out}")
+    if cluster is None:
+        with reading_bar(files, what, times) as progress:
+            run_here(job, workers=workers, progress=progress)
+    else:
+        from shoal.data.cluster import Cluster, submit
+
+        submitted = submit(job, Cluster.load(cluster))
+        if submitted:
+            say(f"{submitted}; it is done when {job.out / 'report.json'} is there")
+            return
+    report = load_report(job.out)
+    share = report.bytes_out / report.bytes_in
+    kept = f"kept {report.documents_out:,} of {report.documents_in:,} documents, {share:.1%} of the text"
+    say(f"{kept}: {job.out / job.results[0]}")
     for reason, (documents, size) in report.reasons.items():
         say(f"  {reason}: {documents:,} documents, {size / 1e6:.2f} MB")
     if report.bad_records:

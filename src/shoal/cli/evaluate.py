@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def evaluate(
     path: Checkpoint,
     tasks: Annotated[str, typer.Option(help="Names, with commas: gsm8k,mmlu_stem,humaneval.")],
-    data: Annotated[Path, typer.Option(help="The folder of the files.")] = Path("../shared/data/eval"),
+    data: Annotated[Path, typer.Option(help="The folder of the files.")] = Path("evaluation"),
     limit: Annotated[int | None, typer.Option(help="Questions of each task, the first ones.")] = None,
     chat: Annotated[bool, typer.Option(help="Ask in turns, by the checkpoint's chat template.")] = False,
     samples: Annotated[

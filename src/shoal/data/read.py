@@ -68,7 +68,18 @@ def read_documents(patterns: Sequence[str | Path], reading: Reading | None = Non
     A file named twice is read once. A pattern without a file fails at the call. A fault in a file fails when
     it is reached; with a `Reading`, the record (of a damaged archive, its rest) is skipped and noted there.
     """
-    return _read_all(find_files(patterns), reading)
+    return _read_some(find_files(patterns), reading)
+
+
+def read_files(files: Sequence[Path], reading: Reading | None = None) -> Iterator[Document]:
+    """As `read_documents`, of files that were found, and no text at all is no fault."""
+    before, counted = 0, Reading() if reading is None else reading
+    for file in files:
+        for document in _read(file, counted, before, strict=reading is None):
+            if document.text.strip():
+                yield document
+        before += file.stat().st_size
+        counted.num_bytes = before
 
 
 def find_files(patterns: Sequence[str | Path], more: Sequence[str] = ()) -> list[Path]:
@@ -154,16 +165,11 @@ def _find(pattern: str, known: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _read_all(files: Sequence[Path], reading: Reading | None) -> Iterator[Document]:
-    count, before, counted = 0, 0, Reading() if reading is None else reading
-    for file in files:
-        for document in _read(file, counted, before, strict=reading is None):
-            if document.text.strip():
-                count += 1
-                yield document
-        before += file.stat().st_size
-        counted.num_bytes = before
-    if count == 0:
+def _read_some(files: Sequence[Path], reading: Reading | None) -> Iterator[Document]:
+    document = None
+    for document in read_files(files, reading):
+        yield document
+    if document is None:
         raise ValueError(f"no text in {', '.join(map(str, files)) or 'no files'}; give files that have some")
 
 

@@ -7,12 +7,13 @@ documents is escaped: a page about web text must not run it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from shoal.data.read import Document, Reading
+from shoal.data.read import QUOTED, Document
 
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 400
 
@@ -37,13 +38,15 @@ class StepReport:
 
 @dataclass
 class Tally:
-    """A report in the making."""
+    """A report in the making, of a part or of all of them."""
 
     totals: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     reasons: dict[str, tuple[int, int]] = field(default_factory=dict)
     languages: dict[str, tuple[int, int]] = field(default_factory=dict)
     lengths: dict[int, tuple[int, int]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    bad: int = 0
+    quotes: list[str] = field(default_factory=list)
 
     def add(self, document: Document, text: str, reason: str, language: str, note: str) -> None:
         """`text` is what was kept of the document; with a reason, nothing."""
@@ -52,19 +55,43 @@ class Tally:
         for place, amount in enumerate((1, not reason, size, left)):
             self.totals[place] += amount
         if reason:
-            _count(self.reasons, reason, size)
+            _count(self.reasons, reason, 1, size)
         else:
-            _count(self.lengths, (left - 1).bit_length(), left)
+            _count(self.lengths, (left - 1).bit_length(), 1, left)
             if left < size:
-                _count(self.reasons, "parts of kept documents", size - left)
+                _count(self.reasons, "parts of kept documents", 1, size - left)
         if language and not reason:
-            _count(self.languages, language, left)
+            _count(self.languages, language, 1, left)
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES:
             head = document.text[:EXAMPLE_CHARACTERS]
             shown.append({"source": document.source, "text": head, "note": note})
 
-    def report(self, step: str, reading: Reading, details: Mapping[str, object]) -> StepReport:
+    def follow(self, other: Tally) -> None:
+        """Add what was told of the text after this one's."""
+        self.totals = [one + more for one, more in zip(self.totals, other.totals, strict=True)]
+        for mine, others in (
+            (self.reasons, other.reasons),
+            (self.languages, other.languages),
+            (self.lengths, other.lengths),
+        ):
+            for key, (documents, size) in others.items():
+                _count(mine, key, documents, size)
+        for reason, shown in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine += shown[: EXAMPLES - len(mine)]
+        self.bad += other.bad
+        self.quotes += other.quotes[: QUOTED - len(self.quotes)]
+
+    def save(self) -> bytes:
+        return json.dumps(asdict(self), ensure_ascii=False).encode()
+
+    @classmethod
+    def load(cls, saved: bytes) -> Tally:
+        fields = json.loads(saved)
+        return cls(**fields | {"lengths": {int(power): count for power, count in fields["lengths"].items()}})
+
+    def report(self, step: str, details: Mapping[str, object]) -> StepReport:
         documents_in, documents_out, bytes_in, bytes_out = self.totals
         return StepReport(
             step,
@@ -72,8 +99,8 @@ class Tally:
             documents_out,
             bytes_in,
             bytes_out,
-            reading.bad,
-            list(reading.quotes),
+            self.bad,
+            self.quotes,
             dict(sorted(self.reasons.items(), key=lambda item: (-item[1][1], item[0]))),
             dict(sorted(self.languages.items())),
             {_size(1 << power): count for power, count in sorted(self.lengths.items())},
@@ -82,9 +109,9 @@ class Tally:
         )
 
 
-def _count(table: dict[Any, tuple[int, int]], key: Any, size: int) -> None:
+def _count(table: dict[Any, tuple[int, int]], key: Any, more: int, size: int) -> None:
     documents, total = table.get(key, (0, 0))
-    table[key] = (documents + 1, total + size)
+    table[key] = (documents + more, total + size)
 
 
 def page(reports: Sequence[StepReport]) -> str:

@@ -1,214 +1,235 @@
-"""The steps from raw to clean text: clean, dedup, decontaminate, each files -> files and a report.
+"""The steps from raw to clean text: clean, dedup, decontaminate, each a job from files to files and a report.
 
-A step reads documents, writes those it keeps to OUT/documents.jsonl.zst and says what it did in
-OUT/report.json (report.py shows it). The law: both files are the same, byte for byte, whatever the number of
-workers, but for the seconds, which are not in them. Memory is a few chunks of text, and for duplicates some
-numbers a document or paragraph (dedup.py). What a step does to a chunk of documents is a function of this
-file, so that another engine can call it as well.
+A step reads documents, writes those it keeps to OUT/documents-*.jsonl.zst and says what it did in
+OUT/report.json (report.py shows it). The law: all files are the same, byte for byte, whoever does the job
+(jobs.py) with however many workers, but for the seconds, which are not in them. Memory is a few chunks of
+text, and for duplicates what dedup.py says.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import zstandard
 
+from shoal.data import dedup as copies
 from shoal.data.atomic import write_atomically
-from shoal.data.clean import CleanRules, judge
+from shoal.data.clean import CleanRules
+from shoal.data.clean import judge as judge_text
 from shoal.data.decontaminate import RUN, count_hits, guard
-from shoal.data.dedup import (
-    DOCUMENTS,
-    PARAGRAPHS,
-    Duplicates,
-    Level,
-    MinHash,
-    find_duplicates,
-    paragraphs,
-    split_texts,
+from shoal.data.dedup import Copies, Level, paragraphs, split_texts
+from shoal.data.jobs import Job, Progress, Stage
+from shoal.data.minhash import DOCUMENTS, PARAGRAPHS, MinHash
+from shoal.data.parts import (
+    DETAILS_FILE,
+    DOCUMENTS_FILES,
+    PART_BYTES,
+    REPORT_FILE,
+    Outcome,
+    Outcomes,
+    Part,
+    cut_parts,
+    read_part,
+    write_part,
+    write_report,
 )
-from shoal.data.read import Document, Reading, read_documents
-from shoal.data.report import StepReport, Tally
-from shoal.data.workers import map_chunks
+from shoal.data.read import Document, Reading, find_files
+from shoal.data.workers import Workers
 
-DOCUMENTS_FILE, REPORT_FILE = "documents.jsonl.zst", "report.json"
-FRAME = 1 << 20  # bytes of text in a frame of the archive
-
-Progress = Callable[[Reading], None]
+Patterns = Sequence[str | Path]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a step says of one document: the text to keep (perhaps shortened), or why not."""
-
-    text: str
-    reason: str = ""
-    language: str = ""
-    note: str = ""  # for a person who asks why
-
-    @property
-    def keep(self) -> bool:
-        return not self.reason
-
-
-def clean(
-    patterns: Sequence[str | Path], out: Path, rules: CleanRules, *, workers: int, progress: Progress
-) -> StepReport:
-    done = map_chunks(
-        partial(clean_chunk, rules=rules), _read(patterns, progress, reading := Reading()), workers
-    )
-    return _write("clean", done, out, reading, {"rules": asdict(rules)})
-
-
-def clean_chunk(documents: list[Document], rules: CleanRules) -> list[Outcome]:
-    return [
-        Outcome(
-            document.text, verdict.reason, verdict.language, f"{verdict.value:.3g}" if verdict.value else ""
-        )
-        for document, verdict in zip(documents, judge(documents, rules), strict=True)
-    ]
+def clean(patterns: Patterns, out: Path, rules: CleanRules, *, part_bytes: int = PART_BYTES) -> Job:
+    settings = {"rules": asdict(rules)}
+    return _job("clean", patterns, out, settings, partial(_clean, rules=rules), part_bytes=part_bytes)
 
 
 def dedup(
-    patterns: Sequence[str | Path],
+    patterns: Patterns,
     out: Path,
     *,
     level: Level,
     settings: MinHash | None = None,
-    workers: int,
-    progress: Progress,
-) -> StepReport:
+    part_bytes: int = PART_BYTES,
+) -> Job:
     """Reads the text twice: to sign it, and to keep what no earlier text has said."""
     settings = settings or (DOCUMENTS if level == "document" else PARAGRAPHS)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="signatures-") as folder:
-        documents = _read(patterns, progress, Reading())
-        found = find_duplicates(documents, Path(folder), level=level, settings=settings, workers=workers)
-    again = _read(patterns, progress, reading := Reading())
-    sizes = np.bincount(found.first_X, minlength=found.first_X.size)
-    clusters = {"texts": found.first_X.size, "clusters": int((sizes > 1).sum()), "largest": int(sizes.max())}
-    clusters |= {"exact": int(found.exact_X.sum()), "near": int((~found.kept_X & ~found.exact_X).sum())}
-    done = ((chunk, outcomes) for chunk, outcomes in _without(found, again, level))
-    return _write(f"dedup by {level}", done, out, reading, {"settings": asdict(settings), "found": clusters})
+    parts, work = cut_parts(find_files(patterns), part_bytes), out.resolve() / "work"
+    first = (
+        Stage("sign", len(parts), partial(_sign, parts=parts, folder=work, level=level, settings=settings)),
+        Stage("match", settings.bands + 1, partial(_match, folder=work, settings=settings)),
+        Stage("join", 1, partial(_join, folder=work, settings=settings)),
+    )
+    return _job(
+        f"dedup by {level}",
+        patterns,
+        out,
+        {"settings": asdict(settings)},
+        partial(_without_copies, folder=work, level=level),
+        first=first,
+        part_bytes=part_bytes,
+    )
 
 
 def decontaminate(
-    patterns: Sequence[str | Path],
-    against: Sequence[str | Path],
+    patterns: Patterns,
+    against: Patterns,
     out: Path,
     *,
     run: int = RUN,
     min_hits: int = 1,
-    workers: int,
-    progress: Progress,
-) -> StepReport:
+    part_bytes: int = PART_BYTES,
+) -> Job:
     if min_hits < 1:
         raise ValueError(
             f"min_hits is {min_hits}; a document with no run in common is kept anyway: at least 1"
         )
+    evaluation, work = tuple(find_files(against, (".json",))), out.resolve() / "work"
+    return _job(
+        "decontaminate",
+        patterns,
+        out,
+        {"settings": {"run": run, "min_hits": min_hits}},
+        partial(_decontaminate, folder=work, run=run, min_hits=min_hits),
+        first=(Stage("guard", 1, partial(_guard, against=evaluation, folder=work, run=run)),),
+        more=evaluation,
+        part_bytes=part_bytes,
+    )
+
+
+def _job(
+    step: str,
+    patterns: Patterns,
+    out: Path,
+    settings: dict[str, Any],
+    judge: Any,
+    *,
+    first: tuple[Stage, ...] = (),
+    more: tuple[Path, ...] = (),
+    part_bytes: int,
+) -> Job:
+    out, files = out.resolve(), tuple(find_files(patterns))
+    parts = cut_parts(files, part_bytes)
+    write = partial(write_part, parts=parts, out=out, judge=judge)
+    report = partial(write_report, step=step, parts=parts, out=out, details=settings)
+    return Job(
+        step,
+        out,
+        (*files, *more),
+        {**settings, "parts": [len(part) for part in parts]},
+        (*first, Stage("write", len(parts), write), Stage("report", 1, report)),
+        (DOCUMENTS_FILES, REPORT_FILE),
+    )
+
+
+# What is done to a chunk, or a part
+
+
+def _clean(part: int, documents: Iterator[Document], workers: Workers, rules: CleanRules) -> Outcomes:
+    return workers.map_chunks(partial(_clean_chunk, rules=rules), documents)
+
+
+def _clean_chunk(documents: list[Document], rules: CleanRules) -> list[Outcome]:
+    return [
+        Outcome(
+            document.text, verdict.reason, verdict.language, f"{verdict.value:.3g}" if verdict.value else ""
+        )
+        for document, verdict in zip(documents, judge_text(documents, rules), strict=True)
+    ]
+
+
+def _guard(
+    task: int, *, against: Sequence[Path], folder: Path, run: int, workers: Workers, progress: Progress
+) -> None:
+    if (folder / DETAILS_FILE).exists():
+        return
     guarded = guard(against, run)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix="guarded-") as folder:
-        file = Path(folder, "runs.npy")
+    with write_atomically(folder / "runs.npy") as file:
         np.save(file, guarded.runs)
-        work = partial(decontaminate_chunk, guarded=file, run=run, min_hits=min_hits)
-        done = map_chunks(work, _read(patterns, progress, reading := Reading()), workers)
-        counts = {"strings": guarded.strings, "too short to guard": guarded.short, "runs": guarded.runs.size}
-        settings = {"run": run, "min_hits": min_hits}
-        return _write("decontaminate", done, out, reading, {"settings": settings, "evaluation": counts})
+    counts = {"strings": guarded.strings, "too short to guard": guarded.short, "runs": guarded.runs.size}
+    _tell(folder, {"evaluation": counts})
 
 
-def decontaminate_chunk(documents: list[Document], guarded: Path, run: int, min_hits: int) -> list[Outcome]:
-    hits = count_hits(documents, _load(guarded), run)
+def _decontaminate(
+    part: int, documents: Iterator[Document], workers: Workers, folder: Path, run: int, min_hits: int
+) -> Outcomes:
+    work = partial(_decontaminate_chunk, guarded=folder / "runs.npy", run=run, min_hits=min_hits)
+    return workers.map_chunks(work, documents)
+
+
+def _decontaminate_chunk(documents: list[Document], guarded: Path, run: int, min_hits: int) -> list[Outcome]:
+    hits = count_hits(documents, _load(guarded, guarded.stat().st_mtime_ns), run)
     return [
         Outcome(document.text, "evaluation text" if count >= min_hits else "", note=f"{count} runs")
         for document, count in zip(documents, hits, strict=True)
     ]
 
 
-def load_report(folder: Path) -> StepReport:
-    """What a step wrote."""
-    try:
-        return StepReport(**json.loads((folder / REPORT_FILE).read_bytes()))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {REPORT_FILE}; give the folder that a data step wrote") from None
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / REPORT_FILE} is no report of this version: {error}") from None
-
-
 @lru_cache(maxsize=1)
-def _load(file: Path) -> np.ndarray:
+def _load(file: Path, written: int) -> np.ndarray:
     return np.load(file)
 
 
-def _without(
-    found: Duplicates, documents: Iterable[Document], level: Level
-) -> Iterator[tuple[list[Document], list[Outcome]]]:
-    x = 0
+def _sign(
+    task: int,
+    *,
+    parts: Sequence[Part],
+    folder: Path,
+    level: Level,
+    settings: MinHash,
+    workers: Workers,
+    progress: Progress,
+) -> None:
+    documents = read_part(parts[task], progress, Reading())
+    copies.sign_part(documents, folder, task, level=level, settings=settings, workers=workers)
+
+
+def _match(task: int, *, folder: Path, settings: MinHash, workers: Workers, progress: Progress) -> None:
+    copies.match_band(task, folder, settings)
+
+
+def _join(task: int, *, folder: Path, settings: MinHash, workers: Workers, progress: Progress) -> None:
+    if not (folder / DETAILS_FILE).exists():
+        _tell(folder, {"found": copies.join_bands(folder, settings)})
+
+
+def _tell(folder: Path, details: dict[str, Any]) -> None:
+    with write_atomically(folder / DETAILS_FILE) as file:
+        file.write(json.dumps(details).encode())
+
+
+def _without_copies(
+    part: int, documents: Iterable[Document], workers: Workers, folder: Path, level: Level
+) -> Outcomes:
+    text, end = copies.texts_before(folder)[part : part + 2]
+    found = Copies.load(folder, text, end)
+    c = 0
     for document in documents:
         count = split_texts([document], level)[1][0]
-        first_X, exact_X = found.first_X[x : x + count], found.exact_X[x : x + count]
-        repeated = first_X != np.arange(x, x + count)
-        x += count
-        if not repeated.any():
-            yield [document], [Outcome(document.text)]
-        elif level == "document":
-            reason = "exact copy" if exact_X[0] else "near copy"
-            yield [document], [Outcome(document.text, reason, note=f"of document {first_X[0]}")]
-        else:
-            yield [document], [_shorten(document, repeated)]
+        last = c + int(np.searchsorted(found.text_C[c : c + count], text + count))
+        told = [Outcome(document.text)]
+        if last > c and level == "document":
+            reason = "exact copy" if found.exact_C[c] else "near copy"
+            told = [Outcome(document.text, reason, note=f"of document {found.first_C[c]}")]
+        elif last > c:
+            told = [_shorten(document, {int(number) - text for number in found.text_C[c:last]})]
+        yield [document], told
+        text, c = text + count, last
 
 
-def _shorten(document: Document, repeated: np.ndarray) -> Outcome:
+def _shorten(document: Document, repeated: set[int]) -> Outcome:
+    """Without its paragraphs of those numbers."""
     parts = paragraphs(document.text)
+    breaks = [*parts[1::2], ""]
     kept = [
         part + gap
-        for part, gap, gone in zip(parts[::2], [*parts[1::2], ""], repeated, strict=True)
-        if not gone
+        for number, (part, gap) in enumerate(zip(parts[::2], breaks, strict=True))
+        if number not in repeated
     ]
-    text = "".join(kept).rstrip() if repeated[-1] else "".join(kept)
+    text = "".join(kept).rstrip() if len(breaks) - 1 in repeated else "".join(kept)
     return Outcome(text) if text.strip() else Outcome(document.text, "every paragraph a copy")
-
-
-def _read(patterns: Sequence[str | Path], progress: Progress, reading: Reading) -> Iterator[Document]:
-    documents = read_documents(patterns, reading)
-    for document in documents:
-        yield document
-        progress(reading)
-    progress(reading)
-
-
-def _write(
-    name: str,
-    done: Iterable[tuple[list[Document], list[Outcome]]],
-    out: Path,
-    reading: Reading,
-    details: dict[str, object],
-) -> StepReport:
-    """The kept documents and the report, as results come."""
-    tally = Tally()
-    compressor = zstandard.ZstdCompressor(level=3)
-    with write_atomically(out / DOCUMENTS_FILE) as file:
-        frame: list[bytes] = []
-        size = 0
-        for documents, outcomes in done:
-            for document, outcome in zip(documents, outcomes, strict=True):
-                tally.add(document, outcome.text, outcome.reason, outcome.language, outcome.note)
-                if outcome.keep:
-                    record = {"text": outcome.text, "source": document.source}
-                    record |= {"lang": outcome.language} if outcome.language else {}
-                    frame.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                    size += len(frame[-1])
-                if size >= FRAME:
-                    file.write(compressor.compress(b"".join(frame)))
-                    frame, size = [], 0
-        file.write(compressor.compress(b"".join(frame)))
-    report = tally.report(name, reading, details)
-    with write_atomically(out / REPORT_FILE) as file:
-        file.write(json.dumps(asdict(report), ensure_ascii=False, indent=1).encode())
-    return report

@@ -35,27 +35,39 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def map_chunks(
-    function: Callable[[list[Document]], Result], documents: Iterable[Document], workers: int
-) -> Iterator[tuple[list[Document], Result]]:
-    """Each chunk with what `function` makes of it. One worker is this process."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it takes at least 1")
-    if workers == 1:
-        for chunk in chunks(documents):
-            yield chunk, function(chunk)
-        return
-    waiting: deque[tuple[list[Document], Future[Result]]] = deque()
-    # Not a fork: threads of numpy and torch do not survive it.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        try:
+class Workers:
+    """So many processes, started when they are first needed; one worker is this process."""
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise ValueError(f"workers is {count}; it takes at least 1")
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map_chunks(
+        self, function: Callable[[list[Document]], Result], documents: Iterable[Document]
+    ) -> Iterator[tuple[list[Document], Result]]:
+        """Each chunk with what `function` makes of it."""
+        if self.count == 1:
             for chunk in chunks(documents):
-                waiting.append((chunk, pool.submit(function, chunk)))
-                if len(waiting) > 2 * workers:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-            while waiting:
+                yield chunk, function(chunk)
+            return
+        if self._pool is None:
+            # Not a fork: threads of numpy and torch do not survive it.
+            self._pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"))
+        waiting: deque[tuple[list[Document], Future[Result]]] = deque()
+        for chunk in chunks(documents):
+            waiting.append((chunk, self._pool.submit(function, chunk)))
+            if len(waiting) > 2 * self.count:
                 done, future = waiting.popleft()
                 yield done, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()

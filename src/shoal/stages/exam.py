@@ -174,7 +174,7 @@ def prepare(names: Sequence[str], data: Path, *, chat: bool = False) -> dict[str
     exams = find_exams(names)
     if not data.is_dir():
         wanted = "; ".join(f"{each.file} from {each.where}" for each in exams.values())
-        raise ValueError(f"there is no folder {data}; --data has the files of the tasks: {wanted}")
+        raise ValueError(f"there is no folder {data} (--data); it has the files of the tasks: {wanted}")
     return {name: build(name, each, data, chat=chat) for name, each in exams.items()}
 
 
