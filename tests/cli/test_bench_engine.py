@@ -40,11 +40,15 @@ def test_throughput_serves_the_whole_queue(shoal: Shoal, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(to_hf(tiny("deepseek-v2-lite"))))
     wanted = ("bench", "throughput", tmp_path, "--random", "--requests", "5", "--max-sequences", "2", *SMALL)
     told = json.loads(shoal(*wanted, "--json").out)
-    assert told["completed"] == 5
+    assert told["completed"] == 5 and "expert_cache_hit_rate" not in told
     assert told["output_tokens_per_s"] * told["duration_s"] == pytest.approx(5 * 4)
     assert told["of_floor"] == pytest.approx(
         told["output_tokens_per_s"] / told["floor"]["output_tokens_per_s"]
     )
+    few = json.loads(shoal(*wanted, "--json", "--offload", "0.0001", "--kv-cache-dtype", "fp8").out)
+    assert 0 < few["expert_cache_hit_rate"] < 1
+    assert few["settings"]["offload"] == 0.0001 and few["settings"]["kv_cache_dtype"] == "fp8"
+    assert "offload is 100 GiB; it must be above 0 and at most" in refusal(shoal(*wanted, "--offload", "100"))
 
 
 @pytest.mark.parametrize("verb", [("latency", "x"), ("throughput", "x"), ("serve",)])

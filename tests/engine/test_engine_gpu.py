@@ -15,7 +15,9 @@ import torch
 
 from shoal.config.families import tiny
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
+from shoal.model.offloaded import offload, offloaded
 from shoal.model.transformer import Transformer
+from shoal.ops import dispatch
 from tests.engine.conftest import build
 from tests.engine.test_speculation import ALWAYS_RIGHT, SOMETIMES, clairvoyant
 
@@ -83,6 +85,34 @@ def test_narrow_index_keys_are_served_alike_in_graphs(prompts: list[list[int]]) 
         for settings in (narrow, replace(narrow, buckets=(), overlap=False))
     ]
     assert [done.ids for done in told[0]] == [done.ids for done in told[1]]
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-30b-a3b"])
+def test_a_narrow_cache_is_served_alike_in_graphs(family: str, prompts: list[list[int]]) -> None:
+    """In graphs and without, by fixed sums: the same bits."""
+    device, params = on_gpu(build(family)), wishes(routing=True)
+    settings = replace(SETTINGS, cache_dtype="fp8")
+    with dispatch.batch_invariant():
+        eager = Engine(device, replace(settings, buckets=(), overlap=False)).generate(prompts, params)
+        graphs = Engine(device, settings).generate(prompts, params)
+        pieces = Engine(device, replace(settings, max_batch_tokens=24)).generate(prompts, params)
+    for found in (graphs, pieces):
+        assert [(each.ids, each.logprobs) for each in found] == [(each.ids, each.logprobs) for each in eager]
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-30b-a3b"])
+def test_offloaded_experts_give_the_same_bits(family: str, prompts: list[list[int]]) -> None:
+    """From pinned memory over the bus, prompts in rounds."""
+    params, settings = wishes(routing=True), replace(SETTINGS, buckets=(), overlap=False)
+    expected = Engine(on_gpu(build(family)), settings).generate(prompts, params)
+    device = on_gpu(build(family))
+    stacks = [each for name, each in device.named_parameters() if ".mlp.experts." in name]
+    assert device.config.moe is not None
+    an_expert = sum(stack.nbytes for stack in stacks) / device.config.moe.n_routed_experts
+    offload(device, (device.config.moe.n_routed_experts - 4) * an_expert / 2**30)
+    found = Engine(device, SETTINGS).generate(prompts, params)
+    assert [(each.ids, each.logprobs) for each in found] == [(each.ids, each.logprobs) for each in expected]
+    assert all(stack.is_pinned() for each in offloaded(device) for stack in each.parameters(recurse=False))
 
 
 @pytest.mark.parametrize("share", [ALWAYS_RIGHT, SOMETIMES])

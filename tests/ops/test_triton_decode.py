@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import dispatch
-from shoal.ops.triton import experts, latent, linears, routing
+from shoal.ops.triton import experts, latent, linears, permutation, routing
 from shoal.ops.triton.expert_plan import portable_plan
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
@@ -154,3 +154,27 @@ def test_shared_experts_ride_along(times: int, T: int, dtype: torch.dtype, kind:
     assert_near(found, wanted, dtype, 4, D + times * F)
     apart = experts.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared, plan=plan, invariant=True)
     assert_near(apart, wanted, dtype, 4, D + times * F)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [2, 17])
+@pytest.mark.parametrize("kind", ["scan", "stream", "tiles"])
+def test_the_layer_is_the_sum_of_rows_made_in_rounds(kind: str, T: int, dtype: torch.dtype) -> None:
+    """Bit for bit, over another number of experts and in other places of the stack, as offloading does it."""
+    E, K, D, F = 5, 3, 64, 32
+    x_TD, generator = draw(T, D, dtype=dtype), torch.Generator().manual_seed(1)
+    experts_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :K].contiguous().to(DEVICE)
+    experts_TK[0, 1] = -1  # dropped
+    weights_TK = draw(T, K, dtype=torch.float32, seed=2).abs()
+    gate_up = draw(E, 2 * F, D, dtype=dtype, seed=3, scale=D**-0.5)
+    down = draw(E, D, F, dtype=dtype, seed=4, scale=0.2)
+    plan = portable_plan(kind, 16)
+    wanted = experts.grouped_mlp(x_TD, experts_TK, weights_TK, gate_up, down, plan=plan)
+    x_MD, ones_M1 = x_TD.repeat_interleave(K, 0), weights_TK.new_ones(T * K, 1)
+    rows_MD = torch.zeros_like(x_MD)
+    for round_ in ([4, 1], [0, 3], [2]):
+        table = torch.full((E + 1,), -1, device=DEVICE)
+        table[round_] = torch.arange(len(round_), device=DEVICE)
+        slots_M1 = table[experts_TK.reshape(-1, 1)]
+        rows_MD += experts.grouped_mlp(x_MD, slots_M1, ones_M1, gate_up[round_], down[round_], plan=plan)
+    assert torch.equal(permutation.sum_choices(rows_MD, experts_TK, weights_TK), wanted)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import httpx
 import pytest
 
+from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.offloaded import offload
+from shoal.server.metrics import Metrics
+from shoal.server.process import EngineProcess
+from shoal.server.worker import plain
+from tests.engine.conftest import build
 from tests.server.conftest import Server
 
 PARTS = {
@@ -33,3 +41,19 @@ def test_the_parts_of_a_request_add_up(server: Server, http: httpx.Client) -> No
     assert took["queue"] + took["prefill"] == pytest.approx(took["first"], abs=1e-6)
     assert took["prefill"] + took["decode"] == pytest.approx(took["inference"], abs=1e-6)
     assert took["queue"] + took["inference"] == pytest.approx(took["whole"], abs=1e-6)
+
+
+def test_offloaded_experts_are_counted_over_restarts() -> None:
+    """By the report of a real engine, and what one before it had counted."""
+    engine = Engine(offload(deepcopy(build("deepseek-v3")), 1e-4), EngineSettings())
+    process = EngineProcess(lambda report: engine)
+    process.stats = plain(engine.stats())
+    text = Metrics(process).render().decode()
+    assert "shoal:expert_cache_queries_total 0.0" in text
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4))
+    process.stats, process.past_stats = plain(engine.stats()), {"expert_cache_hits": 10}
+    text = Metrics(process).render().decode()
+    assert f"shoal:expert_cache_queries_total {float(engine.stats().expert_cache_queries or 0)}" in text
+    assert f"shoal:expert_cache_hits_total {10.0 + (engine.stats().expert_cache_hits or 0)}" in text
+    process.stats = plain(Engine(build("deepseek-v3"), EngineSettings()).stats())
+    assert "expert_cache" not in Metrics(process).render().decode()

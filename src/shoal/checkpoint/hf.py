@@ -28,6 +28,7 @@ from shoal.checkpoint.shards import INDEX, PICKLES, Progress, refuse_pickle, wri
 from shoal.checkpoint.source import CONFIG, FLOAT8, Source, in_memory, open_source
 from shoal.config.hf import to_hf
 from shoal.config.model import ModelConfig
+from shoal.model.offloaded import offload as offload_experts
 from shoal.model.quantised import SCALE_SUFFIX, Scheme, check_quant, is_quantised, narrow, quantise
 from shoal.model.transformer import Transformer
 from shoal.ops.quantised import BLOCK
@@ -74,6 +75,7 @@ def load(
     mtp: bool = True,
     quant: str | None = None,
     share: Share | None = None,
+    offload: float | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model of a checkpoint, its weights in `dtype` (None: what its config.json says).
@@ -86,6 +88,7 @@ def load(
     `quant` ("fp8", "int4") holds experts and linears quantised (model/quantised.py); what is published in
     FP8 blocks of 128 is then taken as it is, scales and all. Memory peaks at the narrow model and one tensor.
     With `share` it is one process's part of the model, and no more than that is kept.
+    `offload` keeps so many GiB of its experts off the device, in host memory (model/offloaded.py).
 
     ValueError names the tensor or file that is missing, unknown, cut short, of another shape or dtype than
     config.json makes it, or that differs from what it must repeat: the embedding and head copied into
@@ -96,6 +99,8 @@ def load(
         quantise(source.model, scheme)
     if share is not None:
         share.split(source.model)
+    if offload is not None:
+        offload_experts(source.model, offload, device)
     source.model.allocate(device)
     _copy(source, source.model, progress, share)
     return source.model

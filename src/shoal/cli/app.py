@@ -23,7 +23,16 @@ from shoal.cli.bench import bench_app
 from shoal.cli.bench_engine import latency, throughput
 from shoal.cli.bench_serve import serve as bench_serve
 from shoal.cli.data import app as data_app
-from shoal.cli.device import CacheDtype, Checkpoint, Device, Download, KvCacheDtype, Quant, find_device
+from shoal.cli.device import (
+    CacheDtype,
+    Checkpoint,
+    Device,
+    Download,
+    KvCacheDtype,
+    Offload,
+    Quant,
+    find_device,
+)
 from shoal.cli.evaluate import evaluate
 from shoal.cli.experts import experts_app
 from shoal.cli.inspect import inspect
@@ -252,6 +261,7 @@ def chat(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
 ) -> None:
@@ -261,7 +271,7 @@ def chat(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, offload, kv_cache_dtype, download)
     talk(engine, _need(tokenizer, path), params, system, raw=raw)
     say(f"On a page, with a map of its experts: {COMMAND} serve {path} --ui")
 
@@ -281,6 +291,7 @@ def generate(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
     as_json: AsJson = False,
@@ -289,7 +300,7 @@ def generate(
     from shoal.engine.sequence import SamplingParams
 
     params = SamplingParams(temperature, top_p, top_k, seed=seed, max_tokens=max_tokens)
-    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, offload, kv_cache_dtype, download)
     prompt_ids = _input_ids(prompt, ids, file, tokenizer, path)
     result = _generate(engine, tokenizer, prompt_ids, params, stop or [], stream=not as_json)
     if as_json:
@@ -307,12 +318,13 @@ def score(
     device: Device = "auto",
     dtype: ComputeDtype = None,
     quant: Quant = None,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
     """Log-probability (natural) of each token of a text, given those before it."""
-    engine, tokenizer = _open(path, device, dtype, quant, kv_cache_dtype, download)
+    engine, tokenizer = _open(path, device, dtype, quant, offload, kv_cache_dtype, download)
     token_ids = _input_ids(text, ids, file, tokenizer, path)
     logprobs = engine.score(token_ids)
     if as_json:
@@ -382,6 +394,7 @@ def _open(
     device: str,
     dtype: Dtype | None,
     quant: str | None,
+    offload: float | None,
     cache_dtype: CacheDtype,
     download: bool,
 ) -> tuple[Engine, Tokenizer | None]:
@@ -400,6 +413,7 @@ def _open(
             dtype=_torch_dtype(dtype),
             mtp=False,
             quant=quant,
+            offload=offload,
             progress=progress,
         )
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None

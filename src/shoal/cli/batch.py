@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Quant
+from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Offload, Quant
 from shoal.cli.serve import AffinityLimit, CacheGib, ChatTemplate, MaxSequences, Opening, find_template
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def batch(
     device: Device = "auto",
     dtype: Dtype = None,
     quant: Quant = None,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     download: Download = False,
 ) -> None:
@@ -62,7 +63,7 @@ def batch(
         affinity=affinity,
         cache_dtype=kv_cache_dtype,
     )
-    process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant)))
+    process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant), offload=offload))
     service = Service(
         process=process,
         prompter=Prompter.of(Tokenizer.load(folder), find_template(chat_template)),

@@ -16,7 +16,7 @@ import typer
 from shoal.cli import baseline as baselines
 from shoal.cli.baseline import Baseline
 from shoal.cli.bench_serve import Load, summarise
-from shoal.cli.device import Device, Download, Dtype, KvCacheDtype, find_device
+from shoal.cli.device import Device, Download, Dtype, KvCacheDtype, Offload, find_device
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -38,6 +38,7 @@ def latency(
     tokens: Tokens = 128,
     rounds: Annotated[int, typer.Option(help="Times that the batch is served, after one to warm up.")] = 5,
     speculate: Speculate = 0,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     seed: Seed = 0,
     device: Device = "auto",
@@ -49,7 +50,7 @@ def latency(
     """One batch through the engine: time to the first token, between tokens, and to the end."""
     settings = {"bench": "latency", "model": model, "random": random_, "batch": batch, "prompt": prompt}
     settings |= {"tokens": tokens, "rounds": rounds, "speculate": speculate, "seed": seed}
-    settings |= {"kv_cache_dtype": kv_cache_dtype}
+    settings |= {"kv_cache_dtype": kv_cache_dtype, "offload": offload}
     _check(batch=batch, prompt=prompt, tokens=tokens, rounds=rounds)
     engine, settings = _open(settings, device, dtype, download, most=batch)
     earlier = baselines.read(baseline, settings)
@@ -72,6 +73,7 @@ def throughput(
     prompt: Prompt = 128,
     tokens: Tokens = 128,
     speculate: Speculate = 0,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     seed: Seed = 0,
     device: Device = "auto",
@@ -84,6 +86,7 @@ def throughput(
     settings = {"bench": "throughput", "model": model, "random": random_, "requests": requests}
     settings |= {"max_sequences": max_sequences, "prompt": prompt, "tokens": tokens}
     settings |= {"speculate": speculate, "seed": seed, "kv_cache_dtype": kv_cache_dtype}
+    settings |= {"offload": offload}
     _check(requests=requests, max_sequences=max_sequences, prompt=prompt, tokens=tokens)
     engine, settings = _open(settings, device, dtype, download, most=max_sequences)
     earlier = baselines.read(baseline, settings)
@@ -108,6 +111,7 @@ def _open(
     """The engine, warmed up, and the settings with what it runs on."""
     from shoal.cli.view import loading
     from shoal.engine import Engine, EngineSettings
+    from shoal.model.offloaded import offload
 
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype!r}; it must be float32 or bfloat16")
@@ -121,10 +125,12 @@ def _open(
     )
     if settings["random"]:
         model = _random(settings["model"], find_device(device), dtype, settings["seed"], mtp=speculate > 0)
+        if settings["offload"] is not None:
+            offload(model, settings["offload"])
         engine = Engine(model, wanted)
     else:
         with loading("loading") as progress:
-            engine = _load(settings["model"], wanted, find_device(device), dtype, download, progress)
+            engine = _load(settings, wanted, find_device(device), dtype, download, progress)
     engine.warm_up()
     head = engine.runner.model.head_weight()
     name = head.device.type if not head.is_cuda else _gpu_name(head.device)
@@ -138,16 +144,23 @@ def _gpu_name(device: Any) -> str:
 
 
 def _load(
-    path: str, settings: EngineSettings, device: str, dtype: str | None, download: bool, progress: Any
+    given: dict[str, Any],
+    settings: EngineSettings,
+    device: str,
+    dtype: str | None,
+    download: bool,
+    progress: Any,
 ) -> Engine:
     import torch
 
     from shoal.checkpoint import hf
     from shoal.stages.llm import open_engine
 
-    folder = hf.find_folder(path, download=download)
+    folder = hf.find_folder(given["model"], download=download)
     wanted = None if dtype is None else getattr(torch, dtype)
-    return open_engine(folder, settings, device=device, dtype=wanted, progress=progress)
+    return open_engine(
+        folder, settings, device=device, dtype=wanted, offload=given["offload"], progress=progress
+    )
 
 
 def _random(name: str, device: str, dtype: str | None, seed: int, *, mtp: bool) -> Any:
@@ -221,6 +234,9 @@ def _result(
     )
     seconds = floor.latency(tokens)
     result: dict[str, Any] = {"settings": settings, **summarise(load)}
+    stats = engine.stats()
+    if stats.expert_cache_queries:
+        result["expert_cache_hit_rate"] = (stats.expert_cache_hits or 0) / stats.expert_cache_queries
     result["floor_ttft_ms"], result["floor_itl_ms"] = 1000 * floor.prefill, 1000 * floor.step
     result["floor"] = {
         "latency_ms": 1000 * seconds,

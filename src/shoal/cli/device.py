@@ -19,6 +19,13 @@ Quant = Annotated[
         "--quant", help="fp8 or int4: hold experts and linears so. FP8 as published is taken as it is."
     ),
 ]
+Offload = Annotated[
+    float | None,
+    typer.Option(
+        "--offload",
+        help="GiB of routed experts to keep off the device, in host memory; it holds the hot ones.",
+    ),
+]
 CacheDtype = Literal["auto", "fp8"]
 KvCacheDtype = Annotated[
     CacheDtype,

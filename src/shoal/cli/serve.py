@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Quant
+from shoal.cli.device import Checkpoint, Device, Download, Dtype, KvCacheDtype, Offload, Quant
 
 if TYPE_CHECKING:
     from shoal.engine import Engine, EngineSettings
@@ -48,6 +48,7 @@ class Opening:
     dtype: str | None = None
     quant: str | None = None
     degrees: Degrees | None = None
+    offload: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "float32", "bfloat16"):
@@ -75,6 +76,7 @@ class Opening:
             device=self.device,
             dtype=dtype,
             quant=self.quant,
+            offload=self.offload,
             progress=progress,
         )
 
@@ -108,6 +110,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = None,
     quant: Quant = None,
+    offload: Offload = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     tensor_parallel: Annotated[
         int,
@@ -174,6 +177,7 @@ def serve(
         dtype,
         check_quant(quant),
         Degrees(tensor_parallel, data_parallel, expert_parallel),
+        offload,
     )
     log_to_stderr(log_level)
 

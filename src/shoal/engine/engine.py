@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from itertools import islice, takewhile
 from time import monotonic, perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from shoal.engine.settings import EngineSettings
 from shoal.engine.speculation import Drafter, Governor, Seen
 from shoal.engine.stats import Stats
 from shoal.engine.team import Alone, Team
+from shoal.model.offloaded import offloaded
 from shoal.model.transformer import Transformer
 
 
@@ -61,7 +63,13 @@ class Engine:
                 "model cannot write a text token by token; train one with another rule to serve it"
             )
         on_cuda = model.head_weight().is_cuda
-        buckets = default_sizes(settings.max_sequences) if on_cuda else ()
+        self._offloaded = tuple(offloaded(model))
+        if self._offloaded and on_cuda and settings.buckets:
+            raise ValueError(
+                f"buckets are {settings.buckets}, but a graph never waits for the router's choice, and so "
+                f"cannot fetch offloaded experts; leave out buckets, or offload"
+            )
+        buckets = default_sizes(settings.max_sequences) if on_cuda and not self._offloaded else ()
         buckets = buckets if settings.buckets is None else settings.buckets
         team = team or Alone()
         self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else (), team)
@@ -99,7 +107,8 @@ class Engine:
         if settings.speculate:
             self._drafter = Drafter(self.runner, settings.speculate, self.scheduler.reserve)
         self._governor = governor or Governor()
-        self._overlaps = settings.overlap or (settings.overlap is None and on_cuda and not settings.speculate)
+        pays = on_cuda and not settings.speculate and not self._offloaded  # who waits for gates wins nothing
+        self._overlaps = settings.overlap or (settings.overlap is None and pays)
         self.admission = Admission(self.config, self.ledger.longest, settings.seed, vocabulary)
         self._live: dict[int, Sequence] = {}
         self._num_requests = 0
@@ -189,6 +198,8 @@ class Engine:
             sampling.draw(step.logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
         self.pool.release(pages)
         self.runner.records.reset_counts()
+        for experts in self._offloaded:
+            experts.reset_counts()
 
     def stats(self) -> Stats:
         scheduler, drafter = self.scheduler, self._drafter
@@ -207,6 +218,8 @@ class Engine:
             accepted=() if drafter is None else drafter.count(drafter.accepted),
             expert_tokens=self.runner.records.expert_tokens(),
             experts_touched=self.runner.records.experts_touched(),
+            expert_cache_queries=self._count("queries"),
+            expert_cache_hits=self._count("hits"),
         )
 
     def generate(
@@ -277,6 +290,12 @@ class Engine:
         self.scheduler.launch(picks)
         self._steps += 1
         return Flight(picks, starts, step, drawn, samples, scores, read, routed)
+
+    def _count(self, what: Literal["queries", "hits"]) -> int | None:
+        """Of all layers' slots, since the engine began."""
+        if not self._offloaded:
+            return None
+        return sum(getattr(experts.slots, what) for experts in self._offloaded)
 
     def _guesses(self) -> bool:
         """Whether guessing ahead pays, for as many as decode now."""

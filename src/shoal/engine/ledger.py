@@ -11,7 +11,7 @@ of an indexer over the longest context among them. It is an upper bound by a lit
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import count_page_bytes
 from shoal.engine.settings import EngineSettings
 from shoal.engine.team import Team
+from shoal.model.offloaded import host_bytes, rounds_bytes
 from shoal.model.quantised import scratch_bytes
 from shoal.model.transformer import Transformer
 
@@ -43,6 +44,7 @@ class Ledger:
     num_pages: int
     longest: int  # positions of the longest request that is served
     notes: tuple[str, ...] = ()
+    host: int = 0  # of host memory: offloaded experts
 
     @property
     def cache(self) -> int:
@@ -61,6 +63,7 @@ class Ledger:
             f"cache        {self.cache / _GIB:9.2f} GiB = {tokens:,} tokens = "
             f"{tokens // self.longest:,} requests of {self.longest:,}",
             f"together     {self.total / _GIB:9.2f} GiB of {self.limit / _GIB:.2f}",
+            *([f"host memory  {self.host / _GIB:9.2f} GiB of experts"] if self.host else []),
             *self.notes,
         ]
         return "\n".join(rows)
@@ -162,7 +165,8 @@ def of_engine(
             )
         usable = settings.max_sequences * -(-config.max_position_embeddings // size)
         num_pages = min(cache_bytes // page, usable)
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    host = host_bytes(model)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - host
     if head.is_cuda:
         free, total = torch.cuda.mem_get_info(head.device)
         limit = min(int(settings.memory * total), free + torch.cuda.memory_reserved(head.device))
@@ -180,8 +184,9 @@ def of_engine(
         max_sequences=settings.max_sequences,
         graph_sizes=graph_sizes,
         graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
-        scratch=scratch_bytes(model, head.dtype.itemsize),
+        scratch=scratch_bytes(model, head.dtype.itemsize) + rounds_bytes(model, settings.max_batch_tokens),
     )
     ledger = draft(num_pages=num_pages)
     least = ledger.num_pages if team is None else team.least(ledger.num_pages)
-    return ledger if least == ledger.num_pages else draft(num_pages=least)
+    ledger = ledger if least == ledger.num_pages else draft(num_pages=least)
+    return replace(ledger, host=host)

@@ -31,6 +31,8 @@ class Stats:
     accepted: tuple[int, ...] = ()  # of those, the ones that the model then drew itself
     expert_tokens: Tensor | None = None  # (L, E) int64 on the host: tokens that each expert was given
     experts_touched: Tensor | None = None  # (L,) int64: distinct experts given a token, summed over steps
+    expert_cache_queries: int | None = None  # experts that a layer's step named; None: none is offloaded
+    expert_cache_hits: int | None = None  # of those, the ones that were on the device
 
     @property
     def max_violation(self) -> Tensor | None:

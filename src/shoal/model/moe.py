@@ -219,6 +219,7 @@ class Experts(nn.Module):
         )
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width, device=device, dtype=dtype))
         self.product: GroupedProduct = ops.grouped_mlp
+        self.add_up = ops.sum_choices  # of the product's rows, one a choice
 
     def forward(
         self,
@@ -227,17 +228,17 @@ class Experts(nn.Module):
         weights_TK: Tensor,
         shared: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The routed experts; where `is_plain`, with `shared` (gate, up, down) those that all tokens take."""
+        """The routed experts; where it `takes_shared`, with `shared` (gate, up, down) those of all tokens."""
         stacks = (self.gate_up_proj, self.down_proj)
         if shared is None:
             return self.product(x_TD, experts_TK, weights_TK, *stacks)
-        assert is_plain(self), "another product knows nothing of shared experts"
+        assert self.takes_shared, "another product knows nothing of shared experts"
         return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared)
 
-
-def is_plain(experts: nn.Module) -> bool:
-    """Whether it is experts of wide weights, whose product is the op's own."""
-    return isinstance(experts, Experts) and experts.product is ops.grouped_mlp
+    @property
+    def takes_shared(self) -> bool:
+        """Whether the product is the op's own, which has a form with shared experts."""
+        return self.product is ops.grouped_mlp
 
 
 class MoE(nn.Module):
@@ -259,7 +260,7 @@ class MoE(nn.Module):
         if (
             self.shared_experts is not None
             and type(self.dispatcher) is LocalDispatcher
-            and is_plain(self.experts)
+            and self.experts.takes_shared
         ):
             matrices = self.shared_experts.matrices()
             if matrices is not None:

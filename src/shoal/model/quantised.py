@@ -91,6 +91,9 @@ class QuantisedExperts(_Quantised):
         self.keep("gate_up_proj", narrow(gate_up_E2FD, scheme))
         self.keep("down_proj", narrow(experts.down_proj.detach(), scheme))
 
+    takes_shared = False
+    add_up = staticmethod(ops.quantised_sum)  # of the product's rows, one a choice
+
     def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         return ops.quantised_mlp(
             x_TD, experts_TK, weights_TK, self.kept("gate_up_proj"), self.kept("down_proj")

@@ -211,9 +211,14 @@ class Transformer(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
 
     def allocate(self, device: torch.device | str) -> None:
-        """Leave the meta device: empty parameters and the true rotary frequencies on `device`."""
+        """Leave the meta device: empty parameters and the true rotary frequencies on `device`. What has
+        memory already (offloaded.py) keeps it."""
+
         # What `to_empty` does, without the 2 s in which it makes torch import its symbolic shapes.
-        self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        def place(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor
+
+        self._apply(place)
         self.model.rotary.reset()
 
     @torch.no_grad()

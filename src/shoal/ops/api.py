@@ -289,6 +289,14 @@ def mixture(
     return call("mixture", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_GD, up_GD, down_DG)
 
 
+def sum_choices(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The last step of `grouped_mlp`: y_t = sum over k of weights[t,k] * rows[t K + k].
+
+    In float32, cast once. Rows of dropped choices (-1) are zeros. No gradient.
+    """
+    return call("sum_choices", rows_MD, experts_TK, weights_TK)
+
+
 def attention(
     q_THQ: Tensor,
     k_TGQ: Tensor,

@@ -86,6 +86,11 @@ def quantised_mlp(
     return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down)
 
 
+def quantised_sum(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The last step of `quantised_mlp`: `api.sum_choices`, but in batch-invariant mode as outside of it."""
+    return call("quantised_sum", rows_MD, experts_TK, weights_TK)
+
+
 def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T in FP8, for training (DeepSeek-V3, section 3.3): both are quantised as they are met.
 

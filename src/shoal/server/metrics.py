@@ -106,6 +106,12 @@ class _EngineReport:
         yield counter("prefix_cache_hits", "Of those, found.", stats[hits] + before.get(hits, 0))
         if stats["drafted"]:
             yield from _drafts(stats["drafted"], stats["accepted"])
+        if stats["expert_cache_queries"] is not None:
+            queries, hits = "expert_cache_queries", "expert_cache_hits"
+            past = before.get(queries) or 0, before.get(hits) or 0
+            what = "Offloaded experts that steps named."
+            yield counter("expert_cache_queries", what, stats[queries] + past[0])
+            yield counter("expert_cache_hits", "Of those, on the device.", stats[hits] + past[1])
         if stats["expert_tokens"] is not None:
             yield from _experts(stats)
 

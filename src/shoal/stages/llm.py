@@ -48,6 +48,7 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         quant: Scheme | None = None,
+        offload: float | None = None,
         download: bool = False,
         settings: EngineSettings | None = None,
         tensor_parallel: int = 1,
@@ -66,6 +67,7 @@ class LLM:
             device=device,
             dtype=dtype,
             quant=quant,
+            offload=offload,
         )
 
     def generate(
@@ -127,10 +129,11 @@ def open_engine(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     quant: str | None = None,
+    offload: float | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """An engine over a checkpoint's folder, which knows what its ids mean where there is a tokenizer."""
-    return _load(folder, dtype, quant, settings, progress, _find(device))
+    return _load(folder, dtype, quant, offload, settings, progress, _find(device))
 
 
 def open_engines(
@@ -141,10 +144,16 @@ def open_engines(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     quant: str | None = None,
+    offload: float | None = None,
     progress: Progress | None = None,
 ) -> Engine | Lockstep:
     """The same, over as many processes as the degrees say."""
-    load = partial(_load, folder, dtype, quant)
+    if offload is not None and degrees.ranks > 1:
+        raise ValueError(
+            f"offload is {offload:g} GiB over {degrees.ranks} processes, but experts are offloaded on one "
+            f"alone; leave out offload, or the parallel sizes"
+        )
+    load = partial(_load, folder, dtype, quant, offload)
     if degrees.ranks == 1:
         return load(settings, progress, _find(device))
     return open_spread(load, folder, degrees, settings, _find(device), progress, quant)
@@ -160,6 +169,7 @@ def _load(
     folder: Path,
     dtype: torch.dtype | None,
     quant: str | None,
+    offload: float | None,
     settings: EngineSettings,
     progress: Progress | None,
     device: str,
@@ -167,9 +177,15 @@ def _load(
     share: hf.Share | None = None,
 ) -> Engine:
     """The engine of one process, with its part of the model."""
-    mtp = settings.speculate > 0
     model = hf.load(
-        folder, device=device, dtype=dtype, mtp=mtp, quant=quant, progress=progress, share=share
+        folder,
+        device=device,
+        dtype=dtype,
+        mtp=settings.speculate > 0,
+        quant=quant,
+        offload=offload,
+        progress=progress,
+        share=share,
     ).eval()
     vocabulary = None
     if (folder / "tokenizer.json").is_file():

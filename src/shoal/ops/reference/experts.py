@@ -52,6 +52,11 @@ def sum_choices(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
     return torch.bmm(weights_TK.float().unsqueeze(1), rows_TKD).squeeze(1).to(rows_MD.dtype)
 
 
+@torch.no_grad()
+def sum_rows(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    return sum_choices(rows_MD, torch.arange(len(rows_MD), device=rows_MD.device), weights_TK)
+
+
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -135,17 +135,21 @@ def grouped_mlp(
             x = x_TD.index_select(0, token_M[start:end])
             gate, up = product(x, gate_up_E2FD[expert]).chunk(2, dim=-1)
             y_MD[order_M[start:end]] = product(_swiglu(gate, up), down_EDF[expert])
-        # Choice by choice, in the router's order.
-        rows_TKD, weights_TK = y_MD.view(*experts_TK.shape, -1), weights_TK.to(_widen(y_MD[:0]).dtype)
-        total_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
-        for row_TD, weight_T in zip(rows_TKD.unbind(1), weights_TK.unbind(1), strict=True):
-            total_TD = total_TD + row_TD.to(total_TD.dtype) * weight_T.unsqueeze(1)
-        return total_TD.to(x_TD.dtype)
+        return sum_choices(y_MD, experts_TK, weights_TK)
 
     def plain(x_TD: Tensor, weights_TK: Tensor, *stacks: Tensor) -> Tensor:
         return experts.grouped_mlp(x_TD, experts_TK, weights_TK, *stacks)
 
     return with_gradient_of(plain, fixed, x_TD, weights_TK, gate_up_E2FD, down_EDF)
+
+
+def sum_choices(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Choice by choice, in the router's order."""
+    rows_TKD, weights_TK = rows_MD.unflatten(0, experts_TK.shape), weights_TK.to(_widen(rows_MD[:0]).dtype)
+    total_TD = torch.zeros_like(rows_TKD[:, 0], dtype=weights_TK.dtype)
+    for row_TD, weight_T in zip(rows_TKD.unbind(1), weights_TK.unbind(1), strict=True):
+        total_TD = total_TD + row_TD.to(total_TD.dtype) * weight_T.unsqueeze(1)
+    return total_TD.to(rows_MD.dtype)
 
 
 def mixture(
