@@ -81,9 +81,9 @@ def test_loss_and_gradients_of_more(tmp_path: Path) -> None:
         tmp_path / "four", 4, [*runs, (ParallelConfig(1, 1, 4, "dualpipev"), eight, "none")], batches=8
     )
     plain = work.deep(num_nextn_predict_layers=0)
-    runs = [(way, config, "none") for way in (DOWN, VEE) for config in (plain, tied)]
-    runs += [(DOWN, work.routed(rule), "none") for rule in ("hash", "expert_choice", "segments")]
-    assert_equal_to_one(tmp_path / "two", 2, runs, batches=4)
+    two: Runs = [(way, config, "none") for way in (DOWN, VEE) for config in (plain, tied)]
+    two += [(DOWN, work.routed(rule), "none") for rule in ("hash", "expert_choice", "segments")]
+    assert_equal_to_one(tmp_path / "two", 2, two, batches=4)
 
 
 def test_what_stages_cannot_do_is_refused(tmp_path: Path) -> None:
