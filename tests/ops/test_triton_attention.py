@@ -101,6 +101,22 @@ def test_values_and_gradients_equal_reference(pack: str, heads: str, dtype: torc
     _assert_equals_reference(PACKS[pack], HEADS[heads], dtype)
 
 
+@pytest.mark.parametrize("name", ["portable", "hopper", "wide keys"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_last_tokens_over_all_equal_reference(heads: str, name: str) -> None:
+    """Queries that are the last of their sequence: from all of it down to none of it."""
+    seen = [257, 700, 64, 0, 130] if GPU else [35, 17, 40, 0, 20]
+    lengths = [257, 1, 30, 0, 0] if GPU else [35, 1, 18, 0, 0]
+    q, _, _ = _pack(lengths, HEADS[heads], HALF)
+    _, k, v = _pack(seen, HEADS[heads], HALF)
+    keys = {"cu_keys_S1": _boundaries(seen)}
+    got = _results(attention.attention, (q, k, v), lengths, **keys, most_keys=max(seen), plan=PLANS[name])
+    wide = (q.double(), k.double(), v.double())
+    wanted = _results(reference.attention, wide, lengths, **keys, max_keys=max(seen))
+    for ours, theirs in zip(got, wanted, strict=True):
+        _assert_close(ours, theirs, HALF)
+
+
 PLANS = {
     "portable": PORTABLE,
     "hopper": HOPPER if GPU else Plan(Tile(32, 16, 4, 2), Tile(16, 16, 4, 2), Tile(32, 16, 4, 2)),
@@ -187,6 +203,8 @@ def test_the_dispatcher_says_who_runs_it() -> None:
         if GPU:
             equal = _pack([512, 512], HEADS["latent"], HALF)
             assert "cudnn" in dispatch.explain("attention", *equal, _boundaries([512, 512]), 512, 0.1)
+        keys = (_boundaries([5, 4]), 5)
+        assert "last of more keys" in dispatch.explain("attention", *arguments, *keys)
         with dispatch.batch_invariant():
             assert "batch-invariant" in dispatch.explain("attention", *arguments)
 

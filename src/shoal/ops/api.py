@@ -304,13 +304,17 @@ def attention(
     cu_seqlens_S1: Tensor,
     max_seqlen: int,
     scale: float,
+    cu_keys_S1: Tensor | None = None,
+    max_keys: int = 0,
 ) -> Tensor:
     """Causal attention within each sequence of a pack: o_THV.
 
     Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
-    Differentiable in q, k and v.
+    Differentiable in q, k and v. With `cu_keys_S1` keys and values have boundaries of their own, at most
+    `max_keys` a sequence: the n queries are the last of its N tokens, and query i sees the first N - n + i + 1.
     """
-    return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale)
+    own = () if cu_keys_S1 is None else (cu_keys_S1, max_keys)
+    return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale, *own)
 
 
 def window_attention(

@@ -28,19 +28,32 @@ def _repeat_heads(x_SGBd: Tensor, heads: int) -> Tensor:
 
 
 def attention(
-    q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor, cu_seqlens_S1: Tensor, max_seqlen: int, scale: float
+    q_THQ: Tensor,
+    k_TGQ: Tensor,
+    v_TGV: Tensor,
+    cu_seqlens_S1: Tensor,
+    max_seqlen: int,
+    scale: float,
+    cu_keys_S1: Tensor | None = None,
+    max_keys: int = 0,
 ) -> Tensor:
     heads, value_dim = q_THQ.shape[1], v_TGV.shape[2]
     # PyTorch's fused CPU kernel wants one head dim for q, k and v: zeros at the end of v change nothing.
     padding = q_THQ.shape[2] - value_dim
     v_TGQ = F.pad(v_TGV, (0, padding)) if padding > 0 else v_TGV
     lengths = _lengths(cu_seqlens_S1) or [0]  # no sequence is one without tokens
+    seen = lengths if cu_keys_S1 is None else _lengths(cu_keys_S1) or [0]
     outputs = []
-    for q, k, v in zip(q_THQ.split(lengths), k_TGQ.split(lengths), v_TGQ.split(lengths), strict=True):
+    for q, k, v in zip(q_THQ.split(lengths), k_TGQ.split(seen), v_TGQ.split(seen), strict=True):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
+        n, N = q.shape[2], k.shape[2]
+        # PyTorch's own mask lets query i see i + 1 keys.
+        mask_nN = None if n == N else torch.ones(n, N, dtype=torch.bool, device=q.device).tril(N - n)
         outputs.append(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask_nN, is_causal=mask_nN is None, scale=scale
+            )[0].transpose(0, 1)
         )
     o_THQ = torch.cat(outputs) if len(outputs) != 1 else outputs[0]
     return o_THQ[..., :value_dim]

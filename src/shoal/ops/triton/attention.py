@@ -140,13 +140,14 @@ class _Flash(torch.autograd.Function):
         cu_q: Tensor,
         cu_k: Tensor,
         most: int,
+        most_keys: int,  # of a sequence, where a key stands for one token
         scale: float,
         plan: Plan,
         rule: Rule,
     ) -> tuple[Tensor, Tensor]:
         o_THV, lse_TH = _forward(q, k, v, cu_q, cu_k, most, scale, plan, causal=True, rule=rule)
         ctx.save_for_backward(q, k, v, o_THV, lse_TH, cu_q, cu_k)
-        ctx.how = (most, scale, plan, rule)
+        ctx.how = (most, most_keys, scale, plan, rule)
         ctx.mark_non_differentiable(lse_TH)
         return o_THV, lse_TH
 
@@ -154,7 +155,7 @@ class _Flash(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_THV: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o_THV, lse_TH, cu_q, cu_k = ctx.saved_tensors
-        most, scale, plan, rule = ctx.how
+        most, most_keys, scale, plan, rule = ctx.how
         do_THV = do_THV.contiguous()
         dq = torch.empty_like(q)
         dk, dv = ((torch.zeros_like if rule.stride > 1 else torch.empty_like)(x) for x in (k, v))
@@ -164,7 +165,7 @@ class _Flash(torch.autograd.Function):
             o_THV, do_THV, delta_TH, rows, V=dims["V"], BV=dims["BV"], ROWS=16
         )
         tile = plan.keys
-        keys_backward_kernel[(triton.cdiv(most, tile.bn * rule.stride), dims["G"], S)](
+        keys_backward_kernel[(triton.cdiv(most_keys, tile.bn * rule.stride), dims["G"], S)](
             q, k, v, do_THV, lse_TH, delta_TH, dk, dv, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
             num_warps=tile.warps, num_stages=tile.stages, **dims, **rule.words,
         )  # fmt: skip
@@ -173,7 +174,7 @@ class _Flash(torch.autograd.Function):
             q, k, v, do_THV, lse_TH, delta_TH, dq, cu_q, cu_k, scale * _LOG2E, BM=tile.bm, BN=tile.bn,
             num_warps=tile.warps, num_stages=tile.stages, **dims, **rule.words,
         )  # fmt: skip
-        return dq, dk, dv, *(None for _ in range(6))
+        return dq, dk, dv, *(None for _ in range(7))
 
 
 def _cudnn_refusal(q_THQ: Tensor, k_TGQ: Tensor, v_TGV: Tensor) -> str | None:
@@ -199,12 +200,16 @@ def choose(
     cu_S1: Tensor,
     most: int,
     scale: float,
+    cu_keys_S1: Tensor | None = None,
+    most_keys: int = 0,
     *,
     invariant: bool = False,
 ) -> tuple[str, str]:
     """Who runs `attention` ("cudnn" or "flash"), and a word on why."""
     if invariant:
         return "flash", "batch-invariant: a block's sums run in one order"
+    if cu_keys_S1 is not None:
+        return "flash", "queries are the last of more keys, and cuDNN's mask begins with the first of both"
     refusal = _cudnn_refusal(q_THQ, k_TGQ, v_TGV)
     if most < 2:
         refusal = "cuDNN takes no single token"
@@ -245,6 +250,8 @@ def attention(
     cu_S1: Tensor,
     most: int,
     scale: float,
+    cu_keys_S1: Tensor | None = None,
+    most_keys: int = 0,
     *,
     invariant: bool = False,
     plan: Plan | None = None,
@@ -254,11 +261,12 @@ def attention(
         return q_THQ.new_empty(0, q_THQ.shape[1], v_TGV.shape[2]) + 0 * (
             q_THQ.sum() + k_TGQ.sum() + v_TGV.sum()
         )
-    who, _ = choose(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale, invariant=invariant)
+    who, _ = choose(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale, cu_keys_S1, invariant=invariant)
     if who == "cudnn" and plan is None:
         return _equal_cudnn(q_THQ, k_TGQ, v_TGV, most, scale, causal=True)[0].transpose(1, 2).flatten(0, 1)
     q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
-    return _Flash.apply(q, k, v, cu_S1, cu_S1, most, scale, plan or _plan(q), CAUSAL)[0]
+    keys = (cu_S1, most) if cu_keys_S1 is None else (cu_keys_S1, most_keys)
+    return _Flash.apply(q, k, v, cu_S1, keys[0], most, keys[1], scale, plan or _plan(q), CAUSAL)[0]
 
 
 def window_attention(
@@ -276,7 +284,7 @@ def window_attention(
     if q_THQ.shape[0] == 0:
         return attention(q_THQ, k_TGQ, v_TGV, cu_S1, most, scale)
     q, k, v = q_THQ.contiguous(), k_TGQ.contiguous(), v_TGV.contiguous()
-    return _Flash.apply(q, k, v, cu_S1, cu_S1, most, scale, plan or _plan(q), Rule(window))[0]
+    return _Flash.apply(q, k, v, cu_S1, cu_S1, most, most, scale, plan or _plan(q), Rule(window))[0]
 
 
 def compressed_attention(
@@ -297,7 +305,7 @@ def compressed_attention(
         return attention(q_THQ, k_MGQ, v_MGV, cu_S1, most, scale), q_THQ.new_empty(0, q_THQ.shape[1]).float()
     q, k, v = q_THQ.contiguous(), k_MGQ.contiguous(), v_MGV.contiguous()
     rule = Rule(block=block, stride=stride)
-    return _Flash.apply(q, k, v, cu_S1, cu_entries_S1, most, scale, plan or _plan(q), rule)
+    return _Flash.apply(q, k, v, cu_S1, cu_entries_S1, most, most, scale, plan or _plan(q), rule)
 
 
 @torch.no_grad()

@@ -67,13 +67,24 @@ def _span(cu_ptr, s):
 
 
 @triton.jit
-def _entries(i, STRIDE: tl.constexpr, LAG: tl.constexpr):
-    """How many compressed keys query i sees: one every STRIDE tokens, the first after STRIDE + LAG."""
+def _entries(i, ahead, STRIDE: tl.constexpr, LAG: tl.constexpr):
+    """How many keys query i sees, `ahead` of them before the first query's own; compressed ones come every
+    STRIDE tokens, the first after STRIDE + LAG."""
     if STRIDE == 1:
-        seen = i + 1
+        seen = tl.maximum(i + 1 + ahead, 0)
     else:
         seen = tl.maximum(i + 1 - LAG, 0) // STRIDE
     return seen
+
+
+@triton.jit
+def _first(j, ahead, STRIDE: tl.constexpr, LAG: tl.constexpr):
+    """The first query that sees key j."""
+    if STRIDE == 1:
+        first = tl.maximum(j - ahead, 0)
+    else:
+        first = j * STRIDE + STRIDE - 1 + LAG
+    return first
 
 
 @triton.jit
@@ -170,9 +181,9 @@ def forward_kernel(
             q_rest = q
         begin = 0
         if STRIDE > 1:
-            seen = _entries(i, STRIDE, LAG)
-            end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, STRIDE, LAG))
-            whole = _entries(block * BM, STRIDE, LAG) // BN * BN
+            seen = _entries(i, 0, STRIDE, LAG)
+            end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, 0, STRIDE, LAG))
+            whole = _entries(block * BM, 0, STRIDE, LAG) // BN * BN
         elif CAUSAL:
             seen = n_keys - n + 1 + i
             end = tl.minimum(n_keys, n_keys - n + (block + 1) * BM)
@@ -262,7 +273,8 @@ def keys_backward_kernel(
         last = n
         if WINDOW:
             last = tl.minimum(n, (block + 1) * BN - 1 + WINDOW)
-        begin = tl.minimum(block * BN * STRIDE + STRIDE - 1 + LAG, n) // BM * BM
+        ahead = n_keys - n
+        begin = tl.minimum(_first(block * BN, ahead, STRIDE, LAG), n) // BM * BM
         for r in range(H // G):
             head = group * (H // G) + r
             for start in range(begin, last, BM):
@@ -278,7 +290,7 @@ def keys_backward_kernel(
                     q_rest = _load(q_ptr, first + i, there, head, D1, D2, B2, H, D1 + D2)
                     scores = tl.dot(k_rest, q_rest.T, scores, input_precision=PRECISION)
                 p = tl.exp2(scores * scale - lse[None, :])
-                seen = _entries(i, STRIDE, LAG)
+                seen = _entries(i, ahead, STRIDE, LAG)
                 sees = (j[:, None] < seen[None, :]) & there[None, :]
                 if WINDOW:
                     sees = sees & (j[:, None] >= seen[None, :] - WINDOW)
@@ -396,10 +408,11 @@ def queries_backward_kernel(
         delta = tl.load(delta_ptr + at, mask=kept, other=0.0)
         dq = tl.zeros((BM, B1), tl.float32)
         dq_rest = tl.zeros((BM, B2), tl.float32)
-        seen = _entries(i, STRIDE, LAG)
+        ahead = n_keys - n
+        seen = _entries(i, ahead, STRIDE, LAG)
         begin = 0
-        whole = _entries(block * BM, STRIDE, LAG) // BN * BN
-        end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, STRIDE, LAG))
+        whole = _entries(block * BM, ahead, STRIDE, LAG) // BN * BN
+        end = tl.minimum(n_keys, _entries((block + 1) * BM - 1, ahead, STRIDE, LAG))
         if WINDOW:
             begin = tl.maximum(block * BM + 1 - WINDOW, 0) // BN * BN
             whole = begin
