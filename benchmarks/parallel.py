@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train import DEVICE, GIB, V2_LITE, Case, batch
-from shoal.checkpoint import native
 from shoal.config.cost import flops_per_token, params
 from shoal.config.families import tiny
 from shoal.config.run import OptimConfig, ParallelConfig, TrainConfig
 from shoal.model.transformer import Transformer
 from shoal.parallel.mesh import leave, make_mesh
-from shoal.parallel.shard import join, local, rows, shard
+from shoal.stages.team import make_team
 from shoal.train.team import Team
 from shoal.train.trainer import Trainer
 
@@ -53,9 +52,7 @@ def work(rank: int, degrees: ParallelConfig, folder: str) -> None:
             backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=degrees.ranks
         )
         mesh = make_mesh(degrees, device)
-        shard(model, mesh)
-        peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh))
-        team = Team(mesh.reduce, local, peers, replace(peers, gather=mesh.gather_aside), join)
+        team = make_team(model, mesh)
     batches = [batch(case, seed) for seed in range(4)]
     settings = TrainConfig(
         steps=WARM + STEPS,

@@ -2,13 +2,15 @@
 
 Tokens of all sequences lie on one flat axis, without padding, in training and in serving. Two hands build a
 Batch: `data/pack` (training; `stages` add weights and recorded routing) and `engine/runner` (serving; adds
-`kv`). It is frozen, and the model reads nothing else: caches travel inside it, so attention asks nobody.
+`kv`); `parallel/context` cuts one into parts. It is frozen, and the model reads nothing else: caches travel
+inside it, so attention asks nobody.
 
-Shape letters: T tokens, S sequences, P pages, L layers that route, K experts per token.
+Shape letters: T tokens, S sequences, N keys, P pages, L layers that route, K experts per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +53,44 @@ class KVView:
 
 
 @dataclass(frozen=True, eq=False)
+class Stretch:
+    """Some rows of a part of a pack: a stretch of each sequence, which may be empty, and what it looks back
+    on. Of n queries of a sequence over N keys, query i sees the first N - n + i + 1."""
+
+    rows: slice
+    cu_seqlens_S1: Tensor  # int32: the boundaries of the stretches, as in a Batch
+    max_seqlen: int
+    keys_N: Tensor | None  # int64: its keys, of those that the part gathers; None is all
+    cu_keys_S1: Tensor  # int32: and their boundaries
+    max_keys: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Says of a Batch that its tokens are some of a pack's, and that the others are elsewhere.
+
+    What is said of whole sequences (how long they are, how loaded their experts) is said of the pack.
+    """
+
+    pack: Batch  # all of it, but for what the model computes
+    rows_T: Tensor  # int64: which of the pack's rows are here
+    sequence_T: Tensor  # int64: and in which of its sequences
+    stretches: tuple[Stretch, ...]  # one after the other, all rows that are here
+    gather: Callable[[Tensor], Tensor]  # (T, X) here -> all that the stretches look back on; differentiable
+    reduce: Callable[[Tensor], Tensor]  # the sum over the pack's parts
+
+    def of(self, pack: Batch) -> Batch:
+        """The batch of these rows of a pack, or of another with the same sequences."""
+        tensors = {name: value for name, value in vars(pack).items() if isinstance(value, Tensor)}
+        del tensors["cu_seqlens_S1"]
+        return replace(
+            pack,
+            **{name: value.index_select(0, self.rows_T) for name, value in tensors.items()},
+            part=replace(self, pack=pack),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One step's worth of tokens: S sequences laid end to end."""
 
@@ -63,6 +103,7 @@ class Batch:
     kv: KVView | None = None  # None in training
     last_S: Tensor | None = None  # int64: rows whose logits are wanted; None means every row
     routing: Tensor | None = None  # (T, L, K) int: recorded expert choices to replay, instead of the router's
+    part: Part | None = None  # None: it is whole. Boundaries are those of the pack that it is a part of
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +117,7 @@ class Batch:
         """The batch on a device, itself where it is there already. One with a cache stays with it."""
         if self.ids_T.device == device:
             return self
+        assert self.part is None, "a part is cut where it is used"
         if self.kv is not None:
             raise ValueError(f"the batch reads a cache on {self.ids_T.device}; it cannot go to {device}")
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoal.batch import Batch
 from shoal.data.fim import BEGIN, END, FIM, HOLE
-from shoal.data.pack import Mixture, Packer, batches_of_rank, evaluation_batches
+from shoal.data.pack import Mixture, Packer, evaluation_batches
 from shoal.data.read import Document
 from shoal.data.shard import Shard, TokenizedDocument, tokenize_documents, write_shard
 from shoal.data.text import Tokenizer
@@ -218,21 +218,6 @@ def test_a_mixture_keeps_its_weights_and_its_order(
         assert source == alone.ids_T.tolist()
     again = Mixture((shards[0], shards[1]), weights, 16, 8, seed=3).batch(first + 5)
     assert torch.equal(again.ids_T, batches[-1].ids_T)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_ranks_together_take_the_batches_of_one(tmp_path: Path, ranks: int) -> None:
-    packer = Packer(numbered_shard(tmp_path, [5, 9, 2, 7, 30]), 6, 4, seed=1)
-    for step in (0, 3, 17):
-        alone = [packer.batch(n).ids_T.tolist() for n in batches_of_rank(step, 4, 0, 1)]
-        shared = {
-            n: Packer(packer.shard, 6, 4, 1).batch(n).ids_T.tolist()
-            for rank in range(ranks)
-            for n in batches_of_rank(step, 4, rank, ranks)
-        }
-        assert [shared[n] for n in sorted(shared)] == alone
-    with pytest.raises(ValueError, match="rank 0 of 3 cannot share 4 batches"):
-        batches_of_rank(0, 4, 0, 3)
 
 
 def test_an_epoch_of_many_documents_is_found_by_blocks(tmp_path: Path) -> None:

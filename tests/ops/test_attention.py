@@ -106,14 +106,12 @@ TAILS = {"all": [5, 1, 17, 2], "some": [2, 1, 9, 0], "one": [0, 0, 1, 0], "none"
 @pytest.mark.parametrize("tail", TAILS)
 def test_the_last_tokens_of_a_sequence_see_what_they_see_in_the_whole(tail: str, heads: str) -> None:
     lengths, new = PACKS["several"], TAILS[tail]
-    inputs = [x.requires_grad_() for x in _pack(lengths, heads)]
-    where = (_boundaries(lengths), max(lengths), SCALE)
+    q_THQ, k_TGQ, v_TGV = inputs = [x.requires_grad_() for x in _pack(lengths, heads)]
+    keys = _boundaries(lengths), max(lengths)
     ends = [sum(lengths[: s + 1]) for s in range(len(lengths))]
     rows_T = torch.tensor([t for n, end in zip(new, ends, strict=True) for t in range(end - n, end)]).long()
-    wanted_THV = ops.attention(*inputs, *where)[rows_T]
-    q_THQ, k_TGQ, v_TGV = inputs
-    own = (_boundaries(new), max(new), SCALE, where[0], where[1])
-    got_THV = ops.attention(q_THQ[rows_T], k_TGQ, v_TGV, *own)
+    wanted_THV = ops.attention(q_THQ, k_TGQ, v_TGV, *keys, SCALE)[rows_T]
+    got_THV = ops.attention(q_THQ[rows_T], k_TGQ, v_TGV, _boundaries(new), max(new), SCALE, *keys)
     _assert_close(got_THV, wanted_THV)
     # And so for the gradients, of which nobody is left without one.
     weights_THV = _random(*wanted_THV.shape, seed=3)

@@ -24,17 +24,17 @@ pytestmark = [
 
 def test_loss_and_gradients_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
     model = parts.model().cuda()
-    batches = [work.on_gpu(parts.batch(i)) for i in range(work.BATCHES)]
+    batches = [parts.batch(i).to(model.head_weight().device) for i in range(work.BATCHES)]
     loss, grads = work.losses_and_gradients(batches, model, Team())
     found = work.launch(work.every_gradient, 2, tmp_path, TWO, "cuda", backend=work.NCCL)
-    for pair in TWO:
+    for mesh in TWO:
         for rank in found:
-            theirs, pieces = rank[pair]
+            theirs, pieces = rank[mesh]
             assert theirs == pytest.approx(loss, rel=128 * EPS)
             assert pieces.keys() == grads.keys()
             for name, ((first, _), grad) in pieces.items():
                 whole = grads[name].cpu()
-                assert_close(grad.cpu(), whole[first : first + len(grad)], whole, f"{pair} {name}")
+                assert_close(grad.cpu(), whole[first : first + len(grad)], whole, f"{mesh} {name}")
 
 
 def test_stages_on_two_gpus_are_one(tmp_path: Path) -> None:

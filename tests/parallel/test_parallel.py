@@ -8,7 +8,9 @@ here have up to 64 * 4 rows, cancel by less than a factor of 4, and pairs of rou
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,15 @@ from tests.parallel import work
 from tests.train import parts
 
 EPS = torch.finfo(torch.float32).eps
-TWO, FOUR = [(2, 1), (1, 2)], [(4, 1), (2, 2), (1, 4)]
+TWO = [ParallelConfig(data=2), ParallelConfig(expert=2), ParallelConfig(context=2)]
+FOUR = [
+    *(ParallelConfig(data=4), ParallelConfig(expert=4), ParallelConfig(context=4)),
+    *(
+        ParallelConfig(data=2, expert=2),
+        ParallelConfig(data=2, context=2),
+        ParallelConfig(context=2, expert=2),
+    ),
+]
 
 
 def assert_close(ours: Tensor, theirs: Tensor, scale: Tensor, name: str) -> None:
@@ -31,30 +41,43 @@ def assert_close(ours: Tensor, theirs: Tensor, scale: Tensor, name: str) -> None
 
 
 @pytest.mark.parametrize("degrees", [TWO, FOUR], ids=["two", "four"])
-def test_loss_and_gradients_are_those_of_one_process(degrees: list[tuple[int, int]], tmp_path: Path) -> None:
+def test_loss_and_gradients_are_those_of_one_process(degrees: list[ParallelConfig], tmp_path: Path) -> None:
     model = parts.model()
     loss, grads = work.losses_and_gradients([parts.batch(i) for i in range(work.BATCHES)], model, Team())
-    ranks = degrees[0][0] * degrees[0][1]
-    found = work.launch(work.every_gradient, ranks, tmp_path, degrees)
-    for pair in degrees:
+    found = work.launch(work.every_gradient, degrees[0].ranks, tmp_path, degrees)
+    for mesh in degrees:
         covered = dict.fromkeys(grads, 0)
         for rank in found:
-            theirs, pieces = rank[pair]
+            theirs, pieces = rank[mesh]
             assert theirs == pytest.approx(loss, rel=128 * EPS)
             assert pieces.keys() == grads.keys()
             for name, ((first, whole), grad) in pieces.items():
                 assert whole == len(grads[name])
-                assert_close(grad, grads[name][first : first + len(grad)], grads[name], f"{pair} {name}")
+                assert_close(grad, grads[name][first : first + len(grad)], grads[name], f"{mesh} {name}")
                 covered[name] += len(grad)
         # Every row is on exactly one process: the global norm counts it once.
         assert covered == {name: len(grad) for name, grad in grads.items()}
 
 
-def test_recompute_and_other_routers_change_nothing_about_it(tmp_path: Path) -> None:
-    found = work.launch(work.gradients_of_variants, 2, tmp_path, ParallelConfig(1, 2))
-    for variant, make in work.VARIANTS.items():
-        model = make()
-        loss, grads = work.losses_and_gradients([parts.batch(i) for i in range(work.BATCHES)], model, Team())
+@pytest.mark.parametrize(
+    ("degrees", "names"),
+    [
+        (ParallelConfig(expert=2), ["selective", "full", "hash", "expert_choice", "segments"]),
+        (
+            ParallelConfig(context=2),
+            ["selective", "full", "hash", "segments", "grouped", "two ahead", "every loss", "nothing here"],
+        ),
+    ],
+    ids=["expert", "context"],
+)
+def test_ways_to_run_it_and_other_parts_change_nothing_about_it(
+    degrees: ParallelConfig, names: list[str], tmp_path: Path
+) -> None:
+    found = work.launch(work.gradients_of_variants, 2, tmp_path, degrees, names)
+    for variant in names:
+        batch, losses = work.BATCH.get(variant, parts.batch), work.LOSSES.get(variant, work.USUAL)
+        batches = [batch(i) for i in range(work.BATCHES)]
+        loss, grads = work.losses_and_gradients(batches, work.VARIANTS[variant](), Team(), auxiliary=losses)
         for rank in found:
             theirs, pieces = rank[variant]
             assert theirs == pytest.approx(loss, rel=128 * EPS)
@@ -117,6 +140,35 @@ def test_training_goes_on_bit_for_bit_and_on_any_number_of_processes(tmp_path: P
     after, single = weights(tmp_path / "alone", 6), weights(tmp_path / "two" / "parts", 6)
     for name, tensor in single["model"].items():
         assert_close(after["model"][name], tensor, torch.ones(()), name)
+
+
+def test_a_run_of_shared_sequences_is_that_of_one_process(tmp_path: Path) -> None:
+    """Four processes, two of them on each micro-batch: weights, biases, metrics, evaluation, and resuming."""
+    alone = work.train(None, tmp_path / "alone")
+    degrees = ParallelConfig(data=2, context=2)
+    biases = work.launch(work.runs, 4, tmp_path / "four", degrees, tmp_path / "four")
+    for theirs in biases:
+        assert all(torch.equal(theirs[name], alone[name]) for name in alone)
+    single, whole, halves = (
+        weights(tmp_path / run, work.TRAIN.steps) for run in ("alone", "four/whole", "four/parts")
+    )
+    assert all(
+        torch.equal(tensor, halves[stem][name]) for stem in whole for name, tensor in whole[stem].items()
+    )
+    for name, tensor in single["model"].items():
+        assert_close(whole["model"][name], tensor, torch.ones(()), name)
+    told = [metrics(tmp_path / run) for run in ("alone", "four/whole", "four/parts")]
+    assert told[1] == told[2]
+    assert [line.keys() for line in told[0]] == [line.keys() for line in told[1]]
+    for ours, theirs in zip(told[1], told[0], strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run, without what it took."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
 
 
 def test_tokens_are_conserved_and_travel_no_more_than_their_groups(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.checkpoint import native
-from shoal.config.model import ModelConfig
+from shoal.config.model import GQAConfig, ModelConfig
 from shoal.config.policy import PolicyConfig
 from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, Recompute, TrainConfig
 from shoal.model.transformer import Output, Transformer
 from shoal.parallel.expert import ExpertDispatcher
 from shoal.parallel.mesh import make_mesh
-from shoal.parallel.pipeline import Pipeline, keep_stages
-from shoal.parallel.shard import copies, join, local, rows, shard
+from shoal.parallel.shard import local
+from shoal.stages.team import make_team
+from shoal.train.auxiliary import Auxiliary
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from shoal.train.policy import Policy
@@ -73,37 +73,30 @@ def _enter(
     dist.destroy_process_group()
 
 
-def on_gpu(batch: Batch) -> Batch:
-    tensors = {name: value.cuda() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, **tensors)
-
-
 def spread(degrees: ParallelConfig, model: Transformer) -> Team:
     """The model over all processes, in place, and what the Trainer is told of them."""
-    mesh = make_mesh(degrees, model.head_weight().device)
-    shard(keep_stages(model, mesh), mesh)
-    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh), copies(model, mesh))
-    return Team(
-        mesh.reduce,
-        local,
-        peers,
-        replace(peers, gather=mesh.gather_aside),
-        join,
-        reading=(mesh.replicas.get_local_rank(), degrees.readers),
-        stages=Pipeline(model, mesh) if degrees.pipeline > 1 else None,
-    )
+    return make_team(model, make_mesh(degrees, model.head_weight().device))
 
 
-def share_of(batches: int, team: Team) -> list[Batch]:
-    place, places = team.place
-    return [parts.batch(index) for index in range(place, batches, places)]
+def share_of(
+    count: int, team: Team, batches: Callable[[int], Batch] = parts.batch, device: str = "cpu"
+) -> list[Batch]:
+    return [team.bring(batches(index), torch.device(device)) for index in team.mine(0, count)]
+
+
+USUAL = Auxiliary({"sequence": 1e-2})
 
 
 def losses_and_gradients(
-    batches: list[Batch], model: Transformer, team: Team, mtp_weight: float = 0.3
+    batches: list[Batch],
+    model: Transformer,
+    team: Team,
+    mtp_weight: float = 0.3,
+    auxiliary: Auxiliary = USUAL,
 ) -> tuple[float, dict[str, Tensor]]:
     """Of one step, and each gradient, of which here are the team's rows."""
-    objective = NextToken(model.config.num_nextn_predict_layers, mtp_weight=mtp_weight, balance_weight=1e-2)
+    modules = model.config.num_nextn_predict_layers
+    objective = NextToken(modules, mtp_weight=mtp_weight, auxiliary=auxiliary)
     step = Step(0, 1, team.tally(objective.count(batches)))
     totals: list[Tensor] = []
 
@@ -120,16 +113,14 @@ def losses_and_gradients(
     return team.reduce(torch.stack([total.detach() for total in totals]).sum()).item(), grads
 
 
-def every_gradient(degrees: list[tuple[int, int]], device: str = "cpu") -> dict[tuple[int, int], Any]:
-    """For each pair of degrees: the loss, and for each parameter its rows here and their gradient."""
+def every_gradient(every: list[ParallelConfig], device: str = "cpu") -> dict[ParallelConfig, Any]:
+    """For each mesh: the loss, and for each parameter its rows here and their gradient."""
     found = {}
-    for data, expert in degrees:
+    for degrees in every:
         model = parts.model().to(device)
-        team = spread(ParallelConfig(data, expert), model)
-        mine = share_of(BATCHES, team)
-        mine = [on_gpu(batch) for batch in mine] if device == "cuda" else mine
-        loss, grads = losses_and_gradients(mine, model, team)
-        found[data, expert] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
+        team = spread(degrees, model)
+        loss, grads = losses_and_gradients(share_of(BATCHES, team, device=device), model, team)
+        found[degrees] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
     return found
 
 
@@ -140,7 +131,15 @@ VARIANTS: dict[str, Callable[[], Transformer]] = {
     "hash": lambda: parts.model(routed("hash")),
     "expert_choice": lambda: parts.model(routed("expert_choice")),
     "segments": lambda: parts.model(routed("segments")),
+    "grouped": lambda: parts.model(grouped()),
+    "two ahead": lambda: parts.model(parts.config(num_nextn_predict_layers=2)),
+    "every loss": parts.model,
+    "nothing here": parts.model,
 }
+# Of those that want other losses or other batches than the rest.
+EVERY_LOSS = {"sequence": 0.1, "device": 0.2, "communication": 0.3, "switch": 0.4, "gshard": 0.5, "z": 1e-3}
+LOSSES = {"every loss": Auxiliary(EVERY_LOSS, devices=4, limit=2)}
+BATCH = {"nothing here": lambda index: parts.batch(index, (1,) if index % 2 else (1, 1, 9))}
 
 
 def routed(method: str) -> ModelConfig:
@@ -160,14 +159,19 @@ def routed(method: str) -> ModelConfig:
     return replace(v3, moe=moe)
 
 
-def gradients_of_variants(degrees: ParallelConfig) -> dict[str, Any]:
+def grouped() -> ModelConfig:
+    """The small model with grouped-query attention, its keys normalised."""
+    return parts.config(attention=GQAConfig(4, 2, 8, qk_norm="head"))
+
+
+def gradients_of_variants(degrees: ParallelConfig, names: list[str]) -> dict[str, Any]:
     """Of each variant: the loss, and for each parameter its rows here and their gradient."""
     found = {}
-    for name, make in VARIANTS.items():
-        model = make()
+    for name in names:
+        model = VARIANTS[name]()
         team = spread(degrees, model)
-        mine = share_of(BATCHES, team)
-        loss, grads = losses_and_gradients(mine, model, team)
+        batches = share_of(BATCHES, team, BATCH.get(name, parts.batch))
+        loss, grads = losses_and_gradients(batches, model, team, auxiliary=LOSSES.get(name, USUAL))
         found[name] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
     return found
 
@@ -180,6 +184,12 @@ MUON = replace(
 )
 
 
+# Its last batch is smaller than a team of readers, and than a reader of several processes.
+HELD_OUT = Evaluation(
+    lambda: iter([parts.batch(100), parts.batch(101, (30,)), parts.batch(102, (1, 2))]), num_bytes=100
+)
+
+
 def train(
     degrees: ParallelConfig | None, folder: Path, steps: int = TRAIN.steps, settings: TrainConfig = TRAIN
 ) -> dict[str, Tensor]:
@@ -187,7 +197,13 @@ def train(
     model = parts.model()
     team = Team() if degrees is None else spread(degrees, model)
     trainer = Trainer(
-        model, parts.batch, replace(settings, steps=steps), folder, generator=torch.Generator(), team=team
+        model,
+        parts.batch,
+        replace(settings, steps=steps),
+        folder,
+        generator=torch.Generator(),
+        team=team,
+        evaluation=HELD_OUT,
     )
     trainer.resume()
     trainer.run()
@@ -254,9 +270,7 @@ def gradients_of_stages(
     for degrees, config, mode in runs:
         model = recompute(parts.model(config).to(device), mode)
         team = spread(degrees, model)
-        mine = share_of(batches, team)
-        mine = [on_gpu(batch) for batch in mine] if device == "cuda" else mine
-        loss, grads = losses_and_gradients(mine, model, team)
+        loss, grads = losses_and_gradients(share_of(batches, team, device=device), model, team)
         found.append((loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()}))
     return found
 

@@ -14,6 +14,7 @@ from shoal.batch import Batch
 from shoal.config.families import tiny
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.transformer import Transformer
+from shoal.train.auxiliary import Sequences
 
 LENGTHS = (7, 1, 20, 4)  # of the sequences of a batch: one of a single token, some shorter than MTP looks
 
@@ -55,6 +56,13 @@ def batch(index: int, lengths: tuple[int, ...] = LENGTHS, vocab_size: int = 50) 
         max_seqlen=max(lengths),
         targets_T=ids_T.roll(-1),
         weights_T=weights_T,
+    )
+
+
+def sequences(lengths: tuple[int, ...]) -> Sequences:
+    """Where the tokens of a pack of sequences of these lengths stand."""
+    return Sequences(
+        torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), torch.tensor(lengths)
     )
 
 

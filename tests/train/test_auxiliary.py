@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def literal_switch(experts: Tensor, scores: Tensor) -> Tensor:
     return total
 
 
-def choose(lengths: tuple[int, ...], *, dropped: bool) -> tuple[Routing, Tensor, Tensor]:
+def choose(lengths: tuple[int, ...], *, dropped: bool) -> tuple[Routing, Tensor]:
     generator = torch.Generator().manual_seed(sum(lengths))
     T = sum(lengths)
     logits = torch.randn(T, E, generator=generator, dtype=torch.float64).requires_grad_()
@@ -71,8 +71,7 @@ def choose(lengths: tuple[int, ...], *, dropped: bool) -> tuple[Routing, Tensor,
     experts = torch.rand(T, E, generator=generator).topk(K).indices
     if dropped:
         experts = torch.where(torch.rand(T, K, generator=generator) < 0.3, -1, experts)
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Routing(experts, scores.detach(), scores, logits), logits, cu
+    return Routing(experts, scores.detach(), scores, logits), logits
 
 
 @pytest.mark.parametrize("lengths", [(1,), (63,), (5, 1, 30)])
@@ -81,10 +80,10 @@ def choose(lengths: tuple[int, ...], *, dropped: bool) -> tuple[Routing, Tensor,
 def test_each_is_its_formula_in_value_and_gradient(
     name: str, lengths: tuple[int, ...], dropped: bool
 ) -> None:
-    routing, logits, cu = choose(lengths, dropped=dropped)
+    routing, logits = choose(lengths, dropped=dropped)
     T, scores = sum(lengths), routing.scores_TE
-    rows = [slice(int(a), int(b)) for a, b in pairwise(cu)]
-    ours = Auxiliary({name: 1.0}, D, M)([routing], cu, 1)[0]
+    rows = [slice(a, b) for a, b in pairwise(accumulate(lengths, initial=0))]
+    ours = Auxiliary({name: 1.0}, D, M)([routing], parts.sequences(lengths), 1)[0]
     match name:
         case "device" | "communication":
             literal = literal_device if name == "device" else literal_communication
@@ -109,12 +108,12 @@ def test_where_all_is_even_each_is_one_for_every_token() -> None:
     """Token t takes experts 2t and 2t + 1: every device and expert has its share, a token one device."""
     experts = torch.arange(16).view(8, 2) % E
     routing = Routing(experts, torch.ones(8, 2), torch.full((8, E), 0.3))
-    cu = torch.tensor([0, 8], dtype=torch.int32)
+    one = parts.sequences((8,))
     values = [
-        sequence_balance(routing, cu),
-        device_balance(routing, cu, D),
-        communication_balance(routing, cu, D, 1),
-        switch_balance(routing),
+        sequence_balance(routing, one),
+        device_balance(routing, one, D),
+        communication_balance(routing, one, D, 1),
+        switch_balance(routing, one),
     ]
     assert [value.item() for value in values] == pytest.approx([8.0] * 4, rel=1e-6)
 
@@ -133,7 +132,7 @@ def test_a_recipe_names_what_is_summed_over_layers() -> None:
     asked = Auxiliary.of(settings, model.config.moe)
     assert asked.devices == model.config.moe.n_group if model.config.moe else False
     routing = model(pack).routing
-    total, terms = asked(routing, pack.cu_seqlens_S1, len(routing))
+    total, terms = asked(routing, parts.sequences(parts.LENGTHS), len(routing))
     assert terms.keys() == {"balance", "device", "z"}
     weights = {"balance": 0.1, "device": 0.05, "z": 0.001}
     wanted = sum(weights[name] * float(value) * len(routing) for name, value in terms.items())

@@ -52,8 +52,7 @@ def test_balance_equals_the_loop_in_value_and_gradient(lengths: tuple[int, ...],
     if dropped:
         experts = torch.where(torch.rand(T, K, generator=generator) < 0.3, -1, experts)
     routing = Routing(experts, scores.detach(), scores)
-    cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    ours, literal = sequence_balance(routing, cu), literal_balance(routing, lengths)
+    ours, literal = sequence_balance(routing, parts.sequences(lengths)), literal_balance(routing, lengths)
     # Float64 sums of at most 63 * 8 terms of order 1: some 500 roundings of 1e-16 each.
     torch.testing.assert_close(ours, literal, rtol=1e-12, atol=0)
     grads = [torch.autograd.grad(value, scores, retain_graph=True)[0] for value in (ours, literal)]
@@ -63,7 +62,7 @@ def test_balance_equals_the_loop_in_value_and_gradient(lengths: tuple[int, ...],
 def test_perfect_balance_is_the_number_of_tokens() -> None:
     experts = torch.arange(24).view(8, 3) % 8  # each of 8 experts three times
     routing = Routing(experts, torch.ones(8, 3), torch.full((8, 8), 0.3))
-    assert sequence_balance(routing, torch.tensor([0, 8])).item() == pytest.approx(8, rel=1e-6)
+    assert sequence_balance(routing, parts.sequences((8,))).item() == pytest.approx(8, rel=1e-6)
 
 
 def test_look_ahead_shifts_inside_each_sequence_only() -> None:

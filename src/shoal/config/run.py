@@ -28,6 +28,7 @@ from shoal.config.model import MLAConfig, ModelConfig, NSAConfig
 from shoal.config.require import require
 
 Table = dict[str, Any]
+DEGREES = ("data", "expert", "context", "pipeline")
 Recompute = Literal["none", "selective", "full"]
 T = TypeVar("T")
 
@@ -213,22 +214,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Over how many processes a run is spread: `data` times `expert` times `pipeline`, started by torchrun.
+    """Over how many processes a run is spread: the product of its degrees, started by torchrun.
 
-    Each of data and expert reads micro-batches of its own and keeps a part of all weights (FSDP2). With
+    Each of `data` and `expert` reads micro-batches of its own and keeps a part of all weights (FSDP2). With
     `expert` above 1 experts are spread over that many, and tokens are sent to them. With `pipeline` above 1
     blocks are: each process has one stage of them (`1f1b`), or the two of a V, one on its way down and one on
-    its way up (`dualpipev`, DeepSeek's). The run stays the same run, whatever the degrees.
+    its way up (`dualpipev`, DeepSeek's). With `context` above 1 that many read the same micro-batches, each a
+    share of the positions of every sequence: for long ones. The run stays the same run, whatever the degrees.
     """
 
     data: int = 1
     expert: int = 1
     pipeline: int = 1
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    context: int = 1
 
     @property
     def ranks(self) -> int:
-        return self.readers * self.pipeline
+        return self.readers * self.context * self.pipeline
 
     @property
     def readers(self) -> int:
@@ -241,15 +244,20 @@ class ParallelConfig:
 
     @property
     def told(self) -> str:
-        return " x ".join(f"{name} {getattr(self, name)}" for name in ("data", "expert", "pipeline"))
+        return " x ".join(f"{name} {getattr(self, name)}" for name in DEGREES)
 
     def __post_init__(self) -> None:
-        for name in ("data", "expert", "pipeline"):
+        for name in DEGREES:
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")
         require(
             self.pipeline > 1 or self.schedule == "1f1b",
             f"schedule is {self.schedule!r}, but pipeline is 1; raise pipeline, or leave schedule out",
+        )
+        require(
+            self.context == 1 or self.pipeline == 1,
+            f"context is {self.context} and pipeline {self.pipeline}, which do not work together yet; set one of "
+            f"them to 1",
         )
 
 
@@ -317,6 +325,8 @@ class RunConfig:
         require(not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one")
         sparse = isinstance(self.model.attention, NSAConfig)
         require(not sparse, f"the model's attention is native sparse, not tried {told} yet; use one process")
+        if self.parallel.context > 1:
+            self._check_context()
         # Why, for the reader of the error: what of one process's rule there is no equal of on several.
         for key, value, works, why in (
             (
@@ -344,6 +354,29 @@ class RunConfig:
                 f"{key} is {value!r}, which does not work {told}: {why}; use {' or '.join(map(repr, works))} "
                 f"or one process",
             )
+
+    def _check_context(self) -> None:
+        """What cannot be said of tokens without the rest of their micro-batch is refused."""
+        context, moe = self.parallel.context, self.model.moe
+        told = f"parallel.context is {context}"
+        require(
+            self.data.seq_len >= 2 * context,
+            f"{told}, which cuts a sequence into {2 * context} pieces, but data.seq_len is "
+            f"{self.data.seq_len}; raise it to {2 * context} at least",
+        )
+        if moe is None:
+            return
+        require(
+            moe.topk_method != "expert_choice",
+            f"{told}, but model.moe.topk_method is 'expert_choice': all tokens of a micro-batch compete, and "
+            f"each process has some; use another router, or set parallel.context to 1",
+        )
+        require(
+            moe.capacity_factor is None and moe.eval_capacity_factor is None,
+            f"{told}, but the model's experts have a capacity: the tokens of a micro-batch fill it in their "
+            f"order, and each process has some; set model.moe.capacity_factor and eval_capacity_factor to "
+            f"none, or parallel.context to 1",
+        )
 
 
 # Reading: text -> table -> dataclasses

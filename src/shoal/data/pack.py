@@ -2,7 +2,7 @@
 
 A training batch is a pure function of (seed, step). Each epoch lays all documents out in an order of its own,
 the epochs follow one another in one endless stream, and step s is tokens s*T to (s+1)*T of it. So a run
-resumes, or jumps, with no state but the step, and n ranks share one stream (`batches_of_rank`). Of several
+resumes, or jumps, with no state but the step, and processes may share one stream. Of several
 sources, each is such a stream, and every batch takes its weight's share of each, to the token.
 
 The law: attention never crosses from one document to another. A document that a batch's edge or `seq_len`
@@ -191,18 +191,6 @@ class Mixture:
             Packer(shard, max(share, self.seq_len), self.seq_len, self.seed)
             for shard, share in zip(self.shards, shares, strict=True)
         ]
-
-
-def batches_of_rank(step: int, per_step: int, rank: int, ranks: int) -> range:
-    """Which batches of a stream rank `rank` of `ranks` takes in a step of `per_step` batches over all ranks.
-
-    Together the ranks take those of one rank alone, so a run may change its number of ranks between steps.
-    """
-    if not 0 <= rank < ranks or per_step % ranks:
-        raise ValueError(
-            f"rank {rank} of {ranks} cannot share {per_step} batches a step; let ranks divide the batches"
-        )
-    return range(step * per_step + rank, (step + 1) * per_step, ranks)
 
 
 def evaluation_batches(shard: Shard, tokens_per_batch: int, seq_len: int) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shoal.batch import Batch
 from shoal.config.model import GQAConfig, ModelConfig
 from shoal.model.layers import Linear, RMSNorm, together
+from shoal.model.part import attend_part
 from shoal.model.rope import Angles
 from shoal.model.served import lay_out
 from shoal.ops import api as ops
@@ -79,6 +80,10 @@ class GQA(nn.Module):
                 batch.max_seqlen,
                 self.scale,
             )
+        elif batch.part is not None:
+            kv_NX = batch.part.gather(torch.cat((k_TGQ.flatten(1), v_TGQ.flatten(1)), dim=-1))
+            k_NGQ, v_NGQ = kv_NX.unflatten(-1, (2, -1, self.gqa.head_dim)).unbind(1)
+            o_THQ = attend_part(q_THQ, k_NGQ, v_NGQ, batch.part, self.scale)
         else:
             o_THQ = ops.attention(q_THQ, k_TGQ, v_TGQ, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
         return self.o_proj(o_THQ.flatten(1))

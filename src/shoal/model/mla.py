@@ -25,6 +25,7 @@ from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.dsa import Indexer, Selection
 from shoal.model.layers import Linear, RMSNorm, together
+from shoal.model.part import attend_part
 from shoal.model.rope import Angles
 from shoal.model.served import lay_out
 from shoal.ops import api as ops
@@ -197,7 +198,14 @@ class MLA(nn.Module):
         return pages if self.indexer is None else pages[..., : self.mla.latent_dim]
 
     def expanded(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
-        """Attention among the tokens of this batch alone, keys and values made for every head."""
+        """Attention among the tokens of this batch, or of the pack that it is a part of, alone, keys and
+        values made for every head. Latents are what is gathered: a few hundred elements a token."""
+        if batch.part is not None:
+            rows_NL = batch.part.gather(torch.cat((latent_TC, k_rope_TR), dim=-1))
+            k_NHQ, v_NHV = self._expand(
+                *rows_NL.split((self.mla.kv_lora_rank, self.mla.qk_rope_head_dim), dim=-1)
+            )
+            return attend_part(q_THQ, k_NHQ, v_NHV, batch.part, self.scale)
         k_THQ, v_THV = self._expand(latent_TC, k_rope_TR)
         return ops.attention(q_THQ, k_THQ, v_THV, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
 

@@ -311,7 +311,7 @@ def attention(
 
     Query head h reads key-value head h * G / H. Softmax in float32. V may differ from Q (MLA: 128 and 192).
     Differentiable in q, k and v. With `cu_keys_S1` keys and values have boundaries of their own, at most
-    `max_keys` a sequence: the n queries are the last of its N tokens, and query i sees the first N - n + i + 1.
+    `max_keys` a sequence: its n queries are the last of N tokens, and query i sees the first N - n + i + 1.
     """
     own = () if cu_keys_S1 is None else (cu_keys_S1, max_keys)
     return call("attention", q_THQ, k_TGQ, v_TGV, cu_seqlens_S1, max_seqlen, scale, *own)

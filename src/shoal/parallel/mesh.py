@@ -1,10 +1,10 @@
 """The mesh: which process of a run does what, by the degrees of a recipe.
 
-One DeviceMesh of three axes, (pipeline, data, expert). The pipeline axis cuts the blocks (pipeline.py): its
-places read the same micro-batches. On the two others every process reads micro-batches of its own: the expert
-axis cuts the experts, not the data. What is no expert is sharded over both of them, the replicas of a place
-in the pipeline; an expert lives on one place of the expert axis and is sharded over the data axis (shard.py,
-expert.py).
+One DeviceMesh of four axes, (pipeline, data, context, expert). The pipeline axis cuts the blocks
+(pipeline.py), and the context axis every sequence (context.py): their places read the same micro-batches. On
+the two others every process reads micro-batches of its own: the expert axis cuts the experts, not the data.
+What is no expert is sharded over all but the pipeline axis, the replicas of a place in it; an expert lives on
+one place of the expert axis and is sharded over data and context (shard.py, expert.py).
 
 The law: the degrees are no part of what a run computes. Sums go over all processes, so a step of n processes
 is the step of one, up to rounding. Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK.
@@ -34,9 +34,10 @@ class Mesh:
 
     degrees: ParallelConfig
     device: torch.device  # of this process
-    devices: DeviceMesh  # (pipeline, data, expert)
+    devices: DeviceMesh  # (pipeline, data, context, expert)
     whole: DeviceMesh  # all processes on one axis
     replicas: DeviceMesh  # of those that have the same blocks, on one axis
+    holders: DeviceMesh  # and of these, those that have the same experts
     aside: dist.ProcessGroup  # all of them on gloo, for a thread beside the steps
 
     @property
@@ -46,6 +47,12 @@ class Mesh:
     @property
     def ranks(self) -> int:
         return self.whole.size()
+
+    @property
+    def reader(self) -> int:
+        """Which of the `degrees.readers` this process is, with others of its context or pipeline."""
+        data, expert = (self.devices.get_local_rank(axis) for axis in ("data", "expert"))
+        return data * self.degrees.expert + expert
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes; the tensor itself is left as it was."""
@@ -86,7 +93,7 @@ def open_mesh(degrees: ParallelConfig, device: str) -> Iterator[Mesh | None]:
         raise ValueError(
             f"{ranks} {'process was' if ranks == 1 else 'processes were'} started, but parallel."
             f"{degrees.told} is {degrees.ranks}; start with torchrun --nproc-per-node {degrees.ranks}, or "
-            f"--set parallel.data={max(1, ranks // (degrees.expert * degrees.pipeline))}"
+            f"--set parallel.data={max(1, ranks * degrees.data // degrees.ranks)}"
         )
     if ranks == 1:
         yield None
@@ -120,9 +127,11 @@ def leave(code: int) -> NoReturn:
 
 def make_mesh(degrees: ParallelConfig, device: torch.device) -> Mesh:
     """The mesh of a process group that is there."""
-    shape = (degrees.pipeline, degrees.data, degrees.expert)
-    devices = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "expert"))
+    axes = ("pipeline", "data", "context", "expert")
+    shape = tuple(getattr(degrees, axis) for axis in axes)
+    devices = init_device_mesh(device.type, shape, mesh_dim_names=axes)
     aside = dist.new_group(backend="gloo")
     assert isinstance(aside, dist.ProcessGroup)
-    replicas = devices["data", "expert"]._flatten("replicas")
-    return Mesh(degrees, device, devices, devices._flatten("whole"), replicas, aside)
+    replicas = devices["data", "context", "expert"]._flatten("replicas")
+    holders = devices["data", "context"]._flatten("holders")
+    return Mesh(degrees, device, devices, devices._flatten("whole"), replicas, holders, aside)

@@ -37,7 +37,7 @@ def shard(model: Transformer, mesh: Mesh) -> Transformer:
         # A prediction module joins and norms outside its forward: only what is called whole is cut by itself.
         parts = (block.self_attn, block.mlp) if isinstance(block, PredictionModule) else (block,)
         if isinstance(block.mlp, MoE):
-            _cut(block.mlp.experts, mesh.devices["data"])
+            _cut(block.mlp.experts, mesh.holders)
         for part in parts:
             _cut(part, mesh.replicas)
     _cut(model, mesh.replicas)

@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "parallel.expert",
     "parallel.pipeline",
     "parallel.schedule",
+    "parallel.context",
 }
 
 

@@ -36,7 +36,7 @@ from shoal.train.metrics import Observer, Phase
 from shoal.train.objective import Objective
 from shoal.train.optim import Trainable
 from shoal.train.recompute import recompute
-from shoal.train.team import ALONE, Team
+from shoal.train.team import ALONE
 from shoal.train.trainer import Evaluation, Outcome, Trainer
 
 if TYPE_CHECKING:
@@ -133,7 +133,11 @@ def _run(
     recompute(model, config.train.recompute, [generator])
     if config.precision == "fp8":
         multiply_in_fp8(model)
-    team = ALONE if mesh is None else _spread(model, mesh)
+    team = ALONE
+    if mesh is not None:
+        from shoal.stages.team import make_team  # as above
+
+        team = make_team(model, mesh)
     if not first:  # the weights are the same everywhere; what is drawn from here on is not
         generator.manual_seed(generator.initial_seed() + (team.rank << 32))
     torch.manual_seed(generator.initial_seed())  # what a library draws is the same in every start, too
@@ -169,24 +173,6 @@ def _run(
         if mesh is not None:
             mesh.gather("the model is there")
     return outcome
-
-
-def _spread(model: Transformer, mesh: Mesh) -> Team:
-    """Cut the model over the mesh, in place."""
-    from shoal.parallel.pipeline import Pipeline, keep_stages
-    from shoal.parallel.shard import copies, join, local, rows, shard
-
-    shard(keep_stages(model, mesh), mesh)
-    peers = native.Peers(mesh.rank, mesh.ranks, mesh.gather, rows(model, mesh), copies(model, mesh))
-    return Team(
-        mesh.reduce,
-        local,
-        peers,
-        replace(peers, gather=mesh.gather_aside),
-        join,
-        reading=(mesh.replicas.get_local_rank(), mesh.degrees.readers),
-        stages=Pipeline(model, mesh) if mesh.degrees.pipeline > 1 else None,
-    )
 
 
 def open_corpus(folder: Path, config: RunConfig) -> Corpus:

@@ -17,13 +17,36 @@ experts per token, D devices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shoal.batch import Batch
 from shoal.config.model import MoEConfig
 from shoal.config.run import BalanceConfig
 from shoal.ops.api import Routing
+from shoal.train.objective import Reduce, alone
+
+
+class Sequences(NamedTuple):
+    """Where tokens stand, of sequences that may go on elsewhere."""
+
+    index_T: Tensor  # int64: the sequence of each
+    lengths_S: Tensor  # of the whole sequences
+    reduce: Reduce = alone  # the sum of what is counted over their tokens here and elsewhere
+
+    @staticmethod
+    def of(batch: Batch) -> Sequences:
+        lengths_S = batch.cu_seqlens_S1.long().diff()
+        if batch.part is not None:
+            return Sequences(batch.part.sequence_T, lengths_S, batch.part.reduce)
+        index_S = torch.arange(len(lengths_S), device=lengths_S.device)
+        return Sequences(index_S.repeat_interleave(lengths_S, output_size=batch.num_tokens), lengths_S)
+
+    def merged(self) -> Sequences:
+        """One, of all tokens."""
+        return Sequences(torch.zeros_like(self.index_T), self.lengths_S.sum().unsqueeze(0), self.reduce)
 
 
 class Auxiliary:
@@ -54,70 +77,67 @@ class Auxiliary:
         return Auxiliary(weights, devices, min(limit, moe.num_experts_per_tok))
 
     def __call__(
-        self, routing: Sequence[Routing], cu_seqlens_S1: Tensor, layers: int
+        self, routing: Sequence[Routing], sequences: Sequences, layers: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is differentiated, and each loss before its weight as a mean over `layers`: sums over tokens.
 
         Of some of the layers, their share of both.
         """
-        total, terms = torch.zeros((), device=cu_seqlens_S1.device), {}
+        total, terms = torch.zeros((), device=sequences.index_T.device), {}
         for name, weight in self.weights.items():
-            values = [self._of(name, layer, cu_seqlens_S1) for layer in routing]
+            values = [self._of(name, layer, sequences) for layer in routing]
             value = torch.stack(values).sum() if values else torch.zeros_like(total)
             total = total + weight * value
             terms["balance" if name == "sequence" else name] = value.detach() / layers
         return total, terms
 
-    def _of(self, name: str, routing: Routing, cu_seqlens_S1: Tensor) -> Tensor:
+    def _of(self, name: str, routing: Routing, sequences: Sequences) -> Tensor:
         match name:
             case "sequence":
-                return sequence_balance(routing, cu_seqlens_S1)
+                return sequence_balance(routing, sequences)
             case "device":
-                return device_balance(routing, cu_seqlens_S1, self.devices)
+                return device_balance(routing, sequences, self.devices)
             case "communication":
-                return communication_balance(routing, cu_seqlens_S1, self.devices, self.limit)
+                return communication_balance(routing, sequences, self.devices, self.limit)
             case "switch":
-                return switch_balance(routing)
+                return switch_balance(routing, sequences)
             case "gshard":
-                return switch_balance(routing._replace(experts_TK=routing.experts_TK[:, :1]))
+                return switch_balance(routing._replace(experts_TK=routing.experts_TK[:, :1]), sequences)
             case _:
                 return z_loss(routing)
 
 
-def sequence_balance(routing: Routing, cu_seqlens_S1: Tensor) -> Tensor:
+def sequence_balance(routing: Routing, sequences: Sequences) -> Tensor:
     """Sum over sequences of length * sum_i f_i P_i, for one layer: the number of tokens where all is even.
 
     length * P_i is a plain sum over the sequence's tokens, so f is spread to them and the whole is one dot
     product. Sequences weigh by length: one of three tokens cannot be even over 64 experts.
     """
-    sequence_T, f_SE = _loads(routing, cu_seqlens_S1)
-    return (f_SE[sequence_T] * _shares(routing)).sum()
+    f_SE = _loads(routing, sequences)
+    return (f_SE[sequences.index_T] * _shares(routing)).sum()
 
 
-def device_balance(routing: Routing, cu_seqlens_S1: Tensor, devices: int) -> Tensor:
+def device_balance(routing: Routing, sequences: Sequences, devices: int) -> Tensor:
     """Sum over sequences of length * sum_d f'_d P'_d."""
-    sequence_T, f_SE = _loads(routing, cu_seqlens_S1)
-    f_SD = f_SE.unflatten(1, (devices, -1)).mean(-1)
-    return (f_SD[sequence_T] * _device_shares(routing, devices)).sum()
+    f_SD = _loads(routing, sequences).unflatten(1, (devices, -1)).mean(-1)
+    return (f_SD[sequences.index_T] * _device_shares(routing, devices)).sum()
 
 
-def communication_balance(routing: Routing, cu_seqlens_S1: Tensor, devices: int, limit: int) -> Tensor:
+def communication_balance(routing: Routing, sequences: Sequences, devices: int, limit: int) -> Tensor:
     """Sum over sequences of length * sum_d f''_d P''_d; a token goes to at most `limit` devices."""
     experts_TK, scores_TE = routing.experts_TK, routing.scores_TE
     device_TK = torch.where(experts_TK < 0, -1, experts_TK // (scores_TE.shape[1] // devices))
     # Column 0 takes what was dropped; a device counts once however many of its experts a token chose.
     sent_TD = scores_TE.new_zeros(len(experts_TK), devices + 1).scatter_(1, device_TK + 1, 1.0)[:, 1:]
-    sequence_T, lengths_S = _sequences(cu_seqlens_S1, len(experts_TK))
-    f_SD = sent_TD.new_zeros(len(lengths_S), devices).index_add_(0, sequence_T, sent_TD)
-    f_SD = f_SD * (devices / limit) / lengths_S.unsqueeze(1)
-    return (f_SD[sequence_T] * _device_shares(routing, devices)).sum()
+    index_T, lengths_S, reduce = sequences
+    sent_SD = reduce(sent_TD.new_zeros(len(lengths_S), devices).index_add_(0, index_T, sent_TD))
+    f_SD = sent_SD * (devices / limit) / lengths_S.unsqueeze(1)
+    return (f_SD[index_T] * _device_shares(routing, devices)).sum()
 
 
-def switch_balance(routing: Routing) -> Tensor:
+def switch_balance(routing: Routing, sequences: Sequences) -> Tensor:
     """Tokens * sum_i f_i P_i over the micro-batch."""
-    T = routing.scores_TE.shape[0]
-    whole_S1 = torch.tensor([0, T], dtype=torch.int32, device=routing.scores_TE.device)
-    return sequence_balance(routing, whole_S1)
+    return sequence_balance(routing, sequences.merged())
 
 
 def z_loss(routing: Routing) -> Tensor:
@@ -126,19 +146,11 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits_TE.logsumexp(-1).square().sum()
 
 
-def _sequences(cu_seqlens_S1: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """The sequence of each token, and the length of each sequence."""
-    lengths_S = cu_seqlens_S1.long().diff()
-    index_S = torch.arange(len(lengths_S), device=lengths_S.device)
-    return index_S.repeat_interleave(lengths_S, output_size=T), lengths_S
-
-
-def _loads(routing: Routing, cu_seqlens_S1: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequence of each token, and f of each sequence: an expert's share of its choices, times E."""
-    (T, K), E = routing.experts_TK.shape, routing.scores_TE.shape[1]
-    sequence_T, lengths_S = _sequences(cu_seqlens_S1, T)
-    counts_SE = count_assignments(routing.experts_TK, E, sequence_T, len(lengths_S))
-    return sequence_T, counts_SE.to(routing.scores_TE.dtype) / lengths_S.unsqueeze(1) * (E / K)
+def _loads(routing: Routing, sequences: Sequences) -> Tensor:
+    """f of each sequence (S, E): an expert's share of its choices, times E."""
+    K, E, (index_T, lengths_S, reduce) = routing.experts_TK.shape[1], routing.scores_TE.shape[1], sequences
+    counts_SE = reduce(count_assignments(routing.experts_TK, E, index_T, len(lengths_S)))
+    return counts_SE.to(routing.scores_TE.dtype) / lengths_S.unsqueeze(1) * (E / K)
 
 
 def _shares(routing: Routing) -> Tensor:

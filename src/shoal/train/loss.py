@@ -22,7 +22,7 @@ from shoal.batch import Batch
 from shoal.config.model import ModelConfig
 from shoal.model.transformer import Output, Transformer
 from shoal.ops import api as ops
-from shoal.train.auxiliary import Auxiliary
+from shoal.train.auxiliary import Auxiliary, Sequences
 from shoal.train.objective import Share, Step
 
 
@@ -85,7 +85,7 @@ class NextToken:
                 terms["mtp"] = mtp.detach()
         layers = self._layers(model.config)
         if self.auxiliary.weights and layers:
-            balance, told = self.auxiliary(routing, batch.cu_seqlens_S1, layers)
+            balance, told = self.auxiliary(routing, Sequences.of(batch), layers)
             total = total + balance / tokens
             terms |= {name: value / tokens for name, value in told.items()}
         experts, scores = ([getattr(r, name) for r in routing] for name in ("experts_TK", "scores_TE"))
@@ -99,6 +99,8 @@ class NextToken:
 def look_ahead(batch: Batch) -> Batch:
     """The same tokens with targets one further on; the last of a sequence has none left, and weighs 0."""
     assert batch.targets_T is not None and batch.weights_T is not None
+    if batch.part is not None:  # what comes next may be elsewhere
+        return batch.part.of(look_ahead(batch.part.pack))
     ends_S = batch.cu_seqlens_S1[1:].long() - 1
     # The last keeps its own target: a valid id, of its own sequence.
     next_T = torch.arange(1, batch.num_tokens + 1, device=ends_S.device).index_copy_(0, ends_S, ends_S)

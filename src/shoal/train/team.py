@@ -1,7 +1,8 @@
 """The processes of a run, as the Trainer sees them: this one's number and reading, sums, and what is where.
 
-The Trainer asks for nothing else of the others, and knows no mesh. The law: what a Team of one does is
-nothing, at no cost. Who makes one of a mesh is the stage.
+Micro-batches are shared among readers: a reader is one process, or several that work on the same batches. The
+Trainer asks for nothing else of the others, and knows no mesh. The law: what a Team of one does is nothing,
+at no cost. Who makes one of a mesh is the stage.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class Team:
     # Which share of a step's micro-batches this process reads, of how many; None: one each.
     reading: tuple[int, int] | None = None
     stages: Stages | None = None  # of a model whose blocks are on several processes
+    bring: Callable[[Batch, torch.device], Batch] = (
+        Batch.to
+    )  # to a device, of a batch what this process reads
 
     @property
     def rank(self) -> int:
@@ -79,8 +83,14 @@ class Team:
             return here
         return bool(self.reduce(torch.tensor(int(here), device=device)))
 
+    def mine(self, first: int, count: int) -> range:
+        """Which of a run's batches `first` to `first + count` this reader takes. Readers together take what
+        one alone would, so that their number may change between steps."""
+        place, places = self.place
+        return range(first + place, first + count, places)
+
     def share(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """Each process's share of items, as many for each: where they do not come out even, an item that is
+        """Each reader's share of items, as many for each: where they do not come out even, an item that is
         another's, and False."""
         rest = iter(items)
         place, places = self.place

@@ -288,16 +288,15 @@ class Trainer:
         return dict(zip(terms, values, strict=True)), grad_norm
 
     def _flops(self, batch: Batch) -> float:
-        lengths_S = batch.cu_seqlens_S1.diff().double()
-        context = max(1, round(float(lengths_S.square().sum() / batch.num_tokens)))
+        lengths_S = batch.cu_seqlens_S1.diff().double()  # of a part's whole pack
+        context = max(1, round(float(lengths_S.square().sum() / lengths_S.sum())))
         mtp = self.settings.mtp_loss_weight > 0
         return batch.num_tokens * flops_per_token(self.model.config, context, mtp=mtp)
 
     def _next_batches(self) -> list[Batch]:
         first = self.step * self.settings.accumulation + self.passed_over
-        place, places = self.team.place
-        mine = range(first, first + self.settings.accumulation)[place::places]
-        return [self.batches(index).to(self.device) for index in mine]
+        mine = self.team.mine(first, self.settings.accumulation)
+        return [self.team.bring(self.batches(index), self.device) for index in mine]
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Add up the gradients of the step's micro-batches, and the objective's terms."""
@@ -404,7 +403,7 @@ class Trainer:
         """Of a whole text, and how many tokens they are of."""
         nats, count = 0.0, 0
         for batch, counts in self.team.share(evaluation.batches()):
-            batch = batch.to(self.device)
+            batch = self.team.bring(batch, self.device)
             assert batch.weights_T is not None
             out = self.model(batch) if self.team.stages is None else self.team.stages.forward(batch)
             if counts and out is not None:
