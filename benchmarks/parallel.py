@@ -1,15 +1,17 @@
 """Whole training steps on several GPUs: tokens a second by degrees, beside one GPU of the same machine.
 
-`python -m benchmarks.parallel DATAxEXPERT ... [--out FILE.md]`, such as `1x1 2x1 1x2`; each starts its own
-processes. The model is a slice of V2-Lite, its dense layer and the first mixture layers, bf16 with float32
-masters and moments; a step is the Trainer's own, of one micro-batch of 2 sequences of 4096 a GPU, so the work
-of a GPU is the same in every row. Times are wall-clock between synchronisations, of rank 0.
+`python -m benchmarks.parallel DATAxEXPERTxCONTEXT ... [--out FILE.md]`, such as `1x1x1 2x1x1 1x1x2`; each
+starts its own processes. The model is a slice of V2-Lite, its dense layer and the first mixture layers, bf16
+with float32 masters and moments; a step is the Trainer's own, of as many tokens as 2 sequences of 4096 have
+for each GPU, so the work of a GPU is the same in every row. Times are wall-clock between synchronisations, of
+rank 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -35,9 +37,9 @@ WARM, STEPS = 3, 8
 
 
 def work(rank: int, degrees: ParallelConfig, folder: str) -> None:
-    case = Case("slice", SLICE, sequences=2)
+    case = Case("slice", SLICE, sequences=2 * degrees.context)
     if DEVICE == "cpu":  # to show that it runs
-        case = Case("tiny", tiny("deepseek-v2-lite"), sequences=2, length=64)
+        case = Case("tiny", tiny("deepseek-v2-lite"), sequences=2 * degrees.context, length=64)
     device = torch.device(DEVICE, rank) if DEVICE == "cuda" else torch.device("cpu")
     if DEVICE == "cuda":
         torch.cuda.set_device(device)
@@ -56,7 +58,7 @@ def work(rank: int, degrees: ParallelConfig, folder: str) -> None:
     batches = [batch(case, seed) for seed in range(4)]
     settings = TrainConfig(
         steps=WARM + STEPS,
-        accumulation=degrees.ranks,
+        accumulation=degrees.readers,
         optim=OptimConfig(lr=1e-5, schedule="constant"),
     )
     trainer = Trainer(model, lambda i: batches[i % 4], settings, Path(folder), generator=generator, team=team)
@@ -70,11 +72,11 @@ def work(rank: int, degrees: ParallelConfig, folder: str) -> None:
         times.append(time.perf_counter() - start)
         loss = report.terms["loss"]
     seconds = statistics.median(times[WARM:])
-    tokens = case.sequences * case.length * degrees.ranks
+    tokens = case.sequences * case.length * degrees.readers
     rate = tokens * flops_per_token(case.config, case.length, mtp=False) / seconds / degrees.ranks
     if rank == 0:
         told = {
-            "degrees": f"{degrees.data}x{degrees.expert}",
+            "degrees": f"{degrees.data}x{degrees.expert}x{degrees.context}",
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             "parameters": params(case.config).total,
             "tokens": tokens,
@@ -98,14 +100,14 @@ def measure(degrees: ParallelConfig) -> dict[str, Any]:
 
 
 HEAD = (
-    "| data x expert | tokens | tokens/s | a GPU, of one alone | TFLOP/s a GPU | ms | spread ms | peak GiB | "
+    "| degrees | tokens | tokens/s | a GPU, of one alone | TFLOP/s a GPU | ms | spread ms | peak GiB | "
     "loss |\n" + "|---" * 9 + "|"
 )
 
 
 def row(told: dict[str, Any], one: float | None) -> str:
     degrees = str(told["degrees"])
-    ranks = int(degrees.split("x")[0]) * int(degrees.split("x")[1])
+    ranks = math.prod(map(int, degrees.split("x")))
     share = "" if one is None else f"{told['tokens_per_second'] / ranks / one:.1%}"
     return (
         f"| {degrees} | {told['tokens']} | {told['tokens_per_second']:,.0f} | {share} | "
@@ -116,15 +118,15 @@ def row(told: dict[str, Any], one: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
-    parser.add_argument("degrees", nargs="+", help="such as 1x1 2x1 1x2")
+    parser.add_argument("degrees", nargs="+", help="such as 1x1x1 2x1x1 1x1x2")
     parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
     arguments = parser.parse_args()
     lines, one = [HEAD], None
     print(HEAD, flush=True)
     for degrees in arguments.degrees:
-        data, expert = map(int, degrees.split("x"))
-        told = measure(ParallelConfig(data, expert))
-        if data * expert == 1:
+        data, expert, context = map(int, degrees.split("x"))
+        told = measure(mesh := ParallelConfig(data, expert, context=context))
+        if mesh.ranks == 1:
             one = told["tokens_per_second"]
         lines.append(row(told, one))
         print(lines[-1], flush=True)

@@ -48,6 +48,28 @@ def test_what_does_not_work_on_several_is_refused_with_what_does(
         run(**changes)
 
 
+def test_sequences_are_shared_where_that_can_be_done() -> None:
+    shared = ParallelConfig(context=4)
+    assert run(shared, accumulation=1).parallel.readers == 1
+    with pytest.raises(
+        ValueError, match=r"cuts a sequence into 64 pieces, but data\.seq_len is 32; raise it"
+    ):
+        run(ParallelConfig(context=32))
+    train, data = TrainConfig(steps=2), DataConfig(seq_len=32, tokens_per_batch=64)
+    moe = parts.config().moe
+    assert moe is not None
+    plain = replace(moe, n_group=1, topk_group=1, scoring_func="softmax", norm_topk_prob=False)
+    for other, message in (
+        (
+            replace(plain, topk_method="expert_choice"),
+            r"topk_method is 'expert_choice'.* or set parallel\.context to 1",
+        ),
+        (replace(moe, eval_capacity_factor=1.0), r"experts have a capacity.* or parallel\.context to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunConfig(replace(parts.config(), moe=other), train, data, parallel=shared)
+
+
 def test_an_indexer_is_refused() -> None:
     data = DataConfig(seq_len=32, tokens_per_batch=64)
     with pytest.raises(ValueError, match="attention has an indexer, which does not work on the 4 processes"):
@@ -59,6 +81,8 @@ def test_experts_must_come_out_even() -> None:
         run(ParallelConfig(1, 3), accumulation=3)
     with pytest.raises(ValueError, match="expert is 0; it must be at least 1"):
         ParallelConfig(1, 0)
+    with pytest.raises(ValueError, match="context is 2 and pipeline 2, which do not work together yet"):
+        ParallelConfig(context=2, pipeline=2)
     with pytest.raises(ValueError, match="schedule is 'dualpipev', but pipeline is 1"):
         ParallelConfig(schedule="dualpipev")
 
@@ -81,7 +105,9 @@ def test_the_degrees_are_those_that_were_started(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", started)
     with (
-        pytest.raises(ValueError, match=rf"{started} process.* started, but .* is 4; .*{fix}"),
+        pytest.raises(
+            ValueError, match=rf"{started} process.* started, but .*data 2 x expert 2.* is 4; .*{fix}"
+        ),
         open_mesh(ParallelConfig(2, 2), "cpu"),
     ):
         pass

@@ -256,8 +256,8 @@ class ParallelConfig:
         )
         require(
             self.context == 1 or self.pipeline == 1,
-            f"context is {self.context} and pipeline {self.pipeline}, which do not work together yet; set one of "
-            f"them to 1",
+            f"context is {self.context} and pipeline {self.pipeline}, which do not work together yet; set "
+            "one of them to 1",
         )
 
 
