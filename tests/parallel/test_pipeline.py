@@ -38,7 +38,7 @@ def assert_equal_to_one(
     for number, (degrees, config, mode) in enumerate(runs):
         model = parts.model(config).to(device)
         every = [parts.batch(i) for i in range(batches)]
-        every = [batch.to(torch.device(device)) for batch in every]
+        every = [work.on_gpu(batch) for batch in every] if device == "cuda" else every
         loss, grads = work.losses_and_gradients(every, model, Team())
         covered = dict.fromkeys(grads, 0)
         for rank in found:
@@ -72,8 +72,7 @@ def test_loss_and_gradients_of_four_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_loss_and_gradients_of_more(tmp_path: Path) -> None:
-    both = [ParallelConfig(2, 1, 2, "dualpipev"), ParallelConfig(1, 2, 2, "1f1b")]
-    cut = [*both, ParallelConfig(1, 2, 2, "dualpipev"), ParallelConfig(2, 1, 2, "1f1b")]
+    cut = [ParallelConfig(*each, 2, way) for each in ((2, 1), (1, 2)) for way in ("dualpipev", "1f1b")]
     tied = work.deep(tie_word_embeddings=True)
     runs: Runs = [(degrees, tied, mode) for degrees in cut for mode in ("none", "selective", "full")]
     eight = parts.config(num_hidden_layers=8)
@@ -81,9 +80,9 @@ def test_loss_and_gradients_of_more(tmp_path: Path) -> None:
         tmp_path / "four", 4, [*runs, (ParallelConfig(1, 1, 4, "dualpipev"), eight, "none")], batches=8
     )
     plain = work.deep(num_nextn_predict_layers=0)
-    two: Runs = [(way, config, "none") for way in (DOWN, VEE) for config in (plain, tied)]
-    two += [(DOWN, work.routed(rule), "none") for rule in ("hash", "expert_choice", "segments")]
-    assert_equal_to_one(tmp_path / "two", 2, two, batches=4)
+    both: Runs = [(way, config, "none") for way in (DOWN, VEE) for config in (plain, tied)]
+    routers: Runs = [(DOWN, work.routed(rule), "none") for rule in ("hash", "expert_choice", "segments")]
+    assert_equal_to_one(tmp_path / "two", 2, both + routers, batches=4)
 
 
 def test_what_stages_cannot_do_is_refused(tmp_path: Path) -> None:
