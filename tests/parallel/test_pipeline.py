@@ -38,7 +38,7 @@ def assert_equal_to_one(
     for number, (degrees, config, mode) in enumerate(runs):
         model = parts.model(config).to(device)
         every = [parts.batch(i) for i in range(batches)]
-        every = [work.on_gpu(batch) for batch in every] if device == "cuda" else every
+        every = [batch.to(torch.device(device)) for batch in every]
         loss, grads = work.losses_and_gradients(every, model, Team())
         covered = dict.fromkeys(grads, 0)
         for rank in found:
