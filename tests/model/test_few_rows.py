@@ -22,6 +22,7 @@ from shoal.model.layers import Linear
 from shoal.model.transformer import Output, Transformer
 from shoal.ops import dispatch
 from shoal.ops.api import Routing
+from shoal.ops.cpu import limits
 from shoal.stages.quickstart import MODEL
 from tests.model.parts import Cache, Ids, draw_ids, fill
 
@@ -106,6 +107,26 @@ def test_by_kernels_or_by_modules(name: str, rows: tuple[int, ...]) -> None:
     for our, their in zip(our_cache.pages, their_cache.pages, strict=True):
         # The rows of the step are in, in the same places, and every other place is as it was.
         torch.testing.assert_close(our, their, rtol=0, atol=TOLERANCE, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["odd", "deepseek-v2-lite", "qwen3-30b-a3b", "olmoe-1b-7b", "llama-3-8b"])
+@pytest.mark.parametrize("rows", [(1,), (2, 1, 4)])
+def test_any_number_of_threads_gives_the_same_bits(
+    name: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three share what one does alone; at one row some have no share at all."""
+    model = build(CONFIGS[name])
+    monkeypatch.setattr(limits, "WEIGHTS_OF_PART", 1)
+    outcomes = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert limits.count_parts(10) == threads
+        output, cache = step(model, dict(enumerate(rows)), "auto")
+        with torch.inference_mode():
+            logits_TV = dispatch.fuse("head_step", output.hidden_TD, model.head_weight())
+        chosen = [part for routing in output.routing for part in routing[:4]]
+        outcomes.append([output.hidden_TD, logits_TV, *chosen, *map(Tensor.nan_to_num, cache.pages)])
+    assert all(torch.equal(one, several) for one, several in zip(*outcomes, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

@@ -1,7 +1,7 @@
 """Attention steps of a few rows on a CPU: checks, scratch memory, and the call of `kernels/attention.py`.
 
 Bound by the weights' way from the caches: for the quickstart's model (192 wide, 80 a cached row) 17 us at one
-row and 85 us at eight (LOG.md), in place of some 45 calls into PyTorch. Contracts in `ops/api.py`.
+row and 85 us at eight on one core (LOG.md), for some 45 calls into PyTorch. Contracts in `ops/api.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.ops.cpu.limits import address, refusal
-from shoal.ops.cpu.load import kernel
+from shoal.ops.cpu.limits import address, count_parts, refusal
+from shoal.ops.cpu.load import run
 
 _OUTSIDE = {1: "a slot is outside of the cache", 2: "a context is longer than its pages", 3: "no such page"}
 
@@ -29,6 +29,10 @@ def _indices_refusal(slots_T: Tensor, *tables: Tensor) -> str | None:
         if table.dtype is not torch.int32 or not table.is_contiguous():
             return f"tables of the cache are {table.dtype}; the kernels are for int32 in order"
     return None
+
+
+def _read(weights: Any) -> int:
+    return sum(weight.numel() for weight in weights if weight is not None)
 
 
 def latent_refusal(
@@ -54,10 +58,10 @@ def latent_refusal(
     )
     if len({bias is None for bias in biases}) > 1:
         return "some projections have a bias and others have none"
-    q_a = 0 if weights.q_a_LD is None else weights.q_a_LD.numel()
-    read = q_a + weights.q_b.numel() + weights.kv_a.numel() + weights.kv_b.numel() + weights.o.numel()
     tensors = (norm_D, *weights, cos_TR2, sin_TR2, pages)
-    return refusal(x_TD, tensors, read) or _indices_refusal(slots_T, table_SB, lens_S, cu_seqlens_S1)
+    return refusal(x_TD, tensors, _read(weights)) or _indices_refusal(
+        slots_T, table_SB, lens_S, cu_seqlens_S1
+    )
 
 
 def latent_step(
@@ -81,11 +85,13 @@ def latent_step(
     (tokens, hidden), (heads, nope, rope, value) = x_TD.shape, head_dims
     (sequences, width), (num_pages, page_size, row) = table_SB.shape, pages.shape
     query_rank, rank = 0 if weights.q_a_LD is None else weights.q_a_LD.shape[0], row - rope
-    of_token = hidden + heads * (nope + rope + value) + row + query_rank
+    parts = count_parts(_read(weights))
+    of_token = heads * (nope + rope + value) + row + query_rank + parts * max(hidden, query_rank)
     scratch = x_TD.new_empty(tokens * of_token + heads * (row + longest + rank))
     out_TD = torch.empty_like(x_TD)
     _check(
-        kernel("latent_step")(
+        run(
+            *("latent_step", parts),
             *(x_TD.data_ptr(), tokens, hidden, norm_D.data_ptr(), norm_eps),
             *map(address, weights),
             *(weights.kv_a_bias is not None, latent_eps),
@@ -115,9 +121,10 @@ def grouped_refusal(
     scale: float,
     interleaved: bool,
 ) -> str | None:
-    read = weights.q.numel() + weights.k.numel() + weights.v.numel() + weights.o.numel()
     tensors = (norm_D, *weights, cos_TQ2, sin_TQ2, pages)
-    return refusal(x_TD, tensors, read) or _indices_refusal(slots_T, table_SB, lens_S, cu_seqlens_S1)
+    return refusal(x_TD, tensors, _read(weights)) or _indices_refusal(
+        slots_T, table_SB, lens_S, cu_seqlens_S1
+    )
 
 
 def grouped_step(
@@ -140,11 +147,13 @@ def grouped_step(
     num_pages, page_size, _, groups, dim = pages.shape
     heads = weights.q.shape[0] // dim
     normed = 0 if weights.q_norm is None else 1 if weights.q_norm.numel() == dim else 2
-    of_token = hidden + 2 * heads * dim + 2 * groups * dim
-    scratch = x_TD.new_empty(tokens * of_token + heads // groups * longest)
+    parts = count_parts(_read(weights))
+    of_token = parts * hidden + 2 * heads * dim + 2 * groups * dim
+    scratch = x_TD.new_empty(tokens * of_token + heads * longest)
     out_TD = torch.empty_like(x_TD)
     _check(
-        kernel("grouped_step")(
+        run(
+            *("grouped_step", parts),
             *(x_TD.data_ptr(), tokens, hidden, norm_D.data_ptr(), norm_eps),
             *map(address, weights[:6]),
             weights.q_bias is not None,

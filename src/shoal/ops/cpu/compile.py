@@ -19,6 +19,7 @@ os.environ |= {"NUMBA_OPT": "0", "NUMBA_LOOP_VECTORIZE": "0", "NUMBA_SLP_VECTORI
 import llvmlite.binding as llvm
 
 from shoal.ops.cpu.kernels import attention, experts, rows
+from shoal.ops.cpu.load import TEAMS
 
 ENTRIES = {
     "latent_step": attention.latent_step,
@@ -32,6 +33,30 @@ ENTRIES = {
 }
 
 
+def _team(name: str, function: llvm.ValueRef) -> str:
+    """LLVM's words for `name_team`, which each thread of a team runs: the entry, its arguments from memory,
+    8 bytes each, the thread's number and the team's size. The status goes in the next 8 bytes."""
+    types = [str(argument.type) for argument in function.arguments]
+    lines, given = [], []
+    for i, type_ in enumerate(types[:-2]):
+        lines += [f"%p{i} = getelementptr i64, ptr %a, i64 {i}", f"%v{i} = load {type_}, ptr %p{i}"]
+        given.append(f"{type_} %v{i}")
+    lines += ["%n = call i32 @omp_get_thread_num()", "%part = sext i32 %n to i64"]
+    lines += ["%m = call i32 @omp_get_num_threads()", "%parts = sext i32 %m to i64"]
+    lines += [f"%s = call i64 @{name}({', '.join(given)}, i64 %part, i64 %parts)"]
+    lines += [f"%to = getelementptr i64, ptr %a, i64 {len(types) - 2}", "store i64 %s, ptr %to", "ret void"]
+    return "\n".join(
+        [
+            "declare i32 @omp_get_thread_num()",
+            "declare i32 @omp_get_num_threads()",
+            f"declare i64 @{name}({', '.join(types)})",
+            f"define void @{name}_team(ptr %a) {{",
+            *lines,
+            "}",
+        ]
+    )
+
+
 def compile_object() -> bytes:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -39,8 +64,11 @@ def compile_object() -> bytes:
     module = llvm.parse_assembly("")
     for name, entry in ENTRIES.items():
         part = llvm.parse_assembly(entry.inspect_llvm())
-        part.get_function(entry.native_name).name = name
+        function = part.get_function(entry.native_name)
+        function.name = name
+        team = _team(name, function) if name in TEAMS else ""
         module.link_in(part)
+        module.link_in(llvm.parse_assembly(team))
     # 2. Optimised for this processor.
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),

@@ -1,7 +1,7 @@
 """Feed-forward steps of a few rows on a CPU: checks, scratch memory, and the call of `kernels/experts.py`.
 
 Bound by the weights' way from the caches: for the quickstart's layer (32 experts of 64, 4 a token, 192 wide)
-30 us at one row and 162 us at eight (LOG.md). Contracts in `ops/api.py`.
+30 us at one row and 162 us at eight on one core (LOG.md). Contracts in `ops/api.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.ops.cpu.limits import refusal
-from shoal.ops.cpu.load import kernel
+from shoal.ops.cpu.limits import count_parts, refusal
+from shoal.ops.cpu.load import run
 
 
 def mlp_refusal(
@@ -25,9 +25,11 @@ def mlp_step(
     x_TD: Tensor, norm_D: Tensor, norm_eps: float, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor
 ) -> Tensor:
     (tokens, hidden), inner = x_TD.shape, gate_ID.shape[0]
-    scratch = x_TD.new_empty(tokens * (hidden + 2 * inner))
+    parts = count_parts(3 * gate_ID.numel())
+    scratch = x_TD.new_empty(tokens * (parts * hidden + 2 * inner))
     out_TD = torch.empty_like(x_TD)
-    kernel("mlp_step")(
+    run(
+        *("mlp_step", parts),
         *(x_TD.data_ptr(), tokens, hidden, norm_D.data_ptr(), norm_eps),
         *(gate_ID.data_ptr(), up_ID.data_ptr(), down_DI.data_ptr(), inner),
         *(scratch.data_ptr(), out_TD.data_ptr()),
@@ -47,12 +49,15 @@ def moe_refusal(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
 ) -> str | None:
-    n_experts, inner, hidden = weights.gate_up_E2FD.shape
     shared = weights.shared or ()
-    busy = min(n_experts, x_TD.shape[0] * top_k)
-    read = weights.gate_ED.numel() + busy * inner * hidden * 3 // 2 + sum(weight.numel() for weight in shared)
     tensors = (norm_D, weights.gate_ED, weights.bias_E, weights.gate_up_E2FD, weights.down_EDF, *shared)
-    return refusal(x_TD, tensors, read)
+    return refusal(x_TD, tensors, _read(weights, x_TD.shape[0] * top_k))
+
+
+def _read(weights: Any, choices: int) -> int:
+    n_experts, twice, hidden = weights.gate_up_E2FD.shape
+    busy = min(n_experts, choices) * twice * hidden * 3 // 2
+    return weights.gate_ED.numel() + busy + sum(weight.numel() for weight in weights.shared or ())
 
 
 def moe_step(
@@ -72,13 +77,16 @@ def moe_step(
     shared = (0, 0, 0, 0)
     if weights.shared is not None:
         shared = (*(weight.data_ptr() for weight in weights.shared), weights.shared[0].shape[0])
-    scratch = x_TD.new_empty(tokens * (3 * hidden + 2 * inner + 2 * shared[3]) + n_experts + 2 * n_group)
+    parts = count_parts(_read(weights, tokens * top_k))
+    of_part = n_experts + 2 * n_group + 2 * tokens * (hidden + max(inner, shared[3]))
+    scratch = x_TD.new_empty(tokens * (1 + top_k) * hidden + parts * of_part)
     out_TD, scores_TE = torch.empty_like(x_TD), x_TD.new_empty(tokens, n_experts)
     logits_TE = torch.empty_like(scores_TE)
     weights_TK = x_TD.new_empty(tokens, top_k)
     experts_TK = x_TD.new_empty(tokens, top_k, dtype=torch.int64)
     bias = weights.bias_E
-    kernel("moe_step")(
+    run(
+        *("moe_step", parts),
         *(x_TD.data_ptr(), tokens, hidden, norm_D.data_ptr(), norm_eps),
         *(weights.gate_ED.data_ptr(), 0 if bias is None else bias.data_ptr(), bias is not None),
         *(n_experts, top_k, scoring_func == "sigmoid"),

@@ -1,8 +1,8 @@
 """What all CPU kernels ask of a call: few rows, no gradient, float32 in order on a CPU, moderate weights.
 
-One kernel runs on one thread. That is the fastest for a step whose weights the caches of a core reach in some
-tens of microseconds; for more rows or larger weights it is left to PyTorch's products on all cores. Both
-limits are where a dense layer's two ways met on 2 cores (LOG.md); experts would gain beyond 16 rows.
+A kernel takes one more of PyTorch's threads for each `WEIGHTS_OF_PART` that it reads. More rows or larger
+weights are left to PyTorch's products. Both limits are where a dense layer's two ways met on 2 cores, the
+kernel on one of them (LOG.md); experts would gain beyond 16 rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from shoal.ops.cpu import load
 
 FEW_ROWS = 16
 MANY_WEIGHTS = 1 << 21  # elements read by one call
+WEIGHTS_OF_PART = 1 << 16  # some 15 us of reading, beside 2 us for a team to meet
 
 
 def refusal(x_TD: Tensor, tensors: Iterable[Tensor | None], read: int) -> str | None:
@@ -34,6 +35,10 @@ def refusal(x_TD: Tensor, tensors: Iterable[Tensor | None], read: int) -> str | 
         if not tensor.is_cpu or not tensor.is_contiguous():
             return "a tensor is not in order on the CPU"
     return load.refusal()
+
+
+def count_parts(read: int) -> int:
+    return min(torch.get_num_threads(), 1 + read // WEIGHTS_OF_PART)
 
 
 def address(tensor: Tensor | None) -> int:

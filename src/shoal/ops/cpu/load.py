@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import struct
 import subprocess
 import sys
 import warnings
@@ -25,7 +26,13 @@ from shoal.ops.cpu.link import Code
 _NEVER = ("numba_", "NRT_", "Py")  # what numba would call if a kernel could raise
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SLOT = {_P: "Q", _I: "q", _F: "f4x"}  # an argument in memory, 8 bytes
 _TYPES = {  # the signatures of `kernels/`, as ctypes has them
+    "norm_step": (_P, _I, _I, _P, _F, _P),
+    "greedy_step": (_P, _P, _I, _I, _P, _P),
+    "record_step": (_P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _P),
+}
+TEAMS = {  # of those for one thread or several, which part of how many comes last
     "latent_step": (
         *(_P, _I, _I, _P, _F, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _F, _P, _P, _I),
         *(_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _F, _P, _P),
@@ -39,10 +46,7 @@ _TYPES = {  # the signatures of `kernels/`, as ctypes has them
         *(_P, _I, _I, _P, _F, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F),
         *(_P, _P, _I, _P, _P, _P, _I, _P, _P, _P, _P, _P, _P),
     ),
-    "norm_step": (_P, _I, _I, _P, _F, _P),
     "head_step": (_P, _I, _I, _P, _I, _P),
-    "greedy_step": (_P, _P, _I, _I, _P, _P),
-    "record_step": (_P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _P),
 }
 
 
@@ -130,4 +134,25 @@ def refusal() -> str | None:
 @cache
 def kernel(name: str) -> Callable[..., int]:
     """A kernel by name. The interpreter's lock is released while it runs."""
-    return ctypes.CFUNCTYPE(_I, *_TYPES[name])(_code()[name])
+    types = _TYPES[name] if name in _TYPES else (*TEAMS[name], _I, _I)
+    return ctypes.CFUNCTYPE(_I, *types)(_code()[name])
+
+
+@cache
+def _layout(name: str) -> struct.Struct:
+    return struct.Struct("=" + "".join(_SLOT[type_] for type_ in TEAMS[name]) + "q")
+
+
+@cache
+def _fork() -> Callable[..., None]:
+    """GNU's call of a function by every thread of a team; PyTorch brings it, with the threads."""
+    return ctypes.CFUNCTYPE(None, _P, _P, ctypes.c_uint, ctypes.c_uint)(("GOMP_parallel", ctypes.CDLL(None)))
+
+
+def run(name: str, parts: int, *arguments: float) -> int:
+    """The status of a kernel, run by that many threads of PyTorch's pool."""
+    if parts == 1:
+        return kernel(name)(*arguments, 0, 1)
+    memory = bytearray(_layout(name).pack(*arguments, 0))
+    _fork()(_code()[f"{name}_team"], ctypes.addressof(ctypes.c_char.from_buffer(memory)), parts, 0)
+    return _layout(name).unpack(memory)[-1]

@@ -1,7 +1,6 @@
 """What a step of few rows needs beside its blocks on a CPU: the last norm, and the product with the head.
 
-At one row PyTorch's calls cost more than the work, at eight its second thread does. Contracts in
-`ops/api.py`.
+At few rows PyTorch's calls cost more than the work. Contracts in `ops/api.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shoal.ops.cpu import load
-from shoal.ops.cpu.limits import FEW_ROWS, refusal
-from shoal.ops.cpu.load import kernel
+from shoal.ops.cpu.limits import FEW_ROWS, count_parts, refusal
+from shoal.ops.cpu.load import kernel, run
 
 
 def norm_refusal(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
@@ -30,8 +29,9 @@ def head_refusal(x_TD: Tensor, weight_VD: Tensor) -> str | None:
 
 def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     out_TV = x_TD.new_empty(x_TD.shape[0], weight_VD.shape[0])
-    kernel("head_step")(
-        x_TD.data_ptr(), *x_TD.shape, weight_VD.data_ptr(), weight_VD.shape[0], out_TV.data_ptr()
+    run(
+        *("head_step", count_parts(weight_VD.numel()), x_TD.data_ptr(), *x_TD.shape),
+        *(weight_VD.data_ptr(), weight_VD.shape[0], out_TV.data_ptr()),
     )
     return out_TV
 

@@ -19,8 +19,11 @@ from shoal.ops.cpu.kernels.rows import (
     f32,
     i64,
     kernel,
+    meet,
     norm_rows,
     product,
+    project,
+    share,
     softmax,
     swiglu,
     void,
@@ -29,7 +32,7 @@ from shoal.ops.cpu.kernels.rows import (
 MLP = i64(
     *(F32, i64, i64, F32, f32),  # x_TD, norm and its eps
     *(F32, F32, F32, i64),  # gate (I, D), up (I, D), down (D, I), I
-    *(F32, F32),  # scratch, out_TD
+    *(F32, F32, i64, i64),  # scratch, out_TD, part, parts
 )
 MOE = i64(
     *(F32, i64, i64, F32, f32),  # x_TD, norm and its eps
@@ -38,25 +41,24 @@ MOE = i64(
     *(F32, F32, i64),  # gate_up (E, 2 F, D), down (E, D, F), F
     *(F32, F32, F32, i64),  # the shared experts' gate, up, down, and hidden size (0: none)
     *(I64, F32, F32, F32),  # experts_TK, weights_TK, scores_TE, logits_TE
-    *(F32, F32),  # scratch, out_TD
+    *(F32, F32, i64, i64),  # scratch, out_TD, part, parts
 )
 
 
-@kernel(void(F32, i64, i64, i64, F32, F32, F32, i64, F32, i64, F32))
-def feed(x, x0, T, D, gate, up, down, inner, scratch, gate0, out):
-    """out = down(silu(gate x) up x), with room for 2 T inner elements at gate0."""
-    up0 = gate0 + T * inner
-    product(x, x0, D, T, gate, 0, inner, D, scratch, gate0, inner)
-    product(x, x0, D, T, up, 0, inner, D, scratch, up0, inner)
-    swiglu(scratch, gate0, scratch, up0, T * inner)
-    product(scratch, gate0, inner, T, down, 0, D, inner, out, 0, D)
-
-
 @entry(MLP)
-def mlp_step(x, T, D, in_norm, in_eps, gate, up, down, inner, scratch, out):
-    norm_rows(x, 0, T, in_norm, D, in_eps, scratch, 0)
-    feed(scratch, 0, T, D, gate, up, down, inner, scratch, T * D, out)
-    add_rows(x, out, T * D)
+def mlp_step(x, T, D, in_norm, in_eps, gate, up, down, inner, scratch, out, part, parts):
+    # Scratch: gate and up rows; then of each part x normalised.
+    up0 = T * inner
+    x0 = 2 * T * inner + part * T * D
+    norm_rows(x, 0, T, in_norm, D, in_eps, scratch, x0)
+    project(scratch, x0, D, T, gate, inner, D, scratch, 0, inner, part, parts)
+    project(scratch, x0, D, T, up, inner, D, scratch, up0, inner, part, parts)
+    first, end = share(inner, part, parts), share(inner, part + 1, parts)
+    for t in range(T):
+        swiglu(scratch, t * inner + first, scratch, up0 + t * inner + first, end - first)
+    meet()
+    project(scratch, 0, inner, T, down, D, inner, out, 0, D, part, parts)
+    add_rows(x, out, T, D, part, parts)
     return 0
 
 
@@ -95,26 +97,38 @@ def keep_best_groups(selection, s0, E, n_group, topk_group, biased, groups0):
             selection[s0 + e] = np.float32(-np.inf)
 
 
+@kernel(void(F32, i64, i64, i64, F32, i64, F32, i64, F32, i64, i64, F32, i64, i64, F32, i64))
+def feed(x, x0, rows, D, gate, g0, up, u0, down, d0, inner, scratch, gate0, up0, y, y0):
+    """y = down(silu(gate x) up x), with room for `rows` times `inner` elements at gate0 and at up0."""
+    product(x, x0, D, rows, gate, g0, inner, D, scratch, gate0, inner)
+    product(x, x0, D, rows, up, u0, inner, D, scratch, up0, inner)
+    swiglu(scratch, gate0, scratch, up0, rows * inner)
+    product(scratch, gate0, inner, rows, down, d0, D, inner, y, y0, D)
+
+
 @entry(MOE)
 def moe_step(
     x, T, D, in_norm, in_eps, gate, bias, biased, E, K, sigmoid, n_group, topk_group, normalise, factor,
     gate_up, down, F, shared_gate, shared_up, shared_down, shared_width, experts, weights, scores, logits,
-    scratch, out,
+    scratch, out, part, parts,
 ):  # fmt: skip
-    # Scratch: x normalised, selection values and two a group, the shared experts' rows, then an expert's x,
-    # gate-up and down rows.
-    selection0 = T * D
+    # Scratch: x normalised and the experts' rows of y; then of each part selection values and two a group, an
+    # expert's x and y, and gate and up rows of whatever is wider.
+    wide = max(F, shared_width)
+    y0 = T * D
+    selection0 = y0 + T * K * D + part * (E + 2 * n_group + 2 * T * (D + wide))
     groups0 = selection0 + E
-    shared0 = groups0 + 2 * n_group
-    x0 = shared0 + 2 * T * shared_width
-    gate0 = x0 + T * D
-    y0 = gate0 + T * 2 * F
-    norm_rows(x, 0, T, in_norm, D, in_eps, scratch, 0)
-    # 1. Score every expert.
-    product(scratch, 0, D, T, gate, 0, E, D, logits, 0, E)
-    for i in range(T * E):
+    x0 = groups0 + 2 * n_group
+    out0 = x0 + T * D
+    gate0 = out0 + T * D
+    up0 = gate0 + T * wide
+    # 1. Score every expert: the part's share of tokens.
+    first, end = share(T, part, parts), share(T, part + 1, parts)
+    norm_rows(x, first * D, end - first, in_norm, D, in_eps, scratch, first * D)
+    product(scratch, first * D, D, end - first, gate, 0, E, D, logits, first * E, E)
+    for i in range(first * E, end * E):
         scores[i] = logits[i]
-    for t in range(T):
+    for t in range(first, end):
         s0 = t * E
         if sigmoid:
             for e in range(E):
@@ -137,31 +151,48 @@ def moe_step(
             if normalise:
                 weights[t * K + k] /= total
             weights[t * K + k] *= factor
-    # 8. The shared experts open the sum.
+    meet()
+    # 8. The shared experts and each expert with all of its rows, in turn to the parts.
+    turn = np.int64(0)
     if shared_width:
-        feed(scratch, 0, T, D, shared_gate, shared_up, shared_down, shared_width, scratch, shared0, out)
-    else:
+        if part == 0:
+            feed(
+                scratch, 0, T, D, shared_gate, 0, shared_up, 0, shared_down, 0, shared_width,
+                scratch, gate0, up0, out, 0,
+            )  # fmt: skip
+        turn = 1 % parts
+    elif part == 0:
         for i in range(T * D):
             out[i] = np.float32(0)
-    # 9. Each expert with all of its rows.
     for e in range(E):
         rows = np.int64(0)
         for m in range(T * K):
             if experts[m] == e:
-                for i in range(D):
-                    scratch[x0 + rows * D + i] = scratch[m // K * D + i]
+                if turn == part:
+                    for i in range(D):
+                        scratch[x0 + rows * D + i] = scratch[m // K * D + i]
                 rows += 1
         if rows == 0:
             continue
-        product(scratch, x0, D, rows, gate_up, e * 2 * F * D, 2 * F, D, scratch, gate0, 2 * F)
-        for r in range(rows):
-            swiglu(scratch, gate0 + r * 2 * F, scratch, gate0 + r * 2 * F + F, F)
-        product(scratch, gate0, 2 * F, rows, down, e * D * F, D, F, scratch, y0, D)
-        rows = np.int64(0)
-        for m in range(T * K):
-            if experts[m] == e:
-                for i in range(D):
-                    out[m // K * D + i] += weights[m] * scratch[y0 + rows * D + i]
-                rows += 1
-    add_rows(x, out, T * D)
+        if turn == part:
+            w0 = e * 2 * F * D
+            feed(
+                scratch, x0, rows, D, gate_up, w0, gate_up, w0 + F * D, down, e * D * F, F,
+                scratch, gate0, up0, scratch, out0,
+            )  # fmt: skip
+            rows = np.int64(0)
+            for m in range(T * K):
+                if experts[m] == e:
+                    for i in range(D):
+                        scratch[y0 + m * D + i] = scratch[out0 + rows * D + i]
+                    rows += 1
+        turn = (turn + 1) % parts
+    meet()
+    # 9. Their sum, onto x.
+    for t in range(T):
+        for k in range(K):
+            m = t * K + k
+            for i in range(share(D, part, parts), share(D, part + 1, parts)):
+                out[t * D + i] += weights[m] * scratch[y0 + m * D + i]
+    add_rows(x, out, T, D, part, parts)
     return 0

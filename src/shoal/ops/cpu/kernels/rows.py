@@ -5,6 +5,10 @@ So nothing is allocated, counted or able to raise, and the object file needs not
 memcpy. Sums may be reordered and products fused (`FASTMATH`), which is what lets LLVM use whole vectors; NaN
 and infinity keep their meaning.
 
+Most entries are for one thread or several. Each calls with its `part` of `parts`, takes its share of heads,
+experts or columns, and meets the others where it needs what they made. Shares never overlap, and a number is
+computed alike whoever computes it.
+
 The argument for `product`: with one to eight rows it is bound by the weights' way from the caches or from
 memory, so they are read in order, and once for four rows of x.
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import llvmlite.binding as llvm
 import numpy as np
 from numba import cfunc, njit, types
 
@@ -31,6 +36,17 @@ def kernel(signature):
 def entry(signature):
     """A kernel that is called from outside, by C's rules."""
     return cfunc(signature, fastmath=FASTMATH, error_model="numpy", boundscheck=False)
+
+
+# Each part waits for all the others; alone it returns at once. Compiling wants an address, and calls nothing.
+llvm.add_symbol("GOMP_barrier", 1)
+meet = types.ExternalFunction("GOMP_barrier", void())
+
+
+@kernel(i64(i64, i64, i64))
+def share(count, part, parts):
+    """Where the share of a part begins; it ends where the next one's does."""
+    return count * part // parts
 
 
 @kernel(void(F32, i64, i64, i64, F32, i64, i64, i64, F32, i64, i64))
@@ -80,18 +96,27 @@ def product(x, x0, x_stride, rows, w, w0, outputs, inputs, y, y0, y_stride):
             y[ya + i] = a
 
 
-@kernel(void(F32, F32, i64, i64, i64))
-def add_bias(bias, y, y0, rows, outputs):
+@kernel(void(F32, i64, i64, i64, F32, i64, i64, F32, i64, i64, i64, i64))
+def project(x, x0, x_stride, rows, w, outputs, inputs, y, y0, y_stride, part, parts):
+    """The part's share of the columns of y = x w^T."""
+    first, end = share(outputs, part, parts), share(outputs, part + 1, parts)
+    product(x, x0, x_stride, rows, w, first * inputs, end - first, inputs, y, y0 + first, y_stride)
+
+
+@kernel(void(F32, F32, i64, i64, i64, i64, i64))
+def add_bias(bias, y, y0, rows, outputs, part, parts):
+    """To the part's share of columns."""
     for r in range(rows):
-        for i in range(outputs):
+        for i in range(share(outputs, part, parts), share(outputs, part + 1, parts)):
             y[y0 + r * outputs + i] += bias[i]
 
 
-@kernel(void(F32, F32, i64))
-def add_rows(x, y, count):
-    """y += x: the residual."""
-    for i in range(count):
-        y[i] += x[i]
+@kernel(void(F32, F32, i64, i64, i64, i64))
+def add_rows(x, y, rows, dim, part, parts):
+    """y += x, the residual, in the part's share of columns."""
+    for r in range(rows):
+        for i in range(share(dim, part, parts), share(dim, part + 1, parts)):
+            y[r * dim + i] += x[r * dim + i]
 
 
 @kernel(void(F32, i64, F32, i64, f32, F32, i64))
@@ -233,7 +258,7 @@ def record_step(
     return 0
 
 
-@entry(i64(F32, i64, i64, F32, i64, F32))
-def head_step(x, T, D, weight, V, out):
-    product(x, 0, D, T, weight, 0, V, D, out, 0, V)
+@entry(i64(F32, i64, i64, F32, i64, F32, i64, i64))
+def head_step(x, T, D, weight, V, out, part, parts):
+    project(x, 0, D, T, weight, V, D, out, 0, V, part, parts)
     return 0
