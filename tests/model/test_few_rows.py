@@ -117,10 +117,11 @@ def test_any_number_of_threads_gives_the_same_bits(
     """Three share what one does alone; at one row some have no share at all."""
     model = build(CONFIGS[name])
     monkeypatch.setattr(limits, "WEIGHTS_OF_PART", 1)
+    monkeypatch.setattr(limits, "ROWS_OF_TEAM", 1)
     outcomes = []
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert limits.count_parts(10) == threads
+        assert limits.count_parts(1, 10) == threads
         output, cache = step(model, dict(enumerate(rows)), "auto")
         with torch.inference_mode():
             logits_TV = dispatch.fuse("head_step", output.hidden_TD, model.head_weight())

@@ -85,7 +85,7 @@ def latent_step(
     (tokens, hidden), (heads, nope, rope, value) = x_TD.shape, head_dims
     (sequences, width), (num_pages, page_size, row) = table_SB.shape, pages.shape
     query_rank, rank = 0 if weights.q_a_LD is None else weights.q_a_LD.shape[0], row - rope
-    parts = count_parts(_read(weights))
+    parts = count_parts(tokens, _read(weights))
     of_token = heads * (nope + rope + value) + row + query_rank + parts * max(hidden, query_rank)
     scratch = x_TD.new_empty(tokens * of_token + heads * (row + longest + rank))
     out_TD = torch.empty_like(x_TD)
@@ -147,7 +147,7 @@ def grouped_step(
     num_pages, page_size, _, groups, dim = pages.shape
     heads = weights.q.shape[0] // dim
     normed = 0 if weights.q_norm is None else 1 if weights.q_norm.numel() == dim else 2
-    parts = count_parts(_read(weights))
+    parts = count_parts(tokens, _read(weights))
     of_token = parts * hidden + 2 * heads * dim + 2 * groups * dim
     scratch = x_TD.new_empty(tokens * of_token + heads * longest)
     out_TD = torch.empty_like(x_TD)

@@ -25,7 +25,7 @@ def mlp_step(
     x_TD: Tensor, norm_D: Tensor, norm_eps: float, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor
 ) -> Tensor:
     (tokens, hidden), inner = x_TD.shape, gate_ID.shape[0]
-    parts = count_parts(3 * gate_ID.numel())
+    parts = count_parts(tokens, 3 * gate_ID.numel())
     scratch = x_TD.new_empty(tokens * (parts * hidden + 2 * inner))
     out_TD = torch.empty_like(x_TD)
     run(
@@ -77,7 +77,7 @@ def moe_step(
     shared = (0, 0, 0, 0)
     if weights.shared is not None:
         shared = (*(weight.data_ptr() for weight in weights.shared), weights.shared[0].shape[0])
-    parts = count_parts(_read(weights, tokens * top_k))
+    parts = count_parts(tokens, _read(weights, tokens * top_k))
     of_part = n_experts + 2 * n_group + 2 * tokens * (hidden + max(inner, shared[3]))
     scratch = x_TD.new_empty(tokens * (1 + top_k) * hidden + parts * of_part)
     out_TD, scores_TE = torch.empty_like(x_TD), x_TD.new_empty(tokens, n_experts)

@@ -1,8 +1,8 @@
 """What all CPU kernels ask of a call: few rows, no gradient, float32 in order on a CPU, moderate weights.
 
-A kernel takes one more of PyTorch's threads for each `WEIGHTS_OF_PART` that it reads. More rows or larger
-weights are left to PyTorch's products. Both limits are where a dense layer's two ways met on 2 cores, the
-kernel on one of them (LOG.md); experts would gain beyond 16 rows.
+From `ROWS_OF_TEAM` rows on a kernel takes one more of PyTorch's threads for each `WEIGHTS_OF_PART` that it
+reads. More rows or larger weights are left to PyTorch's products. Both limits are where a dense layer's two
+ways met on 2 cores, the kernel on one of them (LOG.md); experts would gain beyond 16 rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from shoal.ops.cpu import load
 
 FEW_ROWS = 16
 MANY_WEIGHTS = 1 << 21  # elements read by one call
+ROWS_OF_TEAM = 4
 WEIGHTS_OF_PART = 1 << 16  # some 15 us of reading, beside 2 us for a team to meet
 
 
@@ -37,8 +38,9 @@ def refusal(x_TD: Tensor, tensors: Iterable[Tensor | None], read: int) -> str | 
     return load.refusal()
 
 
-def count_parts(read: int) -> int:
-    return min(torch.get_num_threads(), 1 + read // WEIGHTS_OF_PART)
+def count_parts(rows: int, read: int) -> int:
+    """Threads for a call. One row gains little by a second, and loses much where that must be waited for."""
+    return min(torch.get_num_threads(), 1 + read // WEIGHTS_OF_PART) if rows >= ROWS_OF_TEAM else 1
 
 
 def address(tensor: Tensor | None) -> int:

@@ -30,7 +30,7 @@ def head_refusal(x_TD: Tensor, weight_VD: Tensor) -> str | None:
 def head_step(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
     out_TV = x_TD.new_empty(x_TD.shape[0], weight_VD.shape[0])
     run(
-        *("head_step", count_parts(weight_VD.numel()), x_TD.data_ptr(), *x_TD.shape),
+        *("head_step", count_parts(x_TD.shape[0], weight_VD.numel()), x_TD.data_ptr(), *x_TD.shape),
         *(weight_VD.data_ptr(), weight_VD.shape[0], out_TV.data_ptr()),
     )
     return out_TV
