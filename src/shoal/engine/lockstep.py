@@ -24,6 +24,7 @@ from shoal.engine.events import Completion, Event
 from shoal.engine.sampling import hash_pair
 from shoal.engine.sequence import SamplingParams
 from shoal.engine.stats import Stats
+from shoal.engine.team import Alone
 
 
 class Line(Protocol):
@@ -43,20 +44,14 @@ class Line(Protocol):
         ...
 
 
-class Apart:
+class Apart(Alone):
     """The team of an engine in lockstep: its runner's calls are its own, its experts everybody's."""
 
     def __init__(self, line: Line) -> None:
-        self.crowd, self.least = line.ranks, line.least
+        self.crowd, self._line = line.ranks, line
 
-    def tell(self, call: str, *given: Any) -> None:
-        pass
-
-    def hear(self) -> None:
-        return None
-
-    def share(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def least(self, value: int) -> int:
+        return self._line.least(value)
 
 
 class Order(NamedTuple):

@@ -19,7 +19,6 @@ from shoal.config.sparsify import SparsifyConfig, with_indexer
 from shoal.model.transformer import Transformer
 from shoal.stages import pretrain
 from shoal.stages.extend import find_checkpoint
-from shoal.train.auxiliary import Auxiliary
 from shoal.train.indexer import LearnIndexers, indexers
 from shoal.train.loss import NextToken
 from shoal.train.metrics import Observer
@@ -60,12 +59,7 @@ def run(
     def lesson(model: Transformer) -> pretrain.Lesson:
         if config.stage == "warm-up":
             return pretrain.Lesson(LearnIndexers(), indexers(model))
-        base = NextToken(
-            model.config.num_nextn_predict_layers,
-            mtp_weight=config.train.mtp_loss_weight,
-            auxiliary=Auxiliary.of(config.train.balance, model.config.moe),
-        )
-        return pretrain.Lesson(LearnIndexers(base))
+        return pretrain.Lesson(LearnIndexers(NextToken.of(model.config, config.train)))
 
     return pretrain.run(
         plain, folder, device=device, observe=observe, start=lambda corpus: fill, lesson=lesson

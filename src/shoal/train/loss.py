@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shoal.batch import Batch
 from shoal.config.model import ModelConfig
+from shoal.config.run import TrainConfig
 from shoal.model.transformer import Output, Transformer
 from shoal.ops import api as ops
 from shoal.train.auxiliary import Auxiliary, Sequences
@@ -45,6 +46,15 @@ class NextToken:
         self.modules = modules if mtp_weight else 0
         self.mtp_weight = mtp_weight
         self.auxiliary = auxiliary or Auxiliary({"sequence": balance_weight})
+
+    @staticmethod
+    def of(config: ModelConfig, settings: TrainConfig) -> NextToken:
+        """What a recipe asks for."""
+        return NextToken(
+            config.num_nextn_predict_layers,
+            mtp_weight=settings.mtp_loss_weight,
+            auxiliary=Auxiliary.of(settings.balance, config.moe),
+        )
 
     def count(self, batches: Sequence[Batch]) -> Tensor:
         """Tokens, targets that count, and the same for each prediction module: (2 + modules,) int64."""

@@ -35,7 +35,6 @@ from shoal.config.run import TrainConfig
 from shoal.model.moe import max_violation
 from shoal.model.transformer import Output, Transformer
 from shoal.train import loss
-from shoal.train.auxiliary import Auxiliary
 from shoal.train.balance import Balancer, add_noise
 from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
@@ -104,11 +103,7 @@ class Trainer:
         self.recipe = recipe  # JSON that checkpoints carry, for people
         self.observe = observe
         self.device = next(model.parameters()).device
-        self.objective = objective or loss.NextToken(
-            model.config.num_nextn_predict_layers,
-            mtp_weight=settings.mtp_loss_weight,
-            auxiliary=Auxiliary.of(settings.balance, model.config.moe),
-        )
+        self.objective = objective or loss.NextToken.of(model.config, settings)
         self.team = team
         if team.stages is not None and not isinstance(self.objective, StagedObjective):
             raise ValueError(
