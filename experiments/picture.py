@@ -62,17 +62,18 @@ def table(name: str, record: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"Source: {record['source']}.",
         "",
         f"{record['date']}, {record['hardware']}; {plan['steps']} steps of {plan['tokens_per_batch']:,}"
-        f" tokens in sequences of {plan['seq_len']}, {rows[0].seeds} seeds, {record['width']} wide.",
+        f" tokens in sequences of {plan['seq_len']}, {record['seeds']} seeds, {record['width']} wide.",
         "Bits per byte are of held-out English, Chinese and Python.",
-        f"`python -m experiments {name} --width {record['width']} --seeds {rows[0].seeds} "
+        f"`python -m experiments {name} --width {record['width']} --seeds {record['seeds']} "
         f"--steps {plan['steps']} --tokens-per-batch {plan['tokens_per_batch']} --seq-len {plan['seq_len']}`",
         "",
-        "| variant | bits per byte | deviation | MaxVio | parameters, active / all | FLOPs | seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | seeds | bits per byte | deviation | MaxVio | active, all parameters | FLOPs | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.variant} | {row.bits_per_byte:.4f} | {row.deviation:.4f} | {row.max_violation:.2f} "
-        f"| {row.active / 1e6:.1f}M / {row.total / 1e6:.1f}M | {row.flops:.2e} | {row.seconds:.0f} |"
+        f"| {row.variant} | {row.seeds} | {row.bits_per_byte:.4f} | {row.deviation:.4f} "
+        f"| {row.max_violation:.2f} | {row.active / 1e6:.1f}M, {row.total / 1e6:.1f}M "
+        f"| {row.flops:.2e} | {row.seconds:.0f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"

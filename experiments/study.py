@@ -2,8 +2,7 @@
 
 A variant is a model and how it is balanced; all else is the study's. The law: a run is a function of its
 variant and seed, the seeds are the same for all variants, and what is compared is measured on the same
-held-out text. Runs go side by side in processes of their own, on one GPU too: a small model waits for its
-launches.
+held-out text. Which runs there are, and when, is for pool.py.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +59,7 @@ class Plan:
     seq_len: int = 512
     lr: float = 2e-3
     threads: int = 1
-    keep: bool = False  # trained models stay beside the text, and serve every study that asks for the same
+    models: str = ""  # a folder where trained models are put, and found by whoever asks for the same
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,25 @@ class Result:
 Extra = Callable[[Transformer, Text, Plan], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a study asks of a trained model beside its loss; the variant by the study's name for it."""
+
+    study: str
+    variant: Variant
+    extra: Extra
+
+
 def nothing_more(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
     return {}
 
 
 def trained(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transformer, float]:
-    """The model after its last step, and the seconds that took; kept, and found again, if the plan says."""
-    if not plan.keep:
+    """The model after its last step, and the seconds that took; put down and found again if the plan says."""
+    if not plan.models:
         return train(variant, seed, plan, text)
     device = torch.device(plan.device)
-    path = Path(plan.text) / "trained" / f"{_name(variant, seed, plan)}.safetensors"
+    path = Path(plan.models) / f"{identity(variant, seed, plan)}.safetensors"
     if path.exists():
         model = _empty(variant, plan, text)
         state = load_file(path, device=str(device))
@@ -101,16 +107,16 @@ def trained(variant: Variant, seed: int, plan: Plan, text: Text) -> tuple[Transf
         with safe_open(path, "pt") as file:
             return model.eval(), float(file.metadata()["seconds"])
     model, seconds = train(variant, seed, plan, text)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, path.with_suffix(f".{os.getpid()}"), {"seconds": str(seconds)})
     path.with_suffix(f".{os.getpid()}").rename(path)
     return model, seconds
 
 
-def _name(variant: Variant, seed: int, plan: Plan) -> str:
-    """What a run is a function of."""
-    what = replace(variant, name=""), seed, replace(plan, text="", threads=1, keep=True)
+def identity(variant: Variant, seed: int, plan: Plan) -> str:
+    """Of a run: what it is a function of, on one text."""
+    what = replace(variant, name=""), seed, replace(plan, text="", threads=1, models="")
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -196,9 +202,10 @@ def on(model: Transformer, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch.to(device)
 
 
-def run_one(variant: Variant, seed: int, plan: Plan, extra: Extra) -> Result:
+def run_one(questions: Sequence[Question], seed: int, plan: Plan) -> list[Result]:
+    """One training, and what each question about it finds; the questions' variants differ in name alone."""
     torch.set_num_threads(plan.threads)
-    text = load(Path(plan.text))
+    text, variant = load(Path(plan.text)), questions[0].variant
     model, seconds = trained(variant, seed, plan, text)
     found = {name: measure(model, shard, plan) for name, shard in text.held_out.items()}
     sizes = {name: shard.num_bytes for name, shard in text.held_out.items()}
@@ -209,32 +216,21 @@ def run_one(variant: Variant, seed: int, plan: Plan, extra: Extra) -> Result:
     tokens = plan.steps * plan.tokens_per_batch
     flops = tokens * cost.flops_per_token(model.config, plan.seq_len // 2, mtp=variant.mtp_loss_weight > 0)
     domains = {name: value for name, (value, _) in found.items()}
-    more = extra(model, text, plan)
-    return Result(
-        *(variant.name, seed, bits, domains, violation),
-        *(params.active, params.total, flops, seconds, more),
-    )
+    return [
+        Result(
+            *(each.variant.name, seed, bits, domains, violation),
+            *(params.active, params.total, flops, seconds, each.extra(model, text, plan)),
+        )
+        for each in questions
+    ]
 
 
-def run(
-    variants: Sequence[Variant], seeds: Sequence[int], plan: Plan, jobs: int, extra: Extra = nothing_more
-) -> list[Result]:
-    """All of them, `jobs` at a time; each is told as it ends."""
-    work = [(variant, seed) for seed in seeds for variant in variants]
-    results: list[Result] = []
-    start = time.perf_counter()
-    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(run_one, variant, seed, plan, extra) for variant, seed in work]
-        for done in as_completed(waiting):
-            result = done.result()
-            results.append(result)
-            print(
-                f"{len(results)}/{len(work)} {result.variant}, seed {result.seed}: "
-                f"{result.bits_per_byte:.4f} bits per byte, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-    names = [variant.name for variant in variants]
-    return sorted(results, key=lambda each: (names.index(each.variant), each.seed))
+def look_again(question: Question, seed: int, plan: Plan) -> dict[str, Any]:
+    """What a question finds in a model that is there already."""
+    torch.set_num_threads(plan.threads)
+    text = load(Path(plan.text))
+    model, _ = trained(question.variant, seed, plan, text)
+    return question.extra(model, text, plan)
 
 
 @dataclass(frozen=True)
@@ -275,5 +271,5 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
 def to_record(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if plan.device.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    told = {key: value for key, value in asdict(plan).items() if key not in ("text", "keep")}
+    told = {key: value for key, value in asdict(plan).items() if key not in ("text", "models")}
     return {"hardware": where, "plan": told, "results": [asdict(each) for each in results]}

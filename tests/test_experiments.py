@@ -4,13 +4,17 @@ and masking leaves out what it says."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from experiments import look, picture, text
-from experiments.claims import claims
-from experiments.study import Plan, Variant, nothing_more, run_one, summarise
+from experiments.claims import Claim, claims
+from experiments.pool import Study, run
+from experiments.study import Extra, Plan, Question, Result, Variant, nothing_more, run_one, summarise
+from experiments.text import Text
 from shoal.batch import Batch
 from shoal.config import cost
 from shoal.config.families import tiny
@@ -38,9 +42,13 @@ def small(model: ModelConfig) -> ModelConfig:
     return replace(model, hidden_size=32, intermediate_size=16, num_hidden_layers=2, moe=moe)
 
 
+def one(variant: Variant, seed: int, plan: Plan, extra: Extra = nothing_more) -> Result:
+    return run_one([Question("", variant, extra)], seed, plan)[0]
+
+
 def test_a_run_is_a_function_of_its_variant_and_seed(plan: Plan) -> None:
     variant = Variant("tiny", tiny("deepseek-moe-16b"), BalanceConfig())
-    first, same, other = (run_one(variant, seed, plan, nothing_more) for seed in (0, 0, 1))
+    first, same, other = (one(variant, seed, plan) for seed in (0, 0, 1))
     assert replace(same, seconds=first.seconds) == first
     assert other.bits_per_byte != first.bits_per_byte
     (row,) = summarise([first, other])
@@ -71,7 +79,7 @@ def test_every_variant_trains_and_is_looked_at(name: str, plan: Plan) -> None:
     steps = 3 if name == "sparse" else 1
     for variant in variants:
         made = replace(variant, model=small(variant.model))
-        result = run_one(made, 0, replace(plan, steps=steps), claim.extra)
+        result = one(made, 0, replace(plan, steps=steps), claim.extra)
         assert 0 < result.bits_per_byte < 16
         moe = variant.model.moe
         assert (result.max_violation > 0) == (moe is not None and moe.topk_method != "expert_choice")
@@ -81,19 +89,44 @@ def test_every_variant_trains_and_is_looked_at(name: str, plan: Plan) -> None:
             assert result.extra["same_answers"] == 1.0
 
 
-def test_a_model_that_was_kept_is_the_one_that_was_trained(plan: Plan) -> None:
+def test_a_model_that_was_kept_is_the_one_that_was_trained(plan: Plan, tmp_path: Path) -> None:
     variant = Variant("tiny", tiny("deepseek-v3"), BalanceConfig(), precision="fp8")
-    keeping = replace(plan, keep=True)
-    plain, first, again = (run_one(variant, 0, each, nothing_more) for each in (plan, keeping, keeping))
+    keeping = replace(plan, models=str(tmp_path))
+    plain, first, again = (one(variant, 0, each) for each in (plan, keeping, keeping))
     assert first == again  # to the seconds: nothing was trained
     assert replace(plain, seconds=first.seconds) == first
-    other = run_one(replace(variant, precision="dtype"), 0, keeping, nothing_more)
+    other = one(replace(variant, precision="dtype"), 0, keeping)
     assert other.bits_per_byte != first.bits_per_byte
+
+
+def fails(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    raise ValueError("no answer")
+
+
+def counts(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
+    return {"kept": len(list(Path(plan.models).iterdir()))}
+
+
+def test_studies_share_their_runs_and_what_is_timed_comes_last(plan: Plan, tmp_path: Path) -> None:
+    variant = Variant("tiny", tiny("deepseek-moe-16b"), BalanceConfig())
+    keeping = replace(plan, models=str(tmp_path))
+    studies = [
+        Study("late", Claim("", "", (variant,), counts, timed=True), keeping),
+        Study("early", Claim("", "", (replace(variant, name="same"),)), keeping),
+        Study("wrong", Claim("", "", (variant,), fails), replace(keeping, steps=2)),
+    ]
+    taken: list[tuple[str, Result]] = []
+    failures = run(studies, 1, 2, lambda name, result: taken.append((name, result)))
+    assert [each.split(" ", 1)[1] for each in failures] == ["wrong, tiny, seed 0: ValueError: no answer"]
+    (_, first), (_, same), (_, last) = taken
+    assert [name for name, _ in taken] == ["late", "early", "late"]
+    assert same == replace(first, variant="same")  # to the seconds: trained once
+    assert last == replace(first, extra={"kept": 2})
 
 
 def test_what_was_looked_at_is_told_with_its_spread(plan: Plan) -> None:
     variant = Variant("tiny", tiny("deepseek-moe-16b"), BalanceConfig())
-    results = [run_one(variant, seed, plan, look.at_domains) for seed in (0, 1)]
+    results = [one(variant, seed, plan, look.at_domains) for seed in (0, 1)]
     told = picture.looked_table(results)
     mean = sum(each.extra["divergence"] for each in results) / 2
     assert f"| divergence | {mean:.4g} ± " in told
