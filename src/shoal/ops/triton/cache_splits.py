@@ -54,6 +54,16 @@ def _find_rows(table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN:
 
 
 @triton.jit
+def _find_narrow_rows(base, table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
+    """Pointers to BN rows of bytes (BN, 1). Rows that are no multiple of 16 bytes are aligned to their scales'
+    4, which must be said: the compiler takes their stride's alignment from the first of them."""
+    at = base + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
+    if ROW % 16 != 0:
+        at = tl.multiple_of(at, (1, 4))
+    return at
+
+
+@triton.jit
 def _load_tile(
     base,
     table_ptr,
@@ -92,7 +102,7 @@ def _load_narrow_tile(
 ):
     """The same of rows in FP8, from byte `first` on, widened to DTYPE."""
     kept = tile * BN + tl.arange(0, BN) < limit
-    at = base + first + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
+    at = first + _find_narrow_rows(base, table_ptr, tile, kept, ROW, PAGE, BN)
     return load_narrow(at, kept[:, None], WIDTH, BLOCK).to(DTYPE)
 
 
@@ -112,7 +122,7 @@ def _load_behind_tile(
 ):
     """The R bfloat16 elements behind WIDTH narrow ones (BN, BR) in DTYPE."""
     kept = tile * BN + tl.arange(0, BN) < limit
-    at = behind_narrow(base + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN), WIDTH)
+    at = behind_narrow(_find_narrow_rows(base, table_ptr, tile, kept, ROW, PAGE, BN), WIDTH)
     column = tl.arange(0, BR)[None, :]
     return tl.load(at + column, mask=kept[:, None] & (column < R), other=0.0).to(tl.float32).to(DTYPE)
 

@@ -4,7 +4,6 @@
 
 A program that writes holds whole rows, so their scales are maxima in registers; one that reads widens a tile
 as it comes, and multiplies in the dtype of the queries: half the bytes of a wide cache, the same products.
-Run under the interpreter only (2026-11-29): neither rate nor tiles are measured on a GPU.
 """
 
 from __future__ import annotations
