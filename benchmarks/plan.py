@@ -3,8 +3,8 @@
     python -m benchmarks.plan [--model deepseek-v2-lite] [--batches 1 32 256] [--gpu h200]
 
 Each row is a run of that command in a process of its own, of random weights in the model's shape: a batch
-that begins together, the median time between two tokens and to the first. The prediction is
-analysis/planner's for the same load, and promises 20% of the time between tokens.
+that begins together, the median time of a step in which all of it decodes, and to the first token. The
+prediction is analysis/planner's for the same load, and promises 20% of the step.
 
 On a device that config/hardware.py does not know, a CPU say, a GPU is named with --gpu; the table then shows
 its form and nothing else, and says so.
@@ -62,11 +62,16 @@ def compare(told: dict[str, Any], row: Gpu) -> Row:
     settings, config = told["settings"], find_config(told["settings"]["model"])
     batch, prompt = settings["batch"], settings["prompt"]
     load = Load(batch, prompt, settings["tokens"], cast(WeightDtype, settings["dtype"]))
+    if "p50_step_ms" not in told:
+        raise SystemExit(
+            f"in no step did all {batch} requests decode: the first ended, after --tokens "
+            f"{settings['tokens']}, before the last had begun; raise it"
+        )
     rate = plan_serving(config, row, 1, load).prefill
     return Row(
         batch=batch,
         step_predicted=1e3 * decode_point(config, row, 1, load, batch).predicted_s,
-        step_measured=told["p50_itl_ms"],
+        step_measured=told["p50_step_ms"],
         first_predicted=1e3 * batch * prompt / rate,
         first_measured=told["p50_ttft_ms"],
     )
@@ -95,7 +100,7 @@ def main() -> None:
     parser.add_argument("--model", default="deepseek-v2-lite", help="a family or a folder with a config.json")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--gpu", help="the row of the table of hardware; default: the device's own")

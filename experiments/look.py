@@ -152,7 +152,8 @@ def share_of_best(load_LE: Tensor, count: int) -> float:
 
 def at_guesses(model: Transformer, text: Text, plan: Plan) -> dict[str, Any]:
     """Greedy answers to held-out text, plain and with guesses of the prediction module: how many stand, and
-    tokens a second of both, warm. In float32 the texts are equal; in bfloat16 a close call may go the other way."""
+    tokens a second of both, warm. In float32 the texts are equal; in bfloat16 a close call may go either
+    way."""
     if not model.config.num_nextn_predict_layers:
         return {}
     prompts: list[list[int]] = []

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+Attend = Callable[..., Tensor]  # rows of T tokens, and the batch of those tokens -> (T, X)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -46,6 +48,9 @@ class KVView:
     # their scales, (P, page_size) float32. Written by the indexer.
     index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
     chunks: tuple[Chunk, ...] = ()  # in order; one left out is served all the same, as a decode is
+    # Where a step goes in pieces (engine/pieces.py), whose rows are padded and whose lengths are not here:
+    # asks for attention between them.
+    between: Callable[[Attend, tuple[Tensor, ...]], Tensor] | None = None
 
     @property
     def page_size(self) -> int:
@@ -112,6 +117,11 @@ class Batch:
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens_S1.shape[0] - 1
+
+    def attended(self, attend: Attend, *rows: Tensor) -> Tensor:
+        """`attend(*rows, self)`, here or between the pieces of a step."""
+        between = None if self.kv is None else self.kv.between
+        return attend(*rows, self) if between is None else between(attend, rows)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, itself where it is there already. One with a cache stays with it."""

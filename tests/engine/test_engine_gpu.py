@@ -66,8 +66,9 @@ def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[lis
     expected = Engine(host, SETTINGS).generate(prompts, params)
     device = on_gpu(host)
     for settings in (
-        SETTINGS,  # graphs and overlap are the default here
-        replace(SETTINGS, buckets=(), overlap=False),
+        SETTINGS,  # graphs, pieces and overlap are the default here
+        replace(SETTINGS, buckets=(), lengths=(), overlap=False),
+        replace(SETTINGS, lengths=(8, 24, 64), buckets=()),
         replace(SETTINGS, page_size=4, num_pages=24, max_batch_tokens=40),  # with preemption
     ):
         engine = Engine(device, settings)

@@ -8,6 +8,7 @@ floor of this model on this device (analysis/floor.py), and the share of it that
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,9 +195,13 @@ def _serve(engine: Engine, prompts: list[list[int]], tokens: int, load: Load) ->
     begin = time.perf_counter()
     last = {engine.add(ids, params): begin for ids in prompts}
     begun: set[int] = set()
+    stepped, together, ended = begin, False, False
     while engine.busy:
         events = engine.step()
         now = time.perf_counter()
+        if together:
+            load.steps.append(now - stepped)
+        stepped = now
         arrived: dict[int, int] = {}
         for event in events:
             if event.error is not None:
@@ -212,6 +217,8 @@ def _serve(engine: Engine, prompts: list[list[int]], tokens: int, load: Load) ->
             load.gaps += [(now - last[request]) / max(count, 1)] * count
             last[request] = now
             load.generated += arrived[request]
+        ended = ended or any(event.finish is not None for event in events)
+        together = len(begun) == len(prompts) and not ended
     load.prompt_tokens += sum(map(len, prompts))
     load.seconds += time.perf_counter() - begin
 
@@ -234,6 +241,8 @@ def _result(
     )
     seconds = floor.latency(tokens)
     result: dict[str, Any] = {"settings": settings, **summarise(load)}
+    if load.steps:
+        result["p50_step_ms"] = 1000 * statistics.median(load.steps)
     stats = engine.stats()
     if stats.expert_cache_queries:
         result["expert_cache_hit_rate"] = (stats.expert_cache_hits or 0) / stats.expert_cache_queries

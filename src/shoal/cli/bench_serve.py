@@ -27,6 +27,7 @@ class Load:
     first: list[float] = field(default_factory=list)  # to the first token
     gaps: list[float] = field(default_factory=list)  # between two arrivals
     whole: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)  # of an engine, in which all requests decode
     prompt_tokens: int = 0
     generated: int = 0
     errors: int = 0

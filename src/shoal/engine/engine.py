@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, ledger, offline, sampling, scoring, staging
+from shoal.engine import grammar, ledger, offline, pieces, sampling, scoring, staging
 from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
@@ -72,7 +72,10 @@ class Engine:
         buckets = default_sizes(settings.max_sequences) if on_cuda and not self._offloaded else ()
         buckets = buckets if settings.buckets is None else settings.buckets
         team = team or Alone()
-        self.ledger = ledger.of_engine(model, settings, buckets if on_cuda else (), team)
+        lengths = self._choose_lengths(model, team)
+        self.ledger = ledger.of_engine(
+            model, settings, buckets if on_cuda else (), team, longest_graph=max(lengths, default=0)
+        )
         self.pool = BlockPool(self.ledger.num_pages, settings.page_size, remember=settings.prefix_cache)
         if settings.affinity and self.config.moe is None:
             raise ValueError(f"affinity is {settings.affinity}, but this model routes nothing; set it to 0")
@@ -97,6 +100,7 @@ class Engine:
             max_sequences=settings.max_sequences,
             buckets=buckets,
             contexts=default_contexts(self.ledger.longest),
+            lengths=lengths,
             num_drafts=settings.speculate,
             record_weights=settings.record_weights,
             index_keys=settings.index_keys,
@@ -116,6 +120,21 @@ class Engine:
         self._ended: list[Event] = []  # told by the next step
         self._generated = self._steps = 0
         self._step_seconds = 0.0
+
+    def _choose_lengths(self, model: Transformer, team: Team) -> tuple[int, ...]:
+        """Of the settings, or those that pay."""
+        settings, why = self.settings, pieces.why_not(model)
+        if not isinstance(team, Alone):
+            why = "the processes of a team meet eagerly"
+        if settings.lengths is None:
+            return (
+                ()
+                if why or not model.head_weight().is_cuda
+                else pieces.default_lengths(settings.max_batch_tokens)
+            )
+        if settings.lengths and why:
+            raise ValueError(f"lengths are {settings.lengths}, but {why}; leave them out")
+        return settings.lengths
 
     @property
     def busy(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 from shoal.config.cost import forward_bytes, step_bytes
 from shoal.config.model import ModelConfig
 from shoal.engine.buckets import default_contexts
+from shoal.engine.pieces import attended_width
 from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import count_page_bytes
 from shoal.engine.settings import EngineSettings
@@ -82,6 +83,7 @@ def draw_up(
     max_sequences: int,
     graph_sizes: tuple[int, ...] = (),
     graphs_a_size: int = 1,
+    longest_graph: int = 0,
     scratch: int = 0,
 ) -> Ledger:
     """The ledger of an engine with these settings: as many pages as fit, if `num_pages` does not say.
@@ -101,6 +103,7 @@ def draw_up(
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
         graphs = graphs_a_size * sum(graph_sizes) * kept + config.vocab_size * widest * dtype_bytes
         graphs += forward_bytes(config, widest, widest, dtype_bytes, context=context) + WORKSPACE_BYTES
+    graphs += pieces_bytes(config, longest_graph, dtype_bytes)
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1
     usable = max_sequences * -(-config.max_position_embeddings // page_size)
@@ -122,6 +125,14 @@ def draw_up(
     return Ledger(limit, weights, activations, graphs, page, page_size, pages, longest, tuple(notes))
 
 
+def pieces_bytes(config: ModelConfig, longest: int, dtype_bytes: int) -> int:
+    """Of steps recorded in pieces (pieces.py): the longest one, what attention gives it, and its results."""
+    if not longest:
+        return 0
+    kept = longest * (attended_width(config) + config.hidden_size) * dtype_bytes
+    return kept + forward_bytes(config, longest, 0, dtype_bytes) + WORKSPACE_BYTES
+
+
 def _remedy(config: ModelConfig, room: int, affordable: int, max_sequences: int, dtype_bytes: int) -> str:
     """The one setting to change, and a value that fits. `room` is what a step may hold beside one page."""
     if affordable >= 1:
@@ -141,6 +152,7 @@ def of_engine(
     settings: EngineSettings,
     graph_sizes: tuple[int, ...],
     team: Team | None = None,
+    longest_graph: int = 0,
 ) -> Ledger:
     """The ledger of an engine for a model that is already where it will run; of a team, that of the first,
     with no more pages than fit on each."""
@@ -183,6 +195,7 @@ def of_engine(
         max_batch_tokens=settings.max_batch_tokens * (1 if team is None else team.crowd),
         max_sequences=settings.max_sequences,
         graph_sizes=graph_sizes,
+        longest_graph=longest_graph,
         graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
         scratch=scratch_bytes(model, head.dtype.itemsize) + rounds_bytes(model, settings.max_batch_tokens),
     )

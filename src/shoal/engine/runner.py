@@ -8,7 +8,7 @@ its sequence is never read, so pages are not cleared.
 A step may be launched before the ids it continues have reached the host: such an id is written as a place in
 `tokens`, the table on the device where sampling leaves them. Steps of nothing but decodes are padded to a
 few fixed sizes (`buckets`), whose padding writes to one page more than there are; on CUDA each replays a
-graph.
+graph. Others are padded to a few fixed lengths (`pieces`), and replay graphs between their attentions.
 
 Shape letters: T tokens of the step, S sequences, M rows that are drawn from, B pages of a sequence, D hidden,
 V vocabulary.
@@ -31,6 +31,7 @@ from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
+from shoal.engine.pieces import Between, Pieces
 from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
@@ -89,8 +90,8 @@ class Step:
 
 class Runner:
     """`buckets` are the sizes to which steps of decodes are padded, `contexts` the bounds of their contexts,
-    `num_drafts` how many tokens may be guessed ahead; `team` has the processes that run the model with this
-    one."""
+    `lengths` those to which other steps are padded, `num_drafts` how many tokens may be guessed ahead; `team`
+    has the processes that run the model with this one."""
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class Runner:
         max_sequences: int = 64,
         buckets: tuple[int, ...] = (),
         contexts: tuple[int, ...] = (),
+        lengths: tuple[int, ...] = (),
         num_drafts: int = 0,
         record_weights: bool = False,
         index_keys: IndexKeys = "wide",
@@ -133,6 +135,7 @@ class Runner:
             rows = max(buckets) * self._width
             self._logits = torch.empty(rows, config.vocab_size, dtype=head.dtype, device=head.device)
         self.buckets = Buckets(buckets, contexts, page_size, scratch=num_pages, device=head.device)
+        self.pieces = Pieces(lengths, config, num_pages * page_size, head.dtype, head.device)
 
     def place(self, sequence: Sequence, guess: int = 0) -> int:
         """Where `tokens` has the last token of a running sequence, or its `guess`-th draft, from 1."""
@@ -182,7 +185,12 @@ class Runner:
             bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
         if bucket is None:
             inputs = self.inputs(spans)
-            return Step(*self._forward(inputs), inputs.table_SB)
+            length = None if ops.is_batch_invariant() else self.pieces.find(len(inputs.codes_T))
+            if length is None:
+                return Step(*self._forward(inputs), inputs.table_SB)
+            batch = self.batch(inputs)
+            hidden_TD = self.pieces.run(batch, length, self._between)
+            return Step(self.model.logits(hidden_TD, batch), hidden_TD, inputs.table_SB)
         rows = [Row(span.codes, span.start, span.pages) for span in spans]
         logits_MV, hidden_TD = bucket.run(rows, self._forward_padded)
         used = len(rows) * tokens
@@ -203,6 +211,8 @@ class Runner:
     @torch.inference_mode()
     def _capture(self) -> None:
         if self.device.type == "cuda":
+            if self.pieces.lengths:
+                self.pieces.capture(self.pieces.lengths, self._between)
             for tokens in {1, self._width}:
                 self.buckets.capture(self._forward_padded, tokens)
 
@@ -354,6 +364,16 @@ class Runner:
                 if new > 1
             ),
         )
+
+    def _between(self, rows_3T: Tensor, between: Between) -> Tensor:
+        """Hidden states of padded rows, whose attention is asked for."""
+        ids_T, positions_T, slots_T = rows_3T
+        none_0 = slots_T[:0].int()
+        kv = KVView(self.pages, slots_T, none_0, none_0, 0, has_prefix=True, between=between)
+        batch = Batch(ids_T, positions_T, cu_seqlens_S1=none_0, max_seqlen=0, kv=kv)
+        output = self.model(batch)
+        self.records.write(slots_T, ids_T, output.routing)
+        return output.hidden_TD
 
     def _forward_padded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The same into memory that all graphs share for what is largest, their logits."""

@@ -23,9 +23,11 @@ class EngineSettings:
     `max_sequences` sequences. Requests without a seed are given one from `seed`.
 
     `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
-    graph, and None chooses them there. `overlap` launches a step before the last one's tokens have come; None
-    does so on CUDA. `speculate` guesses so many tokens ahead with the model's prediction module, which needs
-    each step's tokens on the host: it rules out `overlap`. `record_weights` keeps the weights of the routed
+    graph, and None chooses them there. `lengths` are the numbers of tokens to which other steps are padded,
+    () none; on CUDA each replays graphs between its attentions (engine/pieces.py), and None chooses them
+    there. `overlap` launches a step before the last one's tokens have come; None does so on CUDA. `speculate`
+    guesses so many tokens ahead with the model's prediction module, which needs each step's tokens on the
+    host: it rules out `overlap`. `record_weights` keeps the weights of the routed
     experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
     admits requests that are likely to use the same experts together, past one that waits up to so many times;
     0 goes by arrival. `index_keys` fp8 keeps the keys of a sparse attention's indexer in a byte an element,
@@ -42,6 +44,7 @@ class EngineSettings:
     prefix_cache: bool = True
     seed: int = 0
     buckets: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
     overlap: bool | None = None
     speculate: int = 0
     record_weights: bool = False
@@ -68,6 +71,8 @@ class EngineSettings:
             raise ValueError(
                 f"buckets are {self.buckets}; each must be between 1 and max_sequences {self.max_sequences}"
             )
+        if self.lengths is not None and not all(each > 0 for each in self.lengths):
+            raise ValueError(f"lengths are {self.lengths}; each must be at least 1")
         if not 0 < self.memory <= 1:
             raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
         if self.index_keys not in get_args(IndexKeys):

@@ -41,7 +41,7 @@ def few_rows(
 
     `x_TD` are the embedded tokens; they are left as they were.
     """
-    if batch.kv is None or batch.routing is not None or model.training:
+    if batch.kv is None or batch.kv.between is not None or batch.routing is not None or model.training:
         return None
     decoder = model.model
     routings: list[Routing] = []

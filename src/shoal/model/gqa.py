@@ -60,8 +60,7 @@ class GQA(nn.Module):
         q_THQ, k_TGQ = self._heads(q_TX, self.q_norm), self._heads(k_TX, self.k_norm)
         v_TGQ = self._heads(v_TX, None)
         kv, turn = batch.kv, {"interleaved": self.interleaved}
-        invariant = ops.is_batch_invariant()
-        if kv is None and invariant:
+        if kv is None and ops.is_batch_invariant():
             return self.o_proj(self._as_served(q_THQ, k_TGQ, v_TGQ, angles, batch).flatten(1))
         if kv is None:
             q_THQ, k_TGQ = ops.rope(q_THQ, *angles, **turn), ops.rope(k_TGQ, *angles, **turn)
@@ -69,7 +68,11 @@ class GQA(nn.Module):
             q_THQ, k_TGQ, v_TGQ = ops.write_kv_cache(
                 q_THQ, k_TGQ, v_TGQ, *angles, kv.pages[self.layer], kv.slots_T, **turn
             )
-        if kv is not None and (kv.has_prefix or invariant):
+        return self.o_proj(batch.attended(self._attend, q_THQ, k_TGQ, v_TGQ))
+
+    def _attend(self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, batch: Batch) -> Tensor:
+        kv = batch.kv
+        if kv is not None and (kv.has_prefix or ops.is_batch_invariant()):
             o_THQ = ops.paged_attention(
                 q_THQ,
                 kv.pages[self.layer],
@@ -86,7 +89,7 @@ class GQA(nn.Module):
             o_THQ = attend_part(q_THQ, k_NGQ, v_NGQ, batch.part, self.scale)
         else:
             o_THQ = ops.attention(q_THQ, k_TGQ, v_TGQ, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
-        return self.o_proj(o_THQ.flatten(1))
+        return o_THQ.flatten(1)
 
     def _as_served(self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, angles: Angles, batch: Batch) -> Tensor:
         """Attention of a pack by the ops of the engine, with the gradient of the pack's own."""

@@ -113,11 +113,13 @@ class MLA(nn.Module):
             rows_TL = torch.cat((latent_TC, k_rope_TR), dim=-1)
             rows_XL = rows_TL if batch.kv is None else self._pages(batch.kv).flatten(0, 1)
             o_THV = self.selected(q_nope_THN, q_rope_THR, rows_XL, chosen.rows_TK)
-        elif batch.kv is not None and batch.kv.has_prefix:
-            o_THV = self.cached(q_THQ, latent_TC, k_rope_TR, batch)
-        else:
-            o_THV = self.expanded(q_THQ, latent_TC, k_rope_TR, batch)
-        return self.o_proj(o_THV.flatten(1))
+            return self.o_proj(o_THV.flatten(1))
+        return self.o_proj(batch.attended(self._attend, q_THQ, latent_TC, k_rope_TR))
+
+    def _attend(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
+        looks_back = batch.kv is not None and batch.kv.has_prefix
+        attend = self.cached if looks_back else self.expanded
+        return attend(q_THQ, latent_TC, k_rope_TR, batch).flatten(1)
 
     def expands(self, chunk: Chunk) -> bool:
         """Whether a chunk of n new tokens over p cached ones costs fewer FLOPs expanded than absorbed.
@@ -134,7 +136,7 @@ class MLA(nn.Module):
 
     def _absorbs(self, kv: KVView) -> bool:
         """Whether all that this step brings meets the latents as they are."""
-        if self.indexer is not None:
+        if self.indexer is not None or kv.between is not None:
             return False
         return ops.is_batch_invariant() or (kv.has_prefix and not any(map(self.expands, kv.chunks)))
 

@@ -92,7 +92,8 @@ def open_spread(
     part: Part
     if degrees.data_parallel > 1:
         check_shared(config, degrees.data_parallel, settings)
-        settings = replace(settings, buckets=())  # how many rows come is known on the host alone: no graphs
+        # How many rows come is known on the host alone: no graphs.
+        settings = replace(settings, buckets=(), lengths=())
         part = partial(_share_out, load, settings, config.moe.n_routed_experts if config.moe else 0)
     else:
         if quant is not None:
@@ -126,8 +127,9 @@ def check_shared(config: ModelConfig, processes: int, settings: EngineSettings) 
     why = "engines that share experts out step together, and eagerly"
     if settings.speculate:
         raise ValueError(f"speculate is {settings.speculate}, but {why}; set it to 0, or data_parallel to 1")
-    if settings.buckets:
-        raise ValueError(f"buckets are {settings.buckets}, but {why}; leave them out")
+    for name in ("buckets", "lengths"):
+        if sizes := getattr(settings, name):
+            raise ValueError(f"{name} are {sizes}, but {why}; leave them out")
     if ops.is_batch_invariant():
         raise ValueError(
             f"data_parallel is {processes}, but sums over processes are not those of one; leave "

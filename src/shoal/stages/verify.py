@@ -24,6 +24,7 @@ from torch import Tensor
 from shoal.config.cost import fp8_cache_shape
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams, Stats
 from shoal.engine.buckets import default_sizes
+from shoal.engine.pieces import default_lengths, why_not
 from shoal.engine.speculation import Governor
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
@@ -100,6 +101,11 @@ def _pad(setup: Setup) -> Setup:
     )
 
 
+def _pad_prompts(setup: Setup) -> Setup:
+    settings = setup.settings
+    return replace(setup, settings=replace(settings, lengths=default_lengths(settings.max_batch_tokens)))
+
+
 def _starve(setup: Setup) -> Setup:
     """Pages for the two longest prompts, or for one with its answer: the second has to give its up."""
     settings = setup.settings
@@ -131,6 +137,7 @@ FEATURES = (
     Feature("batch", lambda setup: replace(setup, together=True)),
     Feature("preemption", _starve, shows=lambda stats: stats.preemptions > 0),
     Feature("graphs", _pad),  # on a CPU the padded steps that graphs would replay
+    Feature("pieces", _pad_prompts, why_not),
     Feature("overlap", _settings(overlap=True), excludes=("speculation",)),
     Feature(
         "speculation",
@@ -235,6 +242,7 @@ def _serve(
         max_sequences=len(prompts),
         prefix_cache=False,
         buckets=(),
+        lengths=(),
         overlap=False,
     )
     setup = Setup(plain, max(map(len, prompts)))

@@ -55,8 +55,8 @@ def _find_rows(table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN:
 
 @triton.jit
 def _find_narrow_rows(base, table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
-    """Pointers to BN rows of bytes (BN, 1). Rows that are no multiple of 16 bytes are aligned to their scales'
-    4, which must be said: the compiler takes their stride's alignment from the first of them."""
+    """Pointers to BN rows of bytes (BN, 1). Rows that are no multiple of 16 bytes are aligned to 4, as their
+    scales are, which must be said: the compiler takes the alignment of all from the first."""
     at = base + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
     if ROW % 16 != 0:
         at = tl.multiple_of(at, (1, 4))
