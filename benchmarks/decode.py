@@ -57,17 +57,23 @@ def build(config: ModelConfig) -> Transformer:
 NARROW = {"fp8": 1 + 4 / 128**2, "int4": 0.5 + 2 / 128}  # bytes a weight, scales included
 
 
-def decode_floor_ms(config: ModelConfig, batch: int, experts: float, quant: str | None = None) -> float:
-    """Least bytes of a step over the read rate."""
-    total = batch * CONTEXT * cost.kv_bytes_per_token(config)
+def touched_bytes(config: ModelConfig, experts: float, quant: str | None = None) -> float:
+    """Of the weights that a step reads, where it touches so many experts in a layer."""
+    total = 0.0
     for weight in cost.weights(config, mtp=False):
-        size = NARROW[quant] if quant is not None and weight.storage == "low" else 2
+        size = NARROW[quant] if quant is not None and weight.storage == "low" else cost.BYTES[config.dtype]
         if weight.part == "routed":
             assert config.moe is not None
             total += weight.count / config.moe.n_routed_experts * experts * weight.numel * size
         elif weight.part != "embedding":
             total += weight.count * weight.numel * size
-    return 1e3 * total / PEAK_BYTES
+    return total
+
+
+def decode_floor_ms(config: ModelConfig, batch: int, experts: float, quant: str | None = None) -> float:
+    """Least bytes of a step over the read rate."""
+    cache = batch * CONTEXT * cost.kv_bytes_per_token(config)
+    return 1e3 * (touched_bytes(config, experts, quant) + cache) / PEAK_BYTES
 
 
 def prefill_floor_ms(config: ModelConfig, prompts: int, length: int) -> float:
