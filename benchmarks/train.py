@@ -1,22 +1,25 @@
 """Whole training steps on one GPU: tokens a second, the share of the matrix rate, and peak memory.
 
-`python -m benchmarks.train [CASES] [--out FILE.md]`. bf16, random ids, sequences of 4096 packed with document
-masks. FLOPs are config/cost.py's: products with active weights, head included, and causal attention (a token
-sees half of its sequence); 16.41 GFLOP a token for V2-Lite. Shares are of the H200's 797 TFLOP/s in a burst
-and 666 sustained. `step` is the Trainer's own: loss, backward with the optimizer inside, clipping, balance,
-and what it reports. The peer is transformers with grouped_mm, without optimizer and without document masks.
-Times are medians of wall-clock between synchronisations.
+`python -m benchmarks.train [CASES] [--pairs [PAIRS]] [--out FILE.md]`. bf16, random ids, sequences of 4096
+packed with document masks. FLOPs are config/cost.py's: products with active weights, head included, and
+causal attention (a token sees half of its sequence); 16.41 GFLOP a token for V2-Lite. Shares are of the
+H200's 797 TFLOP/s in a burst and 666 sustained. `step` is the Trainer's own: loss, backward with the
+optimizer inside, clipping, balance, and what it reports. The peer is transformers with grouped_mm, without
+optimizer and without document masks. Times are medians of wall-clock between synchronisations. A pair is two
+cases in one run: in turns, a step of each, where both fit the device, so that its heat is the same for both;
+else one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,29 @@ class Result:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The tokens a second of one case over another's, and how many are wanted."""
+
+    name: str
+    case: str
+    against: str
+    wanted: float
+    in_turns: bool = True
+
+
+PAIRS = {
+    pair.name: pair
+    for pair in (
+        Pair("fp8", "v2-lite-fp8", "v2-lite", 1.1),
+        Pair("sequence-loss", "v2-lite", "v2-lite-no-sequence-loss", 0.99),
+        Pair("mtp", "v2-lite-mtp-step", "v2-lite-step-selective", 0.85, in_turns=False),
+        Pair("compiled-8k", "v2-lite-8k", "peer-compiled-8k", 1.1),
+        Pair("compiled", "v2-lite", "peer-compiled", 1.1, in_turns=False),
+    )
+}
+
+
 def cases() -> dict[str, Case]:
     mtp = replace(V2_LITE, num_nextn_predict_layers=1)
     plain = Case("", V2_LITE)
@@ -149,6 +175,7 @@ def ours(case: Case, folder: Path) -> Callable[[], object]:
 def theirs(case: Case) -> Callable[[], object]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.compiler.reset()  # or a second length would be compiled for any
     fields = to_hf(case.config)
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.set_default_device(DEVICE)
@@ -175,39 +202,64 @@ def theirs(case: Case) -> Callable[[], object]:
     return forward_backward
 
 
-def measure(case: Case, steps: int) -> Result:
+def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
+    """Steps of the cases in turns. Of several, the peak is that of all together."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
-        run = theirs(case) if case.peer else ours(case, Path(folder))
-        weights = torch.cuda.memory_allocated() / GIB
-        begun = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        first = time.perf_counter() - begun
-        for _ in range(2):
-            run()
-        times = []
-        for _ in range(steps):
+    with contextlib.ExitStack() as stack:
+        runs, built, first = [], [], []
+        for case in chosen:
+            before, begun = torch.cuda.memory_allocated(), time.perf_counter()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            run = theirs(case) if case.peer else ours(case, folder)
             torch.cuda.synchronize()
-            start = time.perf_counter()
+            built.append(((torch.cuda.memory_allocated() - before) / GIB, time.perf_counter() - begun))
+            begun = time.perf_counter()
             run()
             torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        seconds = statistics.median(times)
+            first.append(time.perf_counter() - begun)
+            runs.append(run)
+        times: list[list[float]] = [[] for _ in runs]
+        for turn in range(2 + steps):
+            for run, told in zip(runs, times, strict=True):
+                start = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+                if turn >= 2:
+                    told.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() / GIB
-        del run
-    tokens = case.sequences * case.length
-    mtp = case.config.num_nextn_predict_layers > 0
-    rate = tokens * flops_per_token(case.config, case.length, mtp=mtp) / seconds
-    note = f"spread {min(times) * 1e3:.0f} to {max(times) * 1e3:.0f} ms; first step {first:.1f} s"
-    return Result(
-        case.name, tokens, tokens / seconds, rate / 1e12, rate / BURST, rate / SUSTAINED, weights, peak,
-        1e3 * seconds, note,
-    )  # fmt: skip
+    results = []
+    for case, told, (weights, building), began in zip(chosen, times, built, first, strict=True):
+        seconds = statistics.median(told)
+        tokens = case.sequences * case.length
+        mtp = case.config.num_nextn_predict_layers > 0
+        rate = tokens * flops_per_token(case.config, case.length, mtp=mtp) / seconds
+        note = (
+            f"spread {min(told) * 1e3:.0f} to {max(told) * 1e3:.0f} ms; built in {building:.1f} s, "
+            f"first step {began:.1f} s" + ("; in turns" if len(chosen) > 1 else "")
+        )
+        results.append(
+            Result(
+                case.name, tokens, tokens / seconds, rate / 1e12, rate / BURST, rate / SUSTAINED, weights,
+                peak, 1e3 * seconds, note,
+            )
+        )  # fmt: skip
+    return results
 
 
+def compare(pair: Pair, known: dict[str, Case], steps: int) -> tuple[list[Result], str]:
+    """Both sides, and a line that says what is faster."""
+    both = [known[pair.case], known[pair.against]]
+    results = measure(both, steps) if pair.in_turns else [r for case in both for r in measure([case], steps)]
+    ratio = results[0].tokens_per_second / results[1].tokens_per_second
+    return results, (
+        f"| {pair.name} | {pair.case} | {pair.against} | {ratio:.3f} | {pair.wanted} | "
+        f"{'yes' if ratio >= pair.wanted else 'no'} |"
+    )
+
+
+PAIR_HEAD = "| pair | case | over | ratio of tokens/s | wanted | reached |" + "\n" + "|---" * 6 + "|"
 HEAD = (
     "| case | tokens | tokens/s | TFLOP/s | of 797 | of 666 | built GiB | peak GiB | ms | note |\n"
     + "|---" * 10
@@ -240,35 +292,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     known = cases()
     parser.add_argument("cases", nargs="*", choices=[*known, []], help="which; all of them if none is named")
+    parser.add_argument("--pairs", nargs="*", choices=[*PAIRS], help="and which pairs; all if none is named")
     parser.add_argument("--out", type=Path, help="Markdown file to append to, with a .jsonl beside it")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument(
         "--profile", type=Path, help="write kernel times of the first case here, in place of all"
     )
     arguments: Any = parser.parse_args()
-    chosen = [known[name] for name in arguments.cases or known]
+    chosen = [known[name] for name in arguments.cases or (known if arguments.pairs is None else ())]
+    pairs = [PAIRS[name] for name in (PAIRS if arguments.pairs == [] else arguments.pairs or ())]
     if arguments.profile:
         arguments.profile.write_text(profile(chosen[0]))
         return
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}\n{HEAD}", flush=True)
-    lines = []
-    for case in chosen:
-        try:
-            result = measure(case, arguments.steps)
-        except torch.OutOfMemoryError as error:
-            line = f"| {case.name} | out of memory: {str(error).splitlines()[0][:120]} |"
-        else:
-            line = row(result)
+    lines: list[str] = []
+    ratios: list[str] = []
+
+    def tell(results: Sequence[Result]) -> None:
+        for result in results:
+            lines.append(row(result))
+            print(lines[-1], flush=True)
             if arguments.out:
                 with arguments.out.with_suffix(".jsonl").open("a") as file:
-                    told = {"device": device, "parameters": params(case.config).total, **asdict(result)}
+                    total = params(known[result.case].config).total
+                    told = {"device": device, "parameters": total, **asdict(result)}
                     file.write(json.dumps(told) + "\n")
-        lines.append(line)
-        print(line, flush=True)
+
+    for job in (*chosen, *pairs):
+        try:
+            if isinstance(job, Pair):
+                results, ratio = compare(job, known, arguments.steps)
+                ratios.append(ratio)
+            else:
+                results = measure([job], arguments.steps)
+        except torch.OutOfMemoryError as error:
+            lines.append(f"| {job.name} | out of memory: {str(error).splitlines()[0][:120]} |")
+            print(lines[-1], flush=True)
+        else:
+            tell(results)
+    table = f"{HEAD}\n" + "\n".join(lines) + "\n"
+    if ratios:
+        told = f"{PAIR_HEAD}\n" + "\n".join(ratios) + "\n"
+        print(f"\n{told}", flush=True)
+        table += f"\n{told}"
     if arguments.out:
         with arguments.out.open("a") as file:
-            file.write(f"\n## {device}, torch {torch.__version__}\n\n{HEAD}\n" + "\n".join(lines) + "\n")
+            file.write(f"\n## {device}, torch {torch.__version__}\n\n{table}")
 
 
 if __name__ == "__main__":
