@@ -125,6 +125,7 @@ def cases() -> dict[str, Case]:
         replace(plain, name="v2-lite-8k", sequences=2),
         replace(plain, name="fine", config=FINE),
         replace(plain, name="fine-step", config=FINE, optim=FULL),
+        replace(plain, name="fine-step-32k", config=FINE, optim=FULL, sequences=8),
         replace(plain, name="peer-eager-8k", peer="eager", sequences=2),
         replace(plain, name="peer-eager", peer="eager"),
         replace(plain, name="peer-compiled-8k", peer="compiled", sequences=2),
