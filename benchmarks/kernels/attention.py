@@ -1,7 +1,8 @@
 """Cases of attention: MLA decode over the paged cache, GQA decode, and training or prefill over packs.
 
 Decode: contexts of 4k and 32k, batch 1, 32 and 128, pages of 64, in a CUDA graph; the peer is torch's two
-batched products over a cache that lies in the open (no pages, no ragged lengths). Packs: 4k to 32k, one
+batched products over a cache that lies in the open (no pages, no ragged lengths). `narrow-cache` has decoding
+over a cache in FP8, whose peer is the wide one. Packs: 4k to 32k, one
 sequence or ragged, forward in a graph and forward with backward; the peer is SDPA by cuDNN, sequence by
 sequence, and ours is what the dispatcher chooses, with our own Triton kernels beside it.
 """
@@ -83,6 +84,47 @@ def latent(heads: int, batch: int, context: int) -> Case:
     )
 
 
+def narrow_rows(rows: Tensor, numbers: int, pages: tuple[int, ...]) -> Tensor:
+    """Wide rows as a cache in FP8 keeps them, scales of 1: numbers, scales, what stands behind, in bytes."""
+    scales = torch.ones(*rows.shape[:-1], numbers // 128, device="cuda")
+    parts = rows[..., :numbers].to(torch.float8_e4m3fn), scales, rows[..., numbers:].contiguous()
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=-1).view(*pages, -1)
+
+
+def narrow_latent(heads: int, batch: int, context: int) -> Case:
+    """MLA decode over a cache in FP8, against the same over the wide cache."""
+    scale = (RANK + ROPE) ** -0.5
+    wide, *where = _cache(batch, context, (RANK + ROPE,), PAGE)
+    narrow = narrow_rows(wide, RANK, wide.shape[:2])
+    q = torch.randn(batch, heads, RANK + ROPE, device="cuda", dtype=DTYPE)
+    return Case(
+        op="MLA decode, FP8 cache",
+        shape=f"{heads} heads, batch {batch}, context {context // 1024}k",
+        flops=2.0 * batch * context * heads * (2 * RANK + ROPE),
+        bytes=float(batch * context * narrow.shape[-1]) + 2.0 * batch * heads * (2 * RANK + ROPE),
+        calls={
+            name: [partial(cache_attention.latent_attention, q, pages, *where, RANK, scale)]
+            for name, pages in (("ours", narrow), ("bf16 cache", wide))
+        },
+    )
+
+
+def narrow_paged(heads: int, groups: int, batch: int, context: int) -> Case:
+    wide, *where = _cache(batch, context, (2, groups, 128), 16)
+    narrow = narrow_rows(wide, 128, wide.shape[:-1])
+    q = torch.randn(batch, heads, 128, device="cuda", dtype=DTYPE)
+    return Case(
+        op="GQA decode, FP8 cache",
+        shape=f"{heads} / {groups} heads, batch {batch}, context {context // 1024}k, pages of 16",
+        flops=4.0 * batch * context * heads * 128,
+        bytes=2.0 * batch * context * groups * 132,
+        calls={
+            name: [partial(cache_attention.paged_attention, q, pages, *where, 128**-0.5)]
+            for name, pages in (("ours", narrow), ("bf16 cache", wide))
+        },
+    )
+
+
 def paged(heads: int, groups: int, batch: int, context: int) -> Case:
     where = _cache(batch, context, (2, groups, 128), 16)
     q = torch.randn(batch, heads, 128, device="cuda", dtype=DTYPE)
@@ -152,6 +194,13 @@ def pack(name: str, lengths: list[int], heads: int, *, backward: bool) -> Case:
         note=attention.choose(q, k, v, *where)[0],
         graph=not backward,
     )
+
+
+def narrow_cases() -> Iterator[Case]:
+    for heads in (16, 128):
+        for batch, context in ((1, 32768), (32, 32768), (128, 4096)):
+            yield narrow_latent(heads, batch, context)
+    yield narrow_paged(32, 8, 32, 32768)
 
 
 def cases() -> Iterator[Case]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case
+from benchmarks.kernels.invariance import fixed
 from shoal.batch import Batch, KVView
 from shoal.config.families import family
 from shoal.model.rope import Angles, RotaryEmbedding
@@ -69,7 +70,8 @@ def cases() -> Iterator[Case]:
                 moved += parameter.nbytes * (chosen / parameter.shape[0] if stacked else 1) / BLOCKS
         moved += tokens * CONTEXT * pages[0][0, 0].nbytes
         calls: dict[str, Sequence[Callable[[], object]]] = {
-            "ours": [partial(_run, block, x_TD, y_TD, angles, batch) for block in blocks]
+            "ours": [partial(_run, block, x_TD, y_TD, angles, batch) for block in blocks],
+            "batch-invariant": [partial(fixed, _run, block, x_TD, y_TD, angles, batch) for block in blocks],
         }
         yield Case(
             "block",

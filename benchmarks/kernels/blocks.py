@@ -3,8 +3,8 @@
 The shape is the paper's: 64 heads of 192 and 128 in 4 groups, blocks of 32 every 16, 16 blocks of 64
 selected, a window of 512 (arXiv 2502.11089, section 4.1). Keys and values are given, the compressed ones
 too: projections, the MLP that compresses and the gates are products like any other. The peer is what
-`ops.attention` chooses for the same queries and one set of keys. Decoding is over pages, against
-`ops.paged_attention` of values as wide as keys.
+`ops.attention` chooses for the same queries and one set of keys. Decoding is over pages, against the same
+kernel over all positions.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def pack(tokens: int, *, backward: bool) -> Case:
         bytes=2.0 * tokens * (HEADS + 3 * GROUPS) * (Q + V) * (3 if backward else 1),
         calls=calls,
         target="6.0 times" if backward and tokens == 65536 else "9.0 times" if tokens == 65536 else "",
+        note=f"full by {attention.choose(q, *selected, cu_S1, tokens, SCALE)[0]}",
         graph=False,
     )
 
