@@ -41,6 +41,7 @@ OPS = {
     "sampling": sampling.cases,
     "blocks": blocks.cases,
     "sparse": sparse.cases,
+    "sparse-tiles": sparse.tile_cases,
     "narrow-cache": attention.narrow_cases,
     "invariance": invariance.cases,
 }

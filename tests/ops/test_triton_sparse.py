@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shoal.ops import api as ops
 from shoal.ops import dispatch, quantised
-from shoal.ops.triton import select, sparse
+from shoal.ops.triton import index_scores, select, sparse
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
 pytestmark = [runs_triton, scalars_in_arrays]
@@ -60,7 +60,33 @@ def test_select_top_is_its_reference(
         assert torch.equal(select.select_top(scores_TN, top_k), wanted_TK)
 
 
+@pytest.mark.parametrize("chunk", [1024, 4096])
+def test_selection_does_not_see_its_chunks(chunk: int) -> None:
+    scores_TN = _draw(2, 9000).mul(3).round()
+    scores_TN[1, 5:] = -math.inf
+    with dispatch.using("reference"):
+        wanted_TK = ops.select_top(scores_TN, 700)
+    assert torch.equal(select.select_top(scores_TN, 700, chunk=chunk), wanted_TK)
+
+
 LENGTHS = (300, 1, 131) if GPU else (37, 1, 20)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_rows_are_named_by_sequence(paged: bool) -> None:
+    size, cu = 8, torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
+    table_SB = order.view(3, 50).int().to(DEVICE)
+    pick = torch.Generator().manual_seed(2)
+    places_TK = torch.cat([torch.randint(-1, n, (n, 40), generator=pick) for n in LENGTHS]).to(DEVICE)
+    rows_TK = []
+    for side in ("reference", "triton"):
+        with dispatch.using(side):
+            rows_TK.append(ops.name_rows(places_TK, cu, table_SB if paged else None, size))
+    first_T1 = cu[:-1].repeat_interleave(cu.diff()).unsqueeze(1)
+    if not paged:
+        assert torch.equal(rows_TK[0], (places_TK + first_T1).where(places_TK >= 0, places_TK))
+    assert torch.equal(*rows_TK)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,5 +221,5 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
     q, rows, none = torch.ones(2, 2, 48), torch.ones(4, 48, requires_grad=True), torch.zeros(2, 1).long()
     assert "no gradient" in str(sparse.sparse_latent_attention_refusal(q, rows, none, 32, 1.0))
     assert "learning" in str(
-        sparse.index_scores_refusal(q.requires_grad_(), torch.ones(2, 2), rows[:2], none[:, 0])
+        index_scores.index_scores_refusal(q.requires_grad_(), torch.ones(2, 2), rows[:2], none[:, 0])
     )

@@ -124,7 +124,9 @@ class Indexer(nn.Module):
             return Selection(None, None, scores_TN)
         places_TK = ops.select_top(scores_TN.detach(), self.top_k)
         taught_TN = None if teacher is None else _only(scores_TN, places_TK)
-        return Selection(_rows(places_TK, batch), places_TK, taught_TN)
+        table_SB, page_size = (None, 1) if kv is None else (kv.block_table_SB, kv.page_size)
+        rows_TK = ops.name_rows(places_TK, batch.cu_seqlens_S1, table_SB, page_size)
+        return Selection(rows_TK, places_TK, taught_TN)
 
     def _turn(self, x_TJI: Tensor, angles: Angles) -> Tensor:
         rope_TJR, rest_TJX = x_TJI.split((self.rope_dim, x_TJI.shape[-1] - self.rope_dim), dim=-1)
@@ -140,16 +142,3 @@ def _only(scores_TN: Tensor, places_TK: Tensor) -> Tensor:
     # Unused places stand after the first ones; they point at the first again, which every token sees.
     rest_TN.scatter_(1, places_TK.where(places_TK >= 0, places_TK[:, :1]), False)
     return scores_TN.masked_fill(rest_TN, float("-inf"))
-
-
-def _rows(places_TK: Tensor, batch: Batch) -> Tensor:
-    """Positions of each token's sequence, as rows of the pack or slots of the cache."""
-    lengths_S, kv = batch.cu_seqlens_S1.diff(), batch.kv
-    sequences_S = torch.arange(len(lengths_S), device=places_TK.device)
-    sequence_T = sequences_S.repeat_interleave(lengths_S, output_size=batch.num_tokens)
-    if kv is None:
-        rows_TK = batch.cu_seqlens_S1[sequence_T].long().unsqueeze(1) + places_TK
-    else:
-        page_TK = kv.block_table_SB[sequence_T.unsqueeze(1), places_TK.clamp(min=0) // kv.page_size].long()
-        rows_TK = page_TK * kv.page_size + places_TK % kv.page_size
-    return rows_TK.masked_fill(places_TK < 0, -1)

@@ -570,6 +570,15 @@ def select_top(scores_TN: Tensor, top_k: int) -> Tensor:
     return call("select_top", scores_TN, min(top_k, scores_TN.shape[1]))
 
 
+def name_rows(
+    places_TK: Tensor, cu_seqlens_S1: Tensor, block_table_SB: Tensor | None, page_size: int
+) -> Tensor:
+    """Positions of each token's sequence (of `select_top`) as rows of the pack, or with a block table as
+    slots of the cache: (T, K) int64. -1 stays -1. No gradient.
+    """
+    return call("name_rows", places_TK, cu_seqlens_S1, block_table_SB, page_size)
+
+
 def sparse_latent_attention(
     q_THL: Tensor, rows_XL: Tensor, indices_TK: Tensor, latent_rank: int, scale: float
 ) -> Tensor:

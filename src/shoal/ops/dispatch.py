@@ -73,6 +73,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "index_scores": sparse.index_scores,
     "paged_index_scores": sparse.paged_index_scores,
     "select_top": sparse.select_top,
+    "name_rows": sparse.name_rows,
     "narrow_index": sparse.narrow_index,
     "write_index_keys": sparse.write_index_keys,
     "narrow_index_scores": sparse.narrow_index_scores,
@@ -146,6 +147,7 @@ def kernels() -> dict[str, Kernel]:
         fp8,
         gate,
         index,
+        index_scores,
         latent,
         linears,
         loss,
@@ -219,12 +221,17 @@ def kernels() -> dict[str, Kernel]:
         ),
         "join_heads": Kernel(latent.join_heads, latent.join_heads_refusal),
         "read_cache": Kernel(narrow_rows.read_cache, narrow_rows.read_cache_refusal),
-        "index_scores": Kernel(sparse.index_scores, sparse.index_scores_refusal),
-        "paged_index_scores": Kernel(sparse.paged_index_scores, sparse.paged_index_scores_refusal),
+        "index_scores": Kernel(index_scores.index_scores, index_scores.index_scores_refusal),
+        "paged_index_scores": Kernel(
+            index_scores.paged_index_scores, index_scores.paged_index_scores_refusal
+        ),
         "narrow_index": Kernel(index.narrow_index, index.narrow_index_refusal),
         "write_index_keys": Kernel(index.write_index_keys, index.write_index_keys_refusal),
-        "narrow_index_scores": Kernel(sparse.narrow_index_scores, sparse.narrow_index_scores_refusal),
+        "narrow_index_scores": Kernel(
+            index_scores.narrow_index_scores, index_scores.narrow_index_scores_refusal
+        ),
         "select_top": Kernel(select.select_top, select.select_top_refusal),
+        "name_rows": Kernel(select.name_rows, select.name_rows_refusal),
         "sparse_latent_attention": Kernel(
             sparse.sparse_latent_attention,
             sparse.sparse_latent_attention_refusal,

@@ -162,6 +162,19 @@ def _select(scores_TN: Tensor, top_k: int) -> Tensor:
     return places_TX.scatter_(1, rank_TN, columns_TN)[:, :top_k]
 
 
+@torch.no_grad()
+def name_rows(places_TK: Tensor, cu_S1: Tensor, table_SB: Tensor | None, page: int) -> Tensor:
+    lengths_S = cu_S1.diff()
+    sequences_S = torch.arange(len(lengths_S), device=places_TK.device)
+    sequence_T1 = sequences_S.repeat_interleave(lengths_S, output_size=places_TK.shape[0]).unsqueeze(1)
+    if table_SB is None:
+        rows_TK = cu_S1[sequence_T1].long() + places_TK
+    else:
+        page_TK = table_SB[sequence_T1, places_TK.clamp(min=0) // page].long()
+        rows_TK = page_TK * page + places_TK % page
+    return rows_TK.masked_fill(places_TK < 0, -1)
+
+
 def sparse_latent_attention(
     q_THL: Tensor, rows_XL: Tensor, indices_TK: Tensor, latent_rank: int, scale: float
 ) -> Tensor:

@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.triton.block_rows import sequence_of
+from shoal.ops.triton.launch import programmatic, wait_for_previous
+
 SHORT = 2048  # columns that one program keeps in registers
 CHUNK = 8192  # columns of a program, where a row is shared out
 MANY = 264  # rows from which each has one program
@@ -96,53 +99,105 @@ def long_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _agreed(counts_ptr, row, chunk, T, CHUNKS, K, LEVELS: tl.constexpr, C_PAD: tl.constexpr):
-    """What the first digits say: the K-th largest key so far, how many of those that agree with it are taken,
-    and how many of the chunks before are above it and agree with it."""
-    c, digit = tl.arange(0, C_PAD), tl.arange(0, 256)
+def _agreed(
+    counts_ptr, state_ptr, above_ptr, row, chunk, CHUNKS, K, LEVEL: tl.constexpr, C_PAD: tl.constexpr
+):
+    """After the digit of LEVEL - 1: the K-th largest key so far, how many of those that agree with it are
+    taken; how many of this chunk are above it; how many of the chunks before are, and agree with it."""
     least = tl.zeros((), tl.int32)
     room = K + tl.zeros((), tl.int32)
+    own = tl.zeros((), tl.int32)
     above = tl.zeros((), tl.int32)
     same = tl.zeros((), tl.int32)
-    for level in tl.static_range(LEVELS):
-        at = ((level * T + row) * CHUNKS + c)[:, None] * 256 + digit[None, :]
+    if LEVEL > 0:
+        c, digit = tl.arange(0, C_PAD), tl.arange(0, 256)
+        at = (row * CHUNKS + c)[:, None] * 256 + digit[None, :]
         table = tl.load(counts_ptr + at, mask=(c < CHUNKS)[:, None], other=0)
+        earlier = tl.zeros((C_PAD,), tl.int32)
+        if LEVEL > 1:
+            least = tl.load(state_ptr + 2 * row)
+            room = tl.load(state_ptr + 2 * row + 1)
+            earlier = tl.load(above_ptr + row * CHUNKS + c, mask=c < CHUNKS, other=0)
         counts = tl.sum(table, 0)
         chosen = tl.sum((tl.cumsum(counts, 0, reverse=True) >= room).to(tl.int32), 0) - 1
         room -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
-        before = tl.sum(tl.where((c < chunk)[:, None], table, 0), 0)
-        above += tl.sum(tl.where(digit > chosen, before, 0), 0)
-        same = tl.sum(tl.where(digit == chosen, before, 0), 0)
-        least |= (chosen ^ (128 if level == 0 else 0)) << (24 - 8 * level)
-    return least, room, above, same
+        least |= (chosen ^ (128 if LEVEL == 1 else 0)) << (32 - 8 * LEVEL)
+        higher = earlier + tl.sum(tl.where((digit > chosen)[None, :], table, 0), 1)
+        own = tl.sum(tl.where(c == chunk, higher, 0), 0)
+        above = tl.sum(tl.where(c < chunk, higher, 0), 0)
+        same = tl.sum(tl.where((c < chunk)[:, None] & (digit == chosen)[None, :], table, 0))
+    return least, room, own, above, same
 
 
 @triton.jit
 def digit_kernel(
-    scores_ptr, counts_ptr, T, N, CHUNKS, K, LEVEL: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr
+    scores_ptr,
+    counts_ptr,
+    state_ptr,
+    above_ptr,
+    out_ptr,
+    T,
+    N,
+    CHUNKS,
+    K,
+    LEVEL: tl.constexpr,
+    C_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Counts of the next digit in a chunk of a row, of what agrees so far: (levels, T, CHUNKS, 256)."""
+    """Counts of the next digit in a chunk of a row, of what agrees so far, (levels, T, CHUNKS, 256); what
+    that is, (levels, T, 2), and how many of each chunk are above it, (levels, T, CHUNKS)."""
     SHIFT: tl.constexpr = 24 - 8 * LEVEL
     FLIP: tl.constexpr = 128 if LEVEL == 0 else 0
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    wait_for_previous(PDL)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     key = _keys(scores_ptr + row * N, column, N)
     same = column < N
-    if LEVEL > 0:
-        least, _, _, _ = _agreed(counts_ptr, row, chunk, T, CHUNKS, K, LEVEL, C_PAD)
+    if LEVEL == 0:
+        rank = chunk * K_PAD + tl.arange(0, K_PAD)
+        tl.store(out_ptr + row * K + rank, tl.full((K_PAD,), -1, tl.int64), mask=rank < K)
+    else:
+        step = (LEVEL - 1) * T
+        least, room, own, _, _ = _agreed(
+            counts_ptr + step * CHUNKS * 256, state_ptr + (step - T) * 2, above_ptr + (step - T) * CHUNKS,
+            row, chunk, CHUNKS, K, LEVEL, C_PAD,
+        )  # fmt: skip
         same = same & ((key >> (SHIFT + 8)) == (least >> (SHIFT + 8)))
+        if chunk == 0:
+            tl.store(state_ptr + (step + row) * 2, least)
+            tl.store(state_ptr + (step + row) * 2 + 1, room)
+        tl.store(above_ptr + (step + row) * CHUNKS + chunk, own)
     counts = tl.histogram(((key >> SHIFT) ^ FLIP) & 255, 256, mask=same)
     tl.store(counts_ptr + ((LEVEL * T + row) * CHUNKS + chunk) * 256 + tl.arange(0, 256), counts)
 
 
 @triton.jit
-def chunk_kernel(scores_ptr, counts_ptr, out_ptr, T, N, CHUNKS, K, C_PAD: tl.constexpr, BLOCK: tl.constexpr):
+def chunk_kernel(
+    scores_ptr,
+    counts_ptr,
+    state_ptr,
+    above_ptr,
+    out_ptr,
+    T,
+    N,
+    CHUNKS,
+    K,
+    C_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Write what is taken of a chunk, after what is taken of those before."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    least, room, above, same = _agreed(counts_ptr, row, chunk, T, CHUNKS, K, 4, C_PAD)
-    same = tl.where(least > -2139095041, same, 0)
+    wait_for_previous(PDL)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     key = _keys(scores_ptr + row * N, column, N)
+    least, room, _, above, same = _agreed(
+        counts_ptr + 3 * T * CHUNKS * 256, state_ptr + 2 * T * 2, above_ptr + 2 * T * CHUNKS,
+        row, chunk, CHUNKS, K, 4, C_PAD,
+    )  # fmt: skip
+    same = tl.where(least > -2139095041, same, 0)
     _take(key, least, above + tl.minimum(same, room), room - same, column, out_ptr + row * K, K)
 
 
@@ -154,23 +209,84 @@ def select_top_refusal(scores_TN: Tensor, top_k: int) -> str | None:
 
 
 @torch.no_grad()
-def select_top(scores_TN: Tensor, top_k: int) -> Tensor:
-    """As `ops.api.select_top` says."""
+def select_top(scores_TN: Tensor, top_k: int, *, chunk: int | None = None) -> Tensor:
+    """As `ops.api.select_top` says. `chunk` overrides how many columns a program has."""
     T, N = scores_TN.shape
-    places_TK = torch.full((T, top_k), -1, dtype=torch.int64, device=scores_TN.device)
-    if places_TK.numel():
-        scores_TN = scores_TN.contiguous()
+    places_TK = torch.empty(T, top_k, dtype=torch.int64, device=scores_TN.device)
+    if not places_TK.numel():
+        return places_TK
+    scores_TN = scores_TN.contiguous()
+    if N <= SHORT or T >= MANY:
+        places_TK.fill_(-1)
         arguments: tuple[Any, ...] = (scores_TN, places_TK, N, top_k)
         if N <= SHORT:
             block = triton.next_power_of_2(max(N, 32))
             short_kernel[(T,)](*arguments, BLOCK=block, num_warps=1 if block <= 1024 else 4)
-        elif T >= MANY:
-            long_kernel[(T,)](*arguments, BLOCK=CHUNK, num_warps=16)
         else:
-            chunks = triton.cdiv(N, CHUNK)
-            counts = torch.empty(4, T, chunks, 256, dtype=torch.int32, device=scores_TN.device)
-            words = {"C_PAD": triton.next_power_of_2(chunks), "BLOCK": CHUNK, "num_warps": 16}
-            for level in range(4):
-                digit_kernel[(chunks, T)](scores_TN, counts, T, N, chunks, top_k, LEVEL=level, **words)
-            chunk_kernel[(chunks, T)](scores_TN, counts, places_TK, T, N, chunks, top_k, **words)
+            long_kernel[(T,)](*arguments, BLOCK=CHUNK, num_warps=16)
+        return places_TK
+    size = chunk or CHUNK
+    chunks, pdl = triton.cdiv(N, size), programmatic(scores_TN.device)
+    counts, state, above = (
+        torch.empty(4, T, width, dtype=torch.int32, device=scores_TN.device)
+        for width in (chunks * 256, 2, chunks)
+    )
+    arguments = (scores_TN, counts, state, above, places_TK, T, N, chunks, top_k)
+    words: dict[str, Any] = {"C_PAD": triton.next_power_of_2(chunks), "BLOCK": size, "PDL": pdl}
+    words |= {"num_warps": max(4, size // 512), "launch_pdl": pdl}
+    share = triton.next_power_of_2(triton.cdiv(top_k, chunks))
+    for level in range(4):
+        digit_kernel[(chunks, T)](*arguments, LEVEL=level, K_PAD=share, **words)
+    chunk_kernel[(chunks, T)](*arguments, **words)
     return places_TK
+
+
+@triton.jit
+def rows_kernel(
+    places_ptr,
+    cu_ptr,
+    table_ptr,
+    out_ptr,
+    S,
+    B,
+    K,
+    PAGE: tl.constexpr,
+    PAGED: tl.constexpr,
+    S_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token, k = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    s = sequence_of(cu_ptr, token, S, S_PAD)
+    at = token.to(tl.int64) * K + k
+    place = tl.load(places_ptr + at, mask=(k < K) & (s < S), other=-1)
+    if PAGED:
+        page = tl.load(table_ptr + s.to(tl.int64) * B + place // PAGE, mask=place >= 0, other=0)
+        row = page.to(tl.int64) * PAGE + place % PAGE
+    else:
+        row = tl.load(cu_ptr + s).to(tl.int64) + place
+    tl.store(out_ptr + at, tl.where(place >= 0, row, place), mask=k < K)
+
+
+def name_rows_refusal(places_TK: Tensor, *_: Any) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if places_TK.dtype != torch.int64:
+        return f"places are {places_TK.dtype}; the kernel reads int64"
+    return None
+
+
+@torch.no_grad()
+def name_rows(places_TK: Tensor, cu_S1: Tensor, table_SB: Tensor | None, page: int) -> Tensor:
+    """As `ops.api.name_rows` says."""
+    (T, K), S = places_TK.shape, cu_S1.shape[0] - 1
+    rows_TK = torch.empty_like(places_TK, memory_format=torch.contiguous_format)
+    if rows_TK.numel():
+        paged, pdl = table_SB is not None, programmatic(places_TK.device)
+        table_SB = cu_S1.view(1, -1) if table_SB is None else table_SB.contiguous()
+        block = min(1024, triton.next_power_of_2(K))
+        rows_kernel[(triton.cdiv(K, block), T)](
+            places_TK.contiguous(), cu_S1, table_SB, rows_TK, S, table_SB.shape[1], K, PAGE=page, PAGED=paged,
+            S_PAD=triton.next_power_of_2(max(S, 1)), BLOCK=block, PDL=pdl, launch_pdl=pdl,
+        )  # fmt: skip
+    return rows_TK
