@@ -61,6 +61,7 @@ class Opening:
         from shoal.stages.spread import Degrees
 
         told = 0
+        report("opening", 0, 1)
 
         def progress(done: int, total: int, num_bytes: int) -> None:
             nonlocal told

@@ -306,6 +306,8 @@ class StopStrings:
     def push(self, text: str) -> str:
         if self.stopped is not None:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         starts = {stop: start for stop in self._stops if (start := self._held.find(stop)) >= 0}
         if starts:

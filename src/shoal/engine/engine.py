@@ -15,6 +15,7 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice, takewhile
 from time import monotonic, perf_counter
 from typing import Literal
@@ -183,14 +184,17 @@ class Engine:
             )
         return events
 
-    def warm_up(self) -> None:
+    def warm_up(self, tell: Callable[[str], None] = lambda what: None) -> None:
         """Do now what would be done the first time only: on CUDA graphs are recorded and kernels compiled, so
-        that nothing is compiled while requests are served. On a CPU there is nothing of the kind."""
+        that nothing is compiled while requests are served. On a CPU there is nothing of the kind. `tell` is
+        told what begins."""
         if self.busy:
             raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
         if self.runner.device.type != "cuda":
             return
+        tell("recording graphs")
         self.runner.capture()
+        tell("compiling kernels")
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
         pages = self.pool.take(self.pool.count_pages(most))
         for length in warm_lengths(most):

@@ -185,9 +185,9 @@ class Lockstep:
         self._busy = any(busy for _, busy in told)
         return events
 
-    def warm_up(self) -> None:
+    def warm_up(self, tell: Callable[[str], None] = lambda what: None) -> None:
         self._line.tell("warm_up")
-        self._place.engine.warm_up()
+        self._place.engine.warm_up(tell)
 
     def stats(self) -> Stats:
         """The sums over all processes; of steps and their time the most, as all step together."""

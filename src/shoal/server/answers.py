@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from shoal.data.text import StopStrings, TextStream, Tokenizer
 from shoal.engine import SamplingParams
@@ -22,6 +23,7 @@ from shoal.server.parsers import Delta, ReplyParser
 from shoal.server.process import EngineProcess, Ticket, Token
 
 Finish = str  # "stop", "length"
+NOTHING = Delta()
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class Job:
     skip_special: bool = True
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What a choice gained: `text` where the job has no parser, `delta` where it has one."""
 
     choice: int
     text: str
     delta: Delta
     tokens: list[Token]
+    gained: int  # of those, that are tokens and not only an end
     finish: Finish | None
 
 
@@ -78,17 +80,17 @@ class _Writer:
         self.num_reasoning = 0
 
     def push(self, choice: int, tokens: list[Token]) -> Piece:
-        text, delta, taken, finish = "", Delta(), [], None
-        for token in tokens:
+        text, delta, gained, finish = "", NOTHING, 0, None
+        for taken, token in enumerate(tokens, 1):
             if token.error is not None:
                 raise ApiError(500, token.error, code="engine_error")
             if self._parser is not None and self._parser.reasoning:
                 self.num_reasoning += token.token is not None
-            taken.append(token)
-            said = ""
-            if token.token is not None and token.finish != "stop":  # the token that ends a text says nothing
-                said = self._stops.push(self._stream.push([token.token]))
-            finish = token.finish
+            said, finish = "", token.finish
+            if token.token is not None:
+                gained += 1
+                if finish != "stop":  # the token that ends a text says nothing
+                    said = self._stops.push(self._stream.push((token.token,)))
             if finish is not None and self._stops.stopped is None:
                 said += self._stops.push(self._stream.flush()) + self._stops.flush()
             if self._stops.stopped is not None:
@@ -101,8 +103,9 @@ class _Writer:
                     delta = _join(delta, self._parser.flush())
             if finish is not None:
                 self.finished = True
+                tokens = tokens[:taken]
                 break
-        return Piece(choice, text, delta, taken, finish)
+        return Piece(choice, text, delta, tokens, gained, finish)
 
 
 async def serve(
@@ -115,25 +118,25 @@ async def serve(
     writers = [_Writer(job, tokenizer) for _ in job.parts]
     outcome = "abort"
     try:
-        while not all(writer.finished for writer in writers):
-            mail: dict[int, list[Token]] = {}
-            for token in await ticket.receive():
-                mail.setdefault(token.part, []).append(token)
+        unfinished = len(writers)
+        while unfinished:
+            mail = await ticket.receive()
             pieces = []
-            for part, tokens in mail.items():
+            for part, tokens in ({0: mail} if len(writers) == 1 else _by_part(mail)).items():
                 if writers[part].finished:
                     continue
                 if clock.starts(part) and part % job.n == 0:
                     tally.cached += tokens[0].cached
                 piece = writers[part].push(part, tokens)
-                gained = sum(token.token is not None for token in piece.tokens)
-                tally.generated += gained
-                clock.tell(part, gained, tokens[0].began)
+                tally.generated += piece.gained
+                clock.tell(part, piece.gained, tokens[0].began)
                 if piece.finish is not None:
+                    unfinished -= 1
                     ticket.close(part)  # a stop string ended it, not the engine
                     clock.end(part, piece.finish)
                 pieces.append(piece)
-            tally.reasoning = sum(writer.num_reasoning for writer in writers)
+            if job.parser is not None:
+                tally.reasoning = sum(writer.num_reasoning for writer in writers)
             yield pieces
         outcome = "done"
     except ApiError:
@@ -172,8 +175,7 @@ class _Clock:
                 self.metrics.prefill_time.observe(max(0.0, now - began))
             self.metrics.first_token.observe(now - self.start)
         elif gained:
-            for _ in range(gained):
-                self.metrics.inter_token.observe((now - self.last[part]) / gained)
+            self.metrics.inter_token.observe((now - self.last[part]) / gained, gained)
         self.last[part] = now
         self.count[part] = self.count.get(part, 0) + gained
 
@@ -190,6 +192,13 @@ class _Clock:
                 metrics.inference_time.observe(max(0.0, now - self.began[part]))
             if count > 1:
                 metrics.per_output_token.observe((now - self.first[part]) / (count - 1))
+
+
+def _by_part(tokens: list[Token]) -> dict[int, list[Token]]:
+    parts: dict[int, list[Token]] = {}
+    for token in tokens:
+        parts.setdefault(token.part, []).append(token)
+    return parts
 
 
 def _join(one: Delta, other: Delta) -> Delta:

@@ -10,11 +10,21 @@ the engines before it are added.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from shoal.server.process import EngineProcess
 
@@ -24,12 +34,31 @@ _GAPS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07
 _TOKENS = tuple(scale * 10**power for power in range(6) for scale in (1, 2, 5))
 
 
+class Histogram(Collector):
+    """One is told of every token, so it holds no lock: whoever observes and collects is one thread."""
+
+    def __init__(self, name: str, what: str, buckets: tuple[float, ...]) -> None:
+        self._name, self._what, self._buckets = name, what, buckets
+        self._counts, self._sum = [0] * (len(buckets) + 1), 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._buckets, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterable[Metric]:
+        bounds = [*map(floatToGoString, self._buckets), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._what, buckets, self._sum)
+
+
 class Metrics:
     def __init__(self, process: EngineProcess) -> None:
         self.registry = CollectorRegistry()
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"shoal:{name}", what, buckets=buckets, registry=self.registry)
+            made = Histogram(f"shoal:{name}", what, buckets)
+            self.registry.register(made)
+            return made
 
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", _SECONDS)
         self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens.", _GAPS)

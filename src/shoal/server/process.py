@@ -32,18 +32,18 @@ State = Literal["loading", "ready", "dead", "stopped"]
 
 
 class Token(NamedTuple):
-    """An event of the engine (engine.Event) for one part of a ticket."""
+    """An event of the engine (engine.Event) for one part of a ticket; the first says how that began."""
 
     part: int
     token: int | None
     logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    finish: str | None
-    cached: int
-    began: float | None
-    prompt_logprobs: tuple[float, ...] | None
-    prompt_tops: tuple[tuple[tuple[int, float], ...], ...] | None
-    error: str | None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: str | None = None
+    cached: int = 0
+    began: float | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    prompt_tops: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    error: str | None = None
     routed: tuple[int, tuple[int, ...], bytes, bytes | None] | None = None  # worker._pack
 
 
@@ -55,12 +55,13 @@ class Ticket:
     keys: dict[int, int] = field(default_factory=dict)  # of those that live -> part
     failure: ApiError | None = None
     _mail: list[Token] = field(default_factory=list)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _reader: asyncio.Future[None] | None = None  # who waits
 
     async def receive(self) -> list[Token]:
         """What has come since the last time; waits until there is something. Raises what went wrong."""
-        await self._news.wait()
-        self._news.clear()
+        if not self._mail and self.failure is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         if self.failure is not None:
             raise self.failure
         mail, self._mail = self._mail, []
@@ -75,11 +76,15 @@ class Ticket:
 
     def put(self, token: Token) -> None:
         self._mail.append(token)
-        self._news.set()
+        self._wake()
 
     def fail(self, failure: ApiError) -> None:
         self.failure = failure
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 class EngineProcess:
@@ -197,11 +202,13 @@ class EngineProcess:
     def _take(self, message: tuple[Any, ...]) -> None:
         match message[0]:
             case "events":
-                for key, *rest in message[1]:
+                _, keys, tokens, logprobs, rest = message
+                for place, key in enumerate(keys):
                     ticket = self._tickets.get(key)
                     if ticket is None:
                         continue
-                    token = Token(ticket.keys[key], *rest)
+                    more = rest.get(place, ())
+                    token = Token(ticket.keys[key], tokens[place], logprobs[place], *more)
                     if token.finish is not None:
                         del self._tickets[key], ticket.keys[key]
                     ticket.put(token)

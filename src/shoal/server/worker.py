@@ -67,8 +67,7 @@ class EngineInfo:
         )
 
 
-# An event as it travels, in the order of process.Token
-Row = tuple[Any, ...]
+Rest = tuple[Any, ...]  # of an event, in the order of process.Token, from its top on
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
@@ -87,8 +86,7 @@ def work(end: socket.socket, build: Build) -> None:
 
     try:
         engine = build(report)
-        report("warming up", 0, 1)
-        _warm_up(engine)
+        _warm_up(engine, lambda what: report(what, 0, 1))
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         end.sendall(frame(("failed", f"{error}" or type(error).__name__, isinstance(error, ValueError))))
         return
@@ -99,13 +97,14 @@ def work(end: socket.socket, build: Build) -> None:
         return  # the server is gone, and nobody waits for an answer
 
 
-def _warm_up(engine: Engine | Lockstep) -> None:
+def _warm_up(engine: Engine | Lockstep, tell: Callable[[str], None]) -> None:
     """What the first request would wait for. A CPU compiles nothing: one answer shows that it can."""
     if engine.runner.device.type == "cpu":
+        tell("answering once")
         engine.generate([[0]], SamplingParams(max_tokens=1))
         engine.forget_prefixes()
     else:
-        engine.warm_up()
+        engine.warm_up(tell)
 
 
 class _Loop:
@@ -114,6 +113,7 @@ class _Loop:
         self._buffer = bytearray()
         self._request_of: dict[int, int] = {}  # the server's key -> the engine's request
         self._key_of: dict[int, int] = {}
+        self._silent: set[int] = set()  # requests of which nothing was told yet
         self._told = 0.0
         self._told_busy = False
         self._compilers = ThreadPoolExecutor(2, "grammar")
@@ -131,7 +131,7 @@ class _Loop:
                 self._told, self._told_busy = time.monotonic(), busy
                 self.end.sendall(frame(("stats", plain(self.engine.stats()))))
             if events:
-                self.end.sendall(frame(("events", [self._row(event) for event in events])))
+                self.end.sendall(frame(self._tell(events)))
 
     def _listen(self) -> bool:
         """Take what the server has sent; wait for it where there is nothing else to do. False at its end."""
@@ -188,15 +188,24 @@ class _Loop:
             self.end.sendall(frame(("refused", key, str(error))))
             return
         self._request_of[key], self._key_of[request] = request, key
+        self._silent.add(request)
 
-    def _row(self, event: Event) -> Row:
-        key = self._key_of[event.request]
-        if event.finish is not None:
-            del self._key_of[event.request], self._request_of[key]
-        return (
-            *(key, event.token, event.logprob, event.top, event.finish, event.cached),
-            *(event.began, event.prompt_logprobs, event.prompt_tops, event.error, _pack(event.routed)),
-        )
+    def _tell(self, events: list[Event]) -> tuple[Any, ...]:
+        """Columns, as most events are a token and its probability; what else one says, by its place."""
+        keys = [self._key_of[event.request] for event in events]
+        rest: dict[int, Rest] = {}
+        for place, event in enumerate(events):
+            more = event.finish is not None or event.top or event.routed is not None
+            if not more and event.request not in self._silent:
+                continue
+            self._silent.discard(event.request)
+            rest[place] = (
+                *(event.top, event.finish, event.cached, event.began),
+                *(event.prompt_logprobs, event.prompt_tops, event.error, _pack(event.routed)),
+            )
+            if event.finish is not None:
+                del self._key_of[event.request], self._request_of[keys[place]]
+        return "events", keys, [event.token for event in events], [event.logprob for event in events], rest
 
 
 def _pack(routed: Routed | None) -> tuple[int, tuple[int, ...], bytes, bytes | None] | None:
