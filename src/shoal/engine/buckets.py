@@ -164,25 +164,3 @@ def default_contexts(longest: int) -> tuple[int, ...]:
     while contexts[0] > 8192:
         contexts.insert(0, contexts[0] // 8)
     return tuple(contexts)
-
-
-def warm_lengths(most: int) -> list[int]:
-    """Lengths of steps up to `most` that meet every plan of the kernels: those choose by size, and compile
-    apart for sizes that are multiples of 16."""
-    lengths = {most}
-    base = 1
-    while base <= most:
-        for length in (base, base + base // 2):
-            lengths |= {length, length + 1, length + 8}
-        base *= 2
-    return sorted(length for length in lengths if length <= most)
-
-
-def warm_counts(most: int) -> list[int]:
-    """Numbers of decoding sequences, up to `most`, that meet every plan of attention over the cache, alone
-    and beside one more: those pad to powers of two."""
-    counts, base = {most}, 32
-    while base < most:
-        counts |= {base - 1, base + 1}
-        base *= 2
-    return sorted(count for count in counts if 0 < count <= most)

@@ -23,15 +23,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, ledger, offline, pieces, sampling, scoring, staging
+from shoal.engine import grammar, ledger, offline, pieces, sampling, scoring, staging, warm
 from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
-from shoal.engine.buckets import default_contexts, default_sizes, warm_counts, warm_lengths
+from shoal.engine.buckets import default_contexts, default_sizes
 from shoal.engine.events import Completion, Event, Routed
 from shoal.engine.flight import Flight, collect_routed, open_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
 from shoal.engine.order import Affinity, Arrival, Order
-from shoal.engine.runner import Runner, Span, Step
+from shoal.engine.runner import Runner, Step
 from shoal.engine.sampling import Draw, History, Sample
 from shoal.engine.scheduler import Pick, Scheduler
 from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
@@ -73,7 +73,7 @@ class Engine:
         buckets = default_sizes(settings.max_sequences) if on_cuda and not self._offloaded else ()
         buckets = buckets if settings.buckets is None else settings.buckets
         team = team or Alone()
-        lengths = self._choose_lengths(model, team)
+        lengths = pieces.choose_lengths(model, settings, team)
         self.ledger = ledger.of_engine(
             model, settings, buckets if on_cuda else (), team, longest_graph=max(lengths, default=0)
         )
@@ -121,21 +121,6 @@ class Engine:
         self._ended: list[Event] = []  # told by the next step
         self._generated = self._steps = 0
         self._step_seconds = 0.0
-
-    def _choose_lengths(self, model: Transformer, team: Team) -> tuple[int, ...]:
-        """Of the settings, or those that pay."""
-        settings, why = self.settings, pieces.why_not(model)
-        if not isinstance(team, Alone):
-            why = "the processes of a team meet eagerly"
-        if settings.lengths is None:
-            return (
-                ()
-                if why or not model.head_weight().is_cuda
-                else pieces.default_lengths(settings.max_batch_tokens)
-            )
-        if settings.lengths and why:
-            raise ValueError(f"lengths are {settings.lengths}, but {why}; leave them out")
-        return settings.lengths
 
     @property
     def busy(self) -> bool:
@@ -192,34 +177,8 @@ class Engine:
             raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
         if self.runner.device.type != "cuda":
             return
-        tell("recording graphs")
-        self.runner.capture()
-        tell("compiling kernels")
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
-        pages = self.pool.take(self.pool.count_pages(most))
-        for length in warm_lengths(most):
-            for start in {0, min(length, most - length)}:
-                step = self.runner.run([Span(pages, start, [0] * length, num_drawn=1)])
-        # Steps of prompts and decodes: as many sequences as kernels tell apart, near and far, whose chunks
-        # meet the cache as it is, or are expanded.
-        half = max(most // 2, 1)
-        for decodes in {1, *warm_counts(min(self.settings.max_sequences, most - 32))}:
-            for start in {1, most - 1}:
-                for new in (new for new in (2, 31, 32) if new < most):
-                    spans = [Span(pages, start, [0], 1)] * decodes
-                    step = self.runner.run([Span(pages, int(new < 32), [0] * new, 1), *spans])
-        step = self.runner.run([Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)])
-        # Each way to sample.
-        said = History(lambda rows, length: self.runner.records.ids(step.table_SB, rows, length), [1, 1])
-        for wish in (
-            SamplingParams(temperature=0),
-            SamplingParams(),
-            SamplingParams(top_p=0.9, top_k=40),
-            SamplingParams(frequency_penalty=1.0),
-            SamplingParams(temperature=0, repetition_penalty=1.1),
-        ):
-            sampling.draw(step.logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
-        self.pool.release(pages)
+        warm.warm_up(self.runner, self.pool, most, self.settings.max_sequences, tell)
         self.runner.records.reset_counts()
         for experts in self._offloaded:
             experts.reset_counts()

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from shoal.batch import Attend, Batch
 from shoal.config.model import GQAConfig, MLAConfig, ModelConfig
+from shoal.engine.settings import EngineSettings
+from shoal.engine.team import Alone, Team
 from shoal.model.offloaded import offloaded
 from shoal.model.transformer import Transformer
 
@@ -141,6 +143,16 @@ def _where(tensor: Tensor) -> Tensor:
     memory = _Memory(tensor.data_ptr(), elements * tensor.element_size())
     flat = torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
     return flat.as_strided(tensor.shape, tensor.stride())
+
+
+def choose_lengths(model: Transformer, settings: EngineSettings, team: Team) -> tuple[int, ...]:
+    """Those of the settings, which may be refused, or else those that pay."""
+    why = why_not(model) if isinstance(team, Alone) else "the processes of a team meet eagerly"
+    if settings.lengths is None:
+        return default_lengths(settings.max_batch_tokens) if model.head_weight().is_cuda and not why else ()
+    if settings.lengths and why:
+        raise ValueError(f"lengths are {settings.lengths}, but {why}; leave them out")
+    return settings.lengths
 
 
 def why_not(model: Transformer) -> str | None:

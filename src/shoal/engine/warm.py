@@ -1,0 +1,70 @@
+"""Warming up: what would be done the first time only, done before there are requests.
+
+On CUDA graphs are recorded, and steps run of every size that the kernels tell apart, so that nothing is
+compiled while requests are served (test_engine_gpu.py hooks the compiler).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shoal.engine import sampling
+from shoal.engine.blocks import BlockPool
+from shoal.engine.runner import Runner, Span
+from shoal.engine.sampling import Draw, History
+from shoal.engine.sequence import SamplingParams
+
+
+def warm_up(
+    runner: Runner, pool: BlockPool, most: int, max_sequences: int, tell: Callable[[str], None]
+) -> None:
+    """For steps of `most` tokens and so many sequences; `tell` is told what begins."""
+    tell("recording graphs")
+    runner.capture()
+    tell("compiling kernels")
+    pages = pool.take(pool.count_pages(most))
+    for length in warm_lengths(most):
+        for start in {0, min(length, most - length)}:
+            runner.run([Span(pages, start, [0] * length, num_drawn=1)])
+    # Steps of prompts and decodes: as many sequences as kernels tell apart, near and far, whose chunks meet
+    # the cache as it is, or are expanded.
+    half = max(most // 2, 1)
+    for decodes in {1, *warm_counts(min(max_sequences, most - 32))}:
+        for start in {1, most - 1}:
+            for new in (new for new in (2, 31, 32) if new < most):
+                spans = [Span(pages, start, [0], 1)] * decodes
+                runner.run([Span(pages, int(new < 32), [0] * new, 1), *spans])
+    step = runner.run([Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)])
+    # Each way to sample.
+    said = History(lambda rows, length: runner.records.ids(step.table_SB, rows, length), [1, 1])
+    for wish in (
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(top_p=0.9, top_k=40),
+        SamplingParams(frequency_penalty=1.0),
+        SamplingParams(temperature=0, repetition_penalty=1.1),
+    ):
+        sampling.draw(step.logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
+    pool.release(pages)
+
+
+def warm_lengths(most: int) -> list[int]:
+    """Lengths of steps up to `most` that meet every plan of the kernels: those choose by size, and compile
+    apart for sizes that are multiples of 16."""
+    lengths = {most}
+    base = 1
+    while base <= most:
+        for length in (base, base + base // 2):
+            lengths |= {length, length + 1, length + 8}
+        base *= 2
+    return sorted(length for length in lengths if length <= most)
+
+
+def warm_counts(most: int) -> list[int]:
+    """Numbers of decoding sequences, up to `most`, that meet every plan of attention over the cache, alone
+    and beside one more: those pad to powers of two."""
+    counts, base = {most}, 32
+    while base < most:
+        counts |= {base - 1, base + 1}
+        base *= 2
+    return sorted(count for count in counts if 0 < count <= most)
