@@ -1,6 +1,7 @@
 """A round of reasoning RL, rollout and update: how much of it the device works, and the hand-over.
 
-    python -m benchmarks.r1 [--scale one-gpu] [--task addition] [--rounds 3] [--model PATH] [--trace FILE]
+    python -m benchmarks.r1 [--scale one-gpu] [--task addition] [--rounds 3] [--questions N] [--model PATH]
+                            [--trace FILE]
 
 The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after one that warms up. A
 newborn answers to the end of its budget, so no answer is shorter than the recipe allows; --model takes one
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -28,7 +30,8 @@ from shoal.stages.r1_recipes import Recipes, scale_of
 from shoal.train.metrics import Event, StepReport
 
 SHARE, HAND_OVER_MS = 0.60, 50.0  # wanted on an H200
-TINY = {"demonstrations": 20, "problems": 200, "held_out": 5, "questions": 4, "group": 4, "max_tokens": 8}
+FEW = {"demonstrations": 20, "problems": 4000, "held_out": 5}  # to choose from: a round asks no more
+TINY = {**FEW, "problems": 200, "questions": 4, "group": 4, "max_tokens": 8}
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,13 @@ class Watch:
         self.profiler = profile(
             activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU], acc_events=True
         )
-        self.began = self.seconds = 0.0
+        self.made, self.began, self.seconds = time.perf_counter(), 0.0, 0.0
 
     def __call__(self, event: Event) -> None:
-        if not isinstance(event, StepReport) or event.step not in (1, 1 + self.rounds):
+        if not isinstance(event, StepReport):
+            return
+        print(f"step {event.step} after {time.perf_counter() - self.made:.1f} s", file=sys.stderr, flush=True)
+        if event.step not in (1, 1 + self.rounds):
             return
         if self.cuda:
             torch.cuda.synchronize()
@@ -89,11 +95,12 @@ def measure(
     recipes.write_problems()
     recipes.make_base()
     recipe = recipes.reasoning()
+    optim = replace(recipe.train.optim, warmup_steps=0)  # the recipe's may outlast these rounds
     recipe = replace(
         recipe,
         model=model or str(recipes.folder / "base"),
         held_out=(),
-        train=replace(recipe.train, steps=1 + rounds, evaluate_every=0, checkpoint_every=0),
+        train=replace(recipe.train, steps=1 + rounds, evaluate_every=0, checkpoint_every=0, optim=optim),
     )
     watch, folder = Watch(rounds, device), recipes.folder / "rl"
     grpo.run(recipe, folder, device=device, observe=watch)
@@ -119,12 +126,16 @@ def main() -> None:
     parser.add_argument("--scale", default="one-gpu")
     parser.add_argument("--task", default="addition")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, help="of a round, where not as many as the recipe's")
     parser.add_argument("--model", help="a checkpoint with the recipe's tokenizer; without it a newborn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="few and short answers: shows that it runs")
     parser.add_argument("--trace", help="where to leave the profile, for chrome://tracing or Perfetto")
     chosen = parser.parse_args()
-    scale = scale_of(chosen.scale, chosen.task, TINY if chosen.tiny else {})
+    changes = TINY if chosen.tiny else FEW
+    if chosen.questions is not None:
+        changes = {**changes, "questions": chosen.questions}
+    scale = scale_of(chosen.scale, chosen.task, changes)
     with tempfile.TemporaryDirectory() as folder:
         recipes = Recipes(scale, Path(folder), 0)
         told = measure(recipes, chosen.rounds, chosen.device, chosen.model, chosen.trace)
