@@ -45,8 +45,8 @@ class Degrees:
             )
         if self.data_parallel > 1 and not self.expert_parallel:
             raise ValueError(
-                f"data_parallel is {self.data_parallel} without expert_parallel: those are replicas, each a "
-                f"server of its own; set expert_parallel, or data_parallel to 1"
+                f"data_parallel is {self.data_parallel} without expert_parallel: those are replicas, which "
+                f"deploy/ray_serve.py runs; set expert_parallel, or data_parallel to 1"
             )
         if self.expert_parallel and self.data_parallel == 1:
             raise ValueError(
