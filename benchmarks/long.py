@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -285,6 +285,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--caches", nargs="+", choices=get_args(Cache), default=get_args(Cache))
     parser.add_argument("--length", type=int, default=131072)
     parser.add_argument("--budget", type=int, default=8192, help="tokens of a chunk")
     parser.add_argument("--many", type=int, default=4, help="sequences at once, at most")
@@ -302,6 +303,8 @@ def main() -> None:
         config = find_shape(name)
         model = build(tiny(config) if told.tiny else config, device)
         for cache in caches(config):
+            if cache not in set[str](told.caches):
+                continue
             spent = time.perf_counter() - begun
             if spent > told.seconds:
                 print(f"left out after {spent:.0f} s: {name}, {cache} cache", flush=True)
