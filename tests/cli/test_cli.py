@@ -178,7 +178,10 @@ def test_fertility_compares_tokenizers_on_the_same_text(shoal: Shoal, checkpoint
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_one_line_that_names_it(shoal: Shoal, arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_is_one_line_that_names_it(
+    shoal: Shoal, arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a plan of work may be left
     assert said in refusal(shoal(*arguments))
 
 

@@ -1,18 +1,16 @@
 """Pieces: steps that read prompts, padded to a few fixed lengths, so that CUDA graphs can replay all of them
 but attention.
 
-An eager step has some forty launches a layer, for each of which the host takes microseconds: a step of 27
-layers waits 40 ms for it, in which an H200 reads 4,000 tokens. Attention's launches depend on lengths that
-the host knows, of chunks and contexts; all else sees rows, and their number alone. So the forward pass is
-recorded as graphs that end where attention begins (`Batch.attended`). A step replays a graph, attends with
-the rows that are its own, replays the next. Rows past them are padding: they write to the scratch page, and
-of attention they get what was there before.
+An eager step has some forty launches a layer: of 27 layers it waits 40 ms for the host, in which an H200
+reads 4,000 tokens. Attention's launches depend on lengths of chunks and contexts; all else sees rows, and
+their number alone. So the forward pass is recorded as graphs that end where attention begins (`Batch.attended`). A
+step replays a graph, attends with the rows that are its own, replays the next. Rows past them are padding:
+they write to the scratch page, and of attention they get what was there before.
 
 Graphs of all lengths share a pool, in which what one layer computes lies where the one before had it. What
 attention is given is therefore remembered by address, not held: it is good until the next graph runs.
 
-The law: a row's results do not depend on whether it was padded, nor on the length it was padded to. On a CPU
-the same padded step runs without graphs.
+The law: padding changes no row's results. On a CPU the same padded step runs without graphs.
 """
 
 from __future__ import annotations
