@@ -3,9 +3,9 @@ but attention.
 
 An eager step has some forty launches a layer: of 27 layers it waits 40 ms for the host, in which an H200
 reads 4,000 tokens. Attention's launches depend on lengths of chunks and contexts; all else sees rows, and
-their number alone. So the forward pass is recorded as graphs that end where attention begins (`Batch.attended`). A
-step replays a graph, attends with the rows that are its own, replays the next. Rows past them are padding:
-they write to the scratch page, and of attention they get what was there before.
+their number alone. So the forward pass is recorded as graphs that end where attention begins. A step replays
+a graph, attends with the rows that are its own, replays the next. Rows past them are padding: they write to
+the scratch page, and of attention they get what was there before.
 
 Graphs of all lengths share a pool, in which what one layer computes lies where the one before had it. What
 attention is given is therefore remembered by address, not held: it is good until the next graph runs.
