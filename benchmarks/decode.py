@@ -1,6 +1,8 @@
 """The engine on one GPU: decoding and prefill of a whole model of random weights, against the memory bus.
 
     python -m benchmarks.decode [--model deepseek-v2-lite] [--batches 1 8 32 128 256] [--peer] [--profile]
+    python -m benchmarks.decode --context 8192 --batches 32 128 --prefills
+    python -m benchmarks.decode --quant int4 --batches 32 --prefills
 
 Floors: the larger of FLOPs over the burst matrix rate and least bytes over the read rate (`kernels/harness`);
 bytes are those of the weights that a step touches, its experts as counted by the engine itself, and of the
@@ -32,6 +34,11 @@ from shoal.model.transformer import Transformer
 
 CONTEXT, STEPS = 1024, 64
 TARGETS = {1: 550, 8: 1450, 32: 3800, 128: 13_000, 256: 23_000}  # tokens/s wanted, V2-Lite on an H200
+SPECIAL = {  # by context and weights, instead: shares of floors of 3,629 and 8,653, 8,300, 14,700
+    (8192, None): {32: 2540, 128: 6057},
+    (CONTEXT, "fp8"): {32: 4980},
+    (CONTEXT, "int4"): {32: 7350},
+}
 PREFILL_TARGETS = {1: 98_000, 4: 110_000}
 
 
@@ -70,9 +77,16 @@ def touched_bytes(config: ModelConfig, experts: float, quant: str | None = None)
     return total
 
 
-def decode_floor_ms(config: ModelConfig, batch: int, experts: float, quant: str | None = None) -> float:
+def target(batch: int, context: int, quant: str | None) -> float | None:
+    wanted = TARGETS if (context, quant) == (CONTEXT, None) else SPECIAL.get((context, quant), {})
+    return wanted.get(batch)
+
+
+def decode_floor_ms(
+    config: ModelConfig, batch: int, experts: float, quant: str | None = None, context: int = CONTEXT
+) -> float:
     """Least bytes of a step over the read rate."""
-    cache = batch * CONTEXT * cost.kv_bytes_per_token(config)
+    cache = batch * context * cost.kv_bytes_per_token(config)
     return 1e3 * (touched_bytes(config, experts, quant) + cache) / PEAK_BYTES
 
 
@@ -86,11 +100,11 @@ def prompts(config: ModelConfig, count: int, length: int, seed: int = 0) -> list
     return torch.randint(config.vocab_size, (count, length), generator=generator).tolist()
 
 
-def decoding(engine: Engine, batch: int, quant: str | None = None) -> Row:
-    """Steps at a context that passes through `CONTEXT`."""
+def decoding(engine: Engine, batch: int, quant: str | None = None, context: int = CONTEXT) -> Row:
+    """Steps at a context that passes through `context`."""
     config = engine.config
     params = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True)
-    for ids in prompts(config, batch, CONTEXT - STEPS // 2, seed=batch):
+    for ids in prompts(config, batch, context - STEPS // 2, seed=batch):
         engine.add(ids, params)
     wait_for_decodes(engine, batch)
     before = engine.stats()
@@ -113,8 +127,10 @@ def decoding(engine: Engine, batch: int, quant: str | None = None) -> Row:
         experts = touched / steps
     while engine.busy:
         engine.step()
-    floor = decode_floor_ms(config, batch, experts or 0.0, quant)
-    return Row("decode", batch, ms, 1e3 * batch / ms, floor, TARGETS.get(batch), experts)
+    floor = decode_floor_ms(config, batch, experts or 0.0, quant, context)
+    what = "decode" if context == CONTEXT else f"decode at {context}"
+    what += f", {quant}" if quant else ""
+    return Row(what, batch, ms, 1e3 * batch / ms, floor, target(batch, context, quant), experts)
 
 
 def wait_for_decodes(engine: Engine, batch: int) -> None:
@@ -242,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--model", default="deepseek-v2-lite")
     parser.add_argument("--batches", type=int, nargs="*", default=list(TARGETS))
+    parser.add_argument("--context", type=int, default=CONTEXT, help="at which steps decode")
     parser.add_argument("--prefills", type=int, nargs="*", default=list(PREFILL_TARGETS))
     parser.add_argument("--peer", action="store_true", help="transformers in the same run, batches 1 and 32")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose kernels are listed")
@@ -262,7 +279,7 @@ def main() -> None:
     say(f"{arguments.model}: {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", begun)
     most = max([*arguments.batches, *arguments.prefills, 1])
     settings = EngineSettings(
-        num_pages=most * 18 + 4 * 70,
+        num_pages=most * -(-(arguments.context + STEPS + 40) // EngineSettings.page_size) + 4 * 70,
         max_batch_tokens=16384,
         max_sequences=most,
         prefix_cache=False,
@@ -277,7 +294,7 @@ def main() -> None:
     say("warm", begun)
     rows: list[Row] = []
     for batch in arguments.batches:
-        rows.append(decoding(engine, batch, arguments.quant))
+        rows.append(decoding(engine, batch, arguments.quant, arguments.context))
         say(table(rows[-1:]).splitlines()[-1], begun)
     for count in arguments.prefills:
         rows.append(prefill(engine, count))

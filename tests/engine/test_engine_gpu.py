@@ -57,6 +57,22 @@ def assert_same(found: list[Completion], expected: list[Completion]) -> None:
             assert torch.equal(ours.routing, theirs.routing)
 
 
+def test_counts_that_nobody_waits_for_are_those_of_the_call_before() -> None:
+    engine = Engine(on_gpu(build("deepseek-v3")), SETTINGS)
+    wish = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    told = []
+    for _ in range(3):
+        engine.generate([[1, 2, 3]], wish)
+        counts = engine.stats(wait=False).expert_tokens
+        assert counts is not None
+        told.append(counts)
+    whole = engine.stats().expert_tokens
+    assert whole is not None
+    assert torch.equal(told[0], told[1])  # nobody asked before the first: that one waited
+    assert 3 * told[1].sum() == whole.sum()
+    assert 3 * told[2].sum() == 2 * whole.sum()
+
+
 @pytest.mark.parametrize(
     "family",
     ["deepseek-v3", "deepseek-v3.2", "deepseek-v2-lite", "nsa-27b", "qwen3-30b-a3b", "r1-distill-qwen-1.5b"],

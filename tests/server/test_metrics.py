@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import httpx
 import pytest
@@ -55,5 +57,9 @@ def test_offloaded_experts_are_counted_over_restarts() -> None:
     text = Metrics(process).render().decode()
     assert f"shoal:expert_cache_queries_total {float(engine.stats().expert_cache_queries or 0)}" in text
     assert f"shoal:expert_cache_hits_total {10.0 + (engine.stats().expert_cache_hits or 0)}" in text
+    dashboard = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text("utf-8")
+    asked = set(re.findall(r"shoal:expert_cache\w+", dashboard))
+    assert len(asked) == 2
+    assert all(f"\n{name} " in text for name in asked)
     process.stats = plain(Engine(build("deepseek-v3"), EngineSettings()).stats())
     assert "expert_cache" not in Metrics(process).render().decode()

@@ -183,8 +183,11 @@ class Engine:
         for experts in self._offloaded:
             experts.reset_counts()
 
-    def stats(self) -> Stats:
+    def stats(self, *, wait: bool = True) -> Stats:
+        """Without `wait` what experts were given is not newer than the last such call: it is on the device,
+        and to read it there is to wait for the step that runs."""
         scheduler, drafter = self.scheduler, self._drafter
+        expert_tokens, experts_touched = self.runner.records.counts(wait=wait)
         return Stats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -198,8 +201,8 @@ class Engine:
             step_seconds=self._step_seconds,
             drafted=() if drafter is None else drafter.count(drafter.drafted),
             accepted=() if drafter is None else drafter.count(drafter.accepted),
-            expert_tokens=self.runner.records.expert_tokens(),
-            experts_touched=self.runner.records.experts_touched(),
+            expert_tokens=expert_tokens,
+            experts_touched=experts_touched,
             expert_cache_queries=self._count("queries"),
             expert_cache_hits=self._count("hits"),
         )

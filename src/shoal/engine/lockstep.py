@@ -189,8 +189,9 @@ class Lockstep:
         self._line.tell("warm_up")
         self._place.engine.warm_up(tell)
 
-    def stats(self) -> Stats:
-        """The sums over all processes; of steps and their time the most, as all step together."""
+    def stats(self, *, wait: bool = True) -> Stats:
+        """The sums over all processes; of steps and their time the most, as all step together. They meet for
+        it, so it waits for all of them anyway, whatever `wait` says."""
         self._line.tell("stats")
         each = self._place.stats()
         assert each is not None

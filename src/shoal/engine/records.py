@@ -70,6 +70,7 @@ class Records:
         self.page_size, self._num_slots = page_size, num_pages * page_size
         self._ids = torch.zeros(slots, dtype=torch.int32, device=device)
         self._experts = self._weights = self._tokens_LE = self._touched_L = None
+        self._sent: tuple[staging.Parcel, staging.Parcel] | None = None  # counts on their way to the host
         if config.moe is not None:
             layers, experts = _count_layers(config), config.moe.n_routed_experts
             self._experts = torch.full(
@@ -120,14 +121,20 @@ class Records:
         if self._tokens_LE is not None and self._touched_L is not None:
             self._tokens_LE.zero_()
             self._touched_L.zero_()
+            self._sent = None
 
-    def expert_tokens(self) -> Tensor | None:
-        """Tokens that each expert was given so far (L, E), on the host."""
-        return None if self._tokens_LE is None else self._tokens_LE.to("cpu", copy=True)
-
-    def experts_touched(self) -> Tensor | None:
-        """Distinct experts that a step gave a token, in each layer (L,), summed over steps."""
-        return None if self._touched_L is None else self._touched_L.to("cpu", copy=True)
+    def counts(self, *, wait: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """On the host, so far: tokens that each expert was given (L, E), and distinct experts that a step gave
+        a token, in each layer (L,), summed over steps. Without `wait` as of the last such call."""
+        if self._tokens_LE is None or self._touched_L is None:
+            return None, None
+        if wait or not self._tokens_LE.is_cuda:
+            self._sent = None
+            return self._tokens_LE.to("cpu", copy=True), self._touched_L.to("cpu", copy=True)
+        sent = staging.Parcel(self._tokens_LE), staging.Parcel(self._touched_L)
+        tokens, touched = self._sent or sent
+        self._sent = sent
+        return tokens.open(), touched.open()
 
     def _gather(self, rows: Tensor, table_SB: Tensor) -> Tensor:
         paged = rows.view(-1, self.page_size, *rows.shape[1:])

@@ -129,7 +129,7 @@ class _Loop:
             turned = busy != self._told_busy or worked != busy
             if turned or time.monotonic() - self._told > STATS_SECONDS:
                 self._told, self._told_busy = time.monotonic(), busy
-                self.end.sendall(frame(("stats", plain(self.engine.stats()))))
+                self.end.sendall(frame(("stats", plain(self.engine.stats(wait=turned)))))
             if events:
                 self.end.sendall(frame(self._tell(events)))
 
