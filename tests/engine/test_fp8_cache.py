@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from shoal.config import cost
+from shoal.config.model import MLAConfig
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from tests.engine.conftest import build
 
-FAMILIES = ["deepseek-v3", "qwen3-30b-a3b"]
+FAMILIES = ["deepseek-v3", "qwen3-30b-a3b"]  # sparse attention: test_index_keys.py
 PLAIN: dict[str, Any] = {"cache_dtype": "fp8", "page_size": 8, "num_pages": 40, "max_sequences": 4}
 WAYS: dict[str, dict[str, Any]] = {
     "in chunks": {"max_batch_tokens": 8},
@@ -30,13 +31,23 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def keys(model: Transformer) -> cost.IndexKeys:
+    """An indexer's keys have no room in rows of FP8: they are narrow as well."""
+    attention = model.config.attention
+    return "fp8" if isinstance(attention, MLAConfig) and attention.indexer else "wide"
+
+
+def settings(model: Transformer, ways: dict[str, Any]) -> EngineSettings:
+    return EngineSettings(**{**PLAIN, "index_keys": keys(model), **ways})
+
+
 def serve(model: Transformer, ways: dict[str, Any], *, times: int = 1) -> tuple[Engine, list[Completion]]:
     prompts = [list(range(3, 40)), [*range(3, 30), 7, 7], [9]]
     params = [
         SamplingParams(temperature=place % 2, seed=place, max_tokens=12, ignore_eos=True)
         for place in range(len(prompts))
     ]
-    engine = Engine(model, EngineSettings(**{**PLAIN, **ways}))
+    engine = Engine(model, settings(model, ways))
     answers: list[Completion] = []
     for _ in range(times):
         answers = engine.generate(prompts, params)
@@ -62,15 +73,16 @@ def test_a_request_gets_the_same_bits_in_every_way(family: str) -> None:
         assert serve(model, {"cache_dtype": "auto"})[1][0].logprobs != wanted[0].logprobs  # it does round
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "r1-distill-qwen-1.5b", "deepseek-v2-lite"])
+@pytest.mark.parametrize("family", [*FAMILIES, "r1-distill-qwen-1.5b", "deepseek-v2-lite", "deepseek-v3.2"])
 def test_pages_and_ledger_take_what_cost_says(family: str) -> None:
     model = build(family)
     engine, _ = serve(model, {})
-    records = engine.ledger.page - sum(pages.nbytes for pages in engine.runner.pages) // (40 + 1)
-    a_token = cost.kv_bytes_per_token(model.config, "fp8")
+    kept = [*engine.runner.pages, *(part for both in engine.runner.index_keys for part in both)]
+    records = engine.ledger.page - sum(each.nbytes for each in kept) // (40 + 1)
+    a_token = cost.kv_bytes_per_token(model.config, "fp8", index_keys=keys(model))
     assert engine.ledger.page - records == a_token * PLAIN["page_size"]
     assert engine.runner.pages[0].dtype == torch.uint8
-    wide = Engine(model, EngineSettings(**{**PLAIN, "cache_dtype": "auto"}))
+    wide = Engine(model, EngineSettings(**{**PLAIN, "cache_dtype": "auto"}))  # its keys too
     assert wide.ledger.page - engine.ledger.page == PLAIN["page_size"] * (
         cost.kv_bytes_per_token(model.config, "float32") - a_token
     )
@@ -91,8 +103,9 @@ def test_scoring_reads_what_decoding_wrote() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cache_dtype .* is 'int8'; it must be one of auto, fp8"):
         EngineSettings(cache_dtype="int8")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="index_keys and cache_dtype are both fp8"):
-        EngineSettings(cache_dtype="fp8", index_keys="fp8")
-    for family in ("nsa-27b", "deepseek-v3.2"):
-        with pytest.raises(ValueError, match="sparse attention reads it as it is"):
-            Engine(build(family), EngineSettings(**PLAIN))
+    with pytest.raises(ValueError, match="sparse attention reads it as it is"):
+        Engine(build("nsa-27b"), EngineSettings(**PLAIN))
+    with pytest.raises(ValueError, match=r"wide keys .* ask for index_keys \(--index-keys\) fp8 too"):
+        Engine(build("deepseek-v3.2"), EngineSettings(**PLAIN))
+    with pytest.raises(ValueError, match="index_keys is 'fp8', but the model's attention has no indexer"):
+        Engine(build("deepseek-v3"), EngineSettings(**PLAIN, index_keys="fp8"))

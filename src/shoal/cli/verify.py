@@ -101,6 +101,12 @@ def _show(report: Report, slack: float) -> None:
             f"the end {report.fp8_rounding:.2e} nats.",
             highlight=False,
         )
+    if report.fp8_keys_rounding:
+        console.print(
+            f"With index keys in fp8: {slack:g} times what the naive passes with such keys differ, the rows "
+            f"narrow where a case says so; in the end {report.fp8_keys_rounding:.2e} nats.",
+            highlight=False,
+        )
     run = [case for case in report.cases if case.skipped is None]
     failed = sum(not case.holds for case in run)
     console.print(f"{len(run) - failed} of {len(run)} hold, {len(report.cases) - len(run)} left out.")

@@ -290,7 +290,7 @@ def kv_bytes_per_token(
     """
     layers = config.num_cached_layers if mtp else config.num_hidden_layers
     if _known(dtype, *BYTES, "fp8") == "fp8":
-        return layers * math.prod(fp8_cache_shape(config))
+        return layers * (math.prod(fp8_cache_shape(config, index_keys)) + index_key_bytes(config, index_keys))
     return layers * cache_row_bytes(config, BYTES[dtype], index_keys)
 
 
@@ -299,22 +299,38 @@ def cache_row_bytes(config: ModelConfig, dtype_bytes: int, index_keys: IndexKeys
     attention = config.attention
     if index_keys == "wide":
         return math.prod(attention.cache_shape) * dtype_bytes
+    keys = index_key_bytes(config, index_keys)
+    assert isinstance(attention, MLAConfig)
+    return attention.latent_dim * dtype_bytes + keys
+
+
+def index_key_bytes(config: ModelConfig, index_keys: IndexKeys) -> int:
+    """Per token and layer, beside a row of the cache: 0 for wide keys, which are in it."""
+    if index_keys == "wide":
+        return 0
+    attention = config.attention
     if not isinstance(attention, MLAConfig) or attention.indexer is None:
         raise ValueError("index_keys is 'fp8', but the model's attention has no indexer; leave it at 'wide'")
-    return attention.latent_dim * dtype_bytes + attention.indexer.index_head_dim + BYTES["float32"]
+    return attention.indexer.index_head_dim + BYTES["float32"]
 
 
-def fp8_cache_shape(config: ModelConfig) -> tuple[int, ...]:
+def fp8_cache_shape(config: ModelConfig, index_keys: IndexKeys = "wide") -> tuple[int, ...]:
     """Bytes cached per token and layer in FP8: e4m3, and a float32 scale for each 128 numbers.
 
     A latent row (C + 4 ceil(C / 128) + 2 R,) keeps its rotated key in bfloat16; keys and values are (2, G,
-    Q + 4 ceil(Q / 128)). ValueError for sparse attention, and for rows whose scales would not be aligned.
+    Q + 4 ceil(Q / 128)). ValueError for NSA, for an indexer whose keys are wide, as these lie in the latent's
+    row, and for rows whose scales would not be aligned.
     """
     attention = config.attention
-    if isinstance(attention, NSAConfig) or (isinstance(attention, MLAConfig) and attention.indexer):
+    if isinstance(attention, NSAConfig):
         raise ValueError(
             "the cache is asked for in fp8, but this model's sparse attention reads it as it is; leave "
             "cache_dtype (--kv-cache-dtype) at auto"
+        )
+    if isinstance(attention, MLAConfig) and attention.indexer and index_keys == "wide":
+        raise ValueError(
+            "the cache is asked for in fp8, but the wide keys of this model's sparse attention lie in its "
+            "rows; ask for index_keys (--index-keys) fp8 too, or leave cache_dtype (--kv-cache-dtype) at auto"
         )
     numbers, behind = (
         (attention.kv_lora_rank, attention.qk_rope_head_dim)

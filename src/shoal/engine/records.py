@@ -124,8 +124,8 @@ class Records:
             self._sent = None
 
     def counts(self, *, wait: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """On the host, so far: tokens that each expert was given (L, E), and distinct experts that a step gave
-        a token, in each layer (L,), summed over steps. Without `wait` as of the last such call."""
+        """On the host: tokens that each expert was given (L, E), and distinct experts that a step gave a
+        token, in each layer (L,), summed over steps. Without `wait` as of the last such call."""
         if self._tokens_LE is None or self._touched_L is None:
             return None, None
         if wait or not self._tokens_LE.is_cuda:

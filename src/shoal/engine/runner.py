@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from shoal.batch import Batch, Chunk, KVView
-from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape
+from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape, index_key_bytes
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
@@ -56,7 +56,7 @@ def count_page_bytes(
 ) -> int:
     """Bytes of one page in all layers, with `mtp` in the first prediction module too."""
     if cache_dtype == "fp8":
-        row = math.prod(fp8_cache_shape(config))
+        row = math.prod(fp8_cache_shape(config, index_keys)) + index_key_bytes(config, index_keys)
     else:
         row = cache_row_bytes(config, dtype.itemsize, index_keys)
     return (config.num_hidden_layers + mtp) * page_size * row
@@ -113,12 +113,14 @@ class Runner:
         layers, rows = config.num_hidden_layers + (num_drafts > 0), (num_pages + 1, page_size)
         shape, dtype = (*rows, *config.attention.cache_shape), head.dtype
         if cache_dtype == "fp8":
-            shape, dtype = (*rows, *fp8_cache_shape(config)), torch.uint8
+            shape, dtype = (*rows, *fp8_cache_shape(config, index_keys)), torch.uint8
         self.index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
         if index_keys == "fp8":
             assert isinstance(config.attention, MLAConfig) and config.attention.indexer is not None
-            shape, keys = (*rows, config.attention.latent_dim), config.attention.indexer.index_head_dim
+            keys = config.attention.indexer.index_head_dim
             check_index(keys)
+            if cache_dtype == "auto":
+                shape = (*rows, config.attention.latent_dim)
             self.index_keys = tuple(
                 (_zeros((*rows, keys), FP8, head.device), _zeros(rows, torch.float32, head.device))
                 for _ in range(layers)

@@ -31,8 +31,9 @@ class EngineSettings:
     experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
     admits requests that are likely to use the same experts together, past one that waits up to so many times;
     0 goes by arrival. `index_keys` fp8 keeps the keys of a sparse attention's indexer in a byte an element,
-    as V3.2 serves, and scores in FP8. `cache_dtype` fp8 keeps the cache of dense attention in e4m3
-    (ops/reference/narrow_rows.py), auto in the model's dtype.
+    as V3.2 serves, and scores in FP8. `cache_dtype` fp8 keeps the cache in e4m3
+    (ops/reference/narrow_rows.py), that of sparse attention with `index_keys` fp8 alone; auto in the model's
+    dtype.
     """
 
     page_size: int = 64
@@ -77,11 +78,6 @@ class EngineSettings:
             raise ValueError(f"memory is {self.memory}; it must be a share of the device, at most 1")
         if self.index_keys not in get_args(IndexKeys):
             raise ValueError(f"index_keys is {self.index_keys!r}; it must be wide or fp8")
-        if self.index_keys == self.cache_dtype == "fp8":
-            raise ValueError(
-                "index_keys and cache_dtype are both fp8, but the one is of sparse attention, the other of "
-                "dense; leave one of them out"
-            )
         if self.affinity < 0:
             raise ValueError(f"affinity is {self.affinity}; it must be at least 0, where 0 goes by arrival")
         if self.speculate < 0:

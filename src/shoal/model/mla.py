@@ -197,7 +197,8 @@ class MLA(nn.Module):
     def _pages(self, kv: KVView) -> Tensor:
         """The latent rows of the cache; after them, in the same row, comes a wide key of the indexer."""
         pages = kv.pages[self.layer]
-        return pages if self.indexer is None else pages[..., : self.mla.latent_dim]
+        wide_keys = self.indexer is not None and not kv.index_keys
+        return pages[..., : self.mla.latent_dim] if wide_keys else pages
 
     def expanded(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
         """Attention among the tokens of this batch, or of the pack that it is a part of, alone, keys and

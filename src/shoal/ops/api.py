@@ -584,10 +584,10 @@ def sparse_latent_attention(
 ) -> Tensor:
     """Absorbed MLA of each token over the rows it names: o_THC, with C = `latent_rank`.
 
-    Rows and queries as in `latent_attention`; `rows_XL` are those of a pack, or of all slots of a cache, and
-    may be a view into wider ones. `indices_TK` (int64) names rows, -1 none; a token names at least one, and
-    none twice. Rows that a token does not name may be NaN and touch nothing of its result. Softmax in
-    float32. Differentiable in q and rows.
+    Rows and queries as in `latent_attention`; `rows_XL` are those of a pack, or of all slots of a cache, in
+    FP8 too, and may be a view into wider ones. `indices_TK` (int64) names rows, -1 none; a token names at
+    least one, and none twice. Rows that a token does not name may be NaN and touch nothing of its result.
+    Softmax in float32. Differentiable in q and rows.
     """
     return call("sparse_latent_attention", q_THL, rows_XL, indices_TK, latent_rank, scale)
 

@@ -6,8 +6,8 @@ one block more. Recorded choices of experts are replayed; what the router would 
 beside the result, so that a near tie, which any rounding may turn, is counted and not confused with an error.
 
 The law: it shares no path with serving but the modules' weights. To say what a cache in e4m3 may change, it
-can round what a cache would hold (`fp8_rows`); nothing looks back on that cache. Shape letters: T tokens, L
-layers that route, K experts per token, V vocabulary.
+can round what a cache would hold (`fp8_rows`, and an indexer's `fp8_keys`), in a cache of the text alone.
+Shape letters: T tokens, L layers that route, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from shoal.batch import Batch, KVView
 from shoal.config.cost import fp8_cache_shape
+from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.moe import LocalDispatcher, MoE, hash_experts
 from shoal.model.transformer import Block, Transformer
 from shoal.ops import dispatch
+from shoal.ops.quantised import FP8
 
 M = TypeVar("M", bound=nn.Module)
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -52,18 +54,14 @@ def forward(
     routing_TLK: Tensor | None,
     *,
     fp8_rows: bool = False,
+    fp8_keys: bool = False,
 ) -> Naive:
     """Logits of every position of one text, by weights widened to `dtype`."""
     config, decoder = model.config, model.model
     device = model.head_weight().device
     ids_T = torch.tensor(ids, device=device)
     length_1 = torch.tensor([len(ids)], dtype=torch.int32, device=device)
-    kv = None
-    if fp8_rows:  # one page for the text, one step that begins it
-        page = torch.zeros(1, len(ids), *fp8_cache_shape(config), dtype=torch.uint8, device=device)
-        first = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        slots_T = torch.arange(len(ids), device=device)
-        kv = KVView((page,) * config.num_hidden_layers, slots_T, first, length_1, len(ids), has_prefix=False)
+    kv = _round(config, len(ids), dtype, length_1, fp8_rows, fp8_keys) if fp8_rows or fp8_keys else None
     batch = Batch(
         ids_T=ids_T,
         positions_T=torch.arange(len(ids), device=device),
@@ -95,6 +93,25 @@ def forward(
         hidden_TD = _widen(decoder.norm, dtype).add(x_TD, y_TD)[1]
         logits_TV = nn.functional.linear(hidden_TD, model.head_weight().to(dtype))
     return Naive(logits_TV, torch.stack(chosen, 1) if chosen else None)
+
+
+def _round(
+    config: ModelConfig, length: int, dtype: torch.dtype, length_1: Tensor, fp8_rows: bool, fp8_keys: bool
+) -> KVView:
+    """One page for the text, one step that begins it."""
+    device, layers = length_1.device, config.num_hidden_layers
+    index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
+    row, kept = config.attention.cache_shape, dtype
+    if fp8_keys:
+        assert isinstance(config.attention, MLAConfig) and config.attention.indexer is not None
+        keys = torch.zeros(1, length, config.attention.indexer.index_head_dim, device=device).to(FP8)
+        index_keys = ((keys, torch.zeros(1, length, device=device)),) * layers
+        row = (config.attention.latent_dim,)
+    if fp8_rows:
+        row, kept = fp8_cache_shape(config, "fp8" if fp8_keys else "wide"), torch.uint8
+    page = torch.zeros(1, length, *row, dtype=kept, device=device)
+    slots_T, first = torch.arange(length, device=device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+    return KVView((page,) * layers, slots_T, first, length_1, length, has_prefix=False, index_keys=index_keys)
 
 
 def count_others(ours_TLK: Tensor | None, theirs_TLK: Tensor | None) -> int:

@@ -7,12 +7,15 @@ same text (naive.py), and where the draw was greedy no other token may be better
 The law is a measured one. The naive pass in the model's dtype differs from the same pass in a wider one by
 rounding alone; serving computes the same sums in other orders, so it may differ from the wide pass by `SLACK`
 times the most that the naive one does, and choose other experts as much oftener. With a cache in FP8 the
-naive pass rounds to e4m3 what a cache would hold, and by that is the law measured. A feature is a row of
-`FEATURES`: what it changes, why a model may lack it, and how to see that it was really at work.
+naive pass rounds to e4m3 what a cache would hold, and by that is the law measured. With an indexer's keys in
+FP8 both passes round them: who reads other positions is another model, and no tolerance would say anything.
+A feature is a row of `FEATURES`: what it changes, why a model may lack it, and how to see that it was really
+at work.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,17 +25,20 @@ import torch
 from torch import Tensor
 
 from shoal.config.cost import fp8_cache_shape
+from shoal.config.model import MLAConfig
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams, Stats
 from shoal.engine.buckets import default_sizes
 from shoal.engine.pieces import default_lengths, why_not
 from shoal.engine.speculation import Governor
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
+from shoal.ops.quantised import check_index
 from shoal.stages import naive
 
 SLACK = 4.0  # times the naive pass's own rounding: paths differ in length and order, not in kind
 NEAR_TIES = 0.01  # of the choices of experts, beside SLACK times what the naive pass turns
 PAGE, CHUNK, DRAFTS = 16, 8, 2
+Rounds = tuple[bool, bool]  # to FP8: what is cached, and the keys of an indexer
 BEST = 8  # tokens of a position whose rounding is looked at, beside the one that was drawn
 
 
@@ -57,6 +63,7 @@ class Feature:
     shows: Callable[[Stats], bool] = lambda stats: True
     excludes: tuple[str, ...] = ()
     fp8_rows: bool = False  # what is cached is rounded to e4m3
+    fp8_keys: bool = False  # so are the keys of an indexer
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Report:
     device: str
     rounding: float  # the naive pass's own, in nats
     fp8_rounding: float  # the same with cached rows in e4m3; 0 where no case asks for it
+    fp8_keys_rounding: float  # the same with an indexer's keys in FP8, its rows as well where a case asks
     cases: tuple[Case, ...]
 
     @property
@@ -127,6 +135,18 @@ def _no_fp8_cache(model: Transformer) -> str | None:
     return None
 
 
+def _no_index_keys(model: Transformer) -> str | None:
+    attention = model.config.attention
+    if not isinstance(attention, MLAConfig) or attention.indexer is None:
+        return "the model has no indexer"
+    try:
+        check_index(attention.indexer.index_head_dim)
+        fp8_cache_shape(model.config, "fp8")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _no_module(model: Transformer) -> str | None:
     return None if model.config.num_nextn_predict_layers else "the model has no prediction module"
 
@@ -148,6 +168,21 @@ FEATURES = (
     ),
     Feature("batch invariance", lambda setup: replace(setup, invariant=True)),
     Feature("fp8 cache", _settings(cache_dtype="fp8"), _no_fp8_cache, fp8_rows=True),
+    Feature(
+        "fp8 index keys",
+        _settings(index_keys="fp8"),
+        _no_index_keys,
+        excludes=("fp8 cache and index keys",),
+        fp8_keys=True,
+    ),
+    Feature(
+        "fp8 cache and index keys",
+        _settings(cache_dtype="fp8", index_keys="fp8"),
+        _no_index_keys,
+        excludes=("fp8 index keys",),
+        fp8_rows=True,
+        fp8_keys=True,
+    ),
 )
 
 
@@ -185,8 +220,8 @@ def verify(
         got, stats = _serve(model, chosen, prompts, tokens)
         plainly = plainly or got
         unseen = [feature.name for feature in chosen if not feature.shows(stats)]
-        fp8_rows = any(feature.fp8_rows for feature in chosen)
-        case = judge.judge(names, prompts, got, plainly, fp8_rows=fp8_rows)
+        rounds = any(feature.fp8_rows for feature in chosen), any(feature.fp8_keys for feature in chosen)
+        case = judge.judge(names, prompts, got, plainly, rounds)
         if unseen:
             case = replace(case, holds=False, fault=f"{' and '.join(unseen)} did nothing in this run")
         cases.append(case)
@@ -195,8 +230,9 @@ def verify(
         str(dtype).removeprefix("torch."),
         str(naive.wider(dtype)).removeprefix("torch."),
         model.head_weight().device.type,
-        judge.rounding[False],
-        judge.rounding[True],
+        judge.rounding[False, False],
+        judge.rounding[True, False],
+        max(judge.rounding[False, True], judge.rounding[True, True]),
         tuple(cases),
     )
 
@@ -272,11 +308,12 @@ class _Judge:
     def __init__(self, model: Transformer) -> None:
         self._model, self._dtype = model, model.head_weight().dtype
         self._wide = naive.wider(self._dtype)
-        self._read: dict[tuple[tuple[int, ...], bytes, bool], tuple[Tensor, int]] = {}
-        # With rows as they are and with rows in e4m3, in nats, as far as it was measured; and choices that
-        # the naive pass turns by it.
-        self.rounding = {False: 0.0, True: 0.0}
-        self._turned, self._counted = {False: 0, True: 0}, {False: 0, True: 0}
+        self._read: dict[tuple[tuple[int, ...], bytes, Rounds], tuple[Tensor, int]] = {}
+        # By what is rounded to FP8, in nats, as far as it was measured; and choices that the naive pass turns
+        # by it.
+        self.rounding: dict[Rounds, float] = defaultdict(float)
+        self._turned: dict[Rounds, int] = defaultdict(int)
+        self._counted: dict[Rounds, int] = defaultdict(int)
 
     def judge(
         self,
@@ -284,13 +321,12 @@ class _Judge:
         prompts: Sequence[list[int]],
         got: list[Completion],
         plainly: list[Completion],
-        *,
-        fp8_rows: bool,
+        rounds: Rounds,
     ) -> Case:
         difference = regret = 0.0
         others = choices = 0
         for place, (ids, done) in enumerate(zip(prompts, got, strict=True)):
-            logprobs_NV, other = self._logprobs([*ids, *done.ids], len(ids), done.routing, fp8_rows)
+            logprobs_NV, other = self._logprobs([*ids, *done.ids], len(ids), done.routing, rounds)
             others += other
             choices += 0 if done.routing is None else done.routing.numel()
             chosen_N1 = torch.tensor(done.ids, device=logprobs_NV.device).unsqueeze(1)
@@ -299,8 +335,8 @@ class _Judge:
             difference = max(difference, (ours_N - theirs_N).abs().max().item())
             if place % 2 == 0:  # drawn greedily
                 regret = max(regret, (logprobs_NV.amax(1) - theirs_N).max().item())
-        tolerance, counted = SLACK * self.rounding[fp8_rows], self._counted[fp8_rows]
-        share = self._turned[fp8_rows] / counted if counted else 0.0
+        tolerance, counted = SLACK * self.rounding[rounds], self._counted[rounds]
+        share = self._turned[rounds] / counted if counted else 0.0
         limit = int((SLACK * share + NEAR_TIES) * choices)
         fault = None
         if not difference <= tolerance:
@@ -327,13 +363,14 @@ class _Judge:
         )
 
     def _logprobs(
-        self, ids: list[int], num_prompt: int, routing: Tensor | None, fp8_rows: bool
+        self, ids: list[int], num_prompt: int, routing: Tensor | None, rounds: Rounds
     ) -> tuple[Tensor, int]:
         """Of every token in the place of each that was drawn, by the wide pass; and its other choices."""
-        key = tuple(ids), b"" if routing is None else routing.numpy().tobytes(), fp8_rows
+        key = tuple(ids), b"" if routing is None else routing.numpy().tobytes(), rounds
         if key not in self._read:
-            wide = naive.forward(self._model, ids[:-1], self._wide, routing)
-            own = naive.forward(self._model, ids[:-1], self._dtype, routing, fp8_rows=fp8_rows)
+            rows, keys = rounds
+            wide = naive.forward(self._model, ids[:-1], self._wide, routing, fp8_keys=keys)
+            own = naive.forward(self._model, ids[:-1], self._dtype, routing, fp8_rows=rows, fp8_keys=keys)
             drawn = slice(num_prompt - 1, None)
             ids_N1 = torch.tensor(ids[num_prompt:], device=wide.logits_TV.device).unsqueeze(1)
             wide_NV = wide.logits_TV[drawn].log_softmax(-1)
@@ -341,9 +378,9 @@ class _Judge:
             told_NX = torch.cat((wide_NV.topk(BEST).indices, ids_N1), 1)  # those that may be drawn
             off = off_NV.gather(1, told_NX).max().item()
             ulp = torch.finfo(self._dtype).eps * wide.logits_TV.abs().max().item()
-            self.rounding[fp8_rows] = max(self.rounding[fp8_rows], off, ulp)
+            self.rounding[rounds] = max(self.rounding[rounds], off, ulp)
             if wide.experts_TLK is not None and own.experts_TLK is not None:
-                self._turned[fp8_rows] += naive.count_others(own.experts_TLK, wide.experts_TLK)
-                self._counted[fp8_rows] += own.experts_TLK.numel()
+                self._turned[rounds] += naive.count_others(own.experts_TLK, wide.experts_TLK)
+                self._counted[rounds] += own.experts_TLK.numel()
             self._read[key] = wide_NV, naive.count_others(routing, wide.experts_TLK)
         return self._read[key]

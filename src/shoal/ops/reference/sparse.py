@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from shoal.ops.reference.narrow_rows import as_kept
+
 _AT_ONCE = 1 << 24  # elements a block makes
 LEAST = 1e-4  # of what is narrowed: a row of zeros has a scale all the same (V3.2's released code)
 
@@ -192,7 +194,8 @@ def _attend(q_tHL: Tensor, rows_XL: Tensor, indices_tK: Tensor, latent_rank: int
     wide, hidden_tK = _wide(q_tHL.dtype), indices_tK < 0
     # 1. Each token's rows, one key head for all queries. Where it names none there may be anything.
     rows_tKL = rows_XL.index_select(0, indices_tK.clamp(min=0).flatten())
-    rows_tKL = rows_tKL.view(*indices_tK.shape, -1).to(wide).masked_fill(hidden_tK.unsqueeze(-1), 0)
+    rows_tKL = as_kept(rows_tKL, latent_rank, wide).to(wide)
+    rows_tKL = rows_tKL.view(*indices_tK.shape, rows_tKL.shape[-1]).masked_fill(hidden_tK.unsqueeze(-1), 0)
     # 2. Scores. 3. Mask and softmax. 4. Values.
     scores_tHK = torch.matmul(q_tHL.to(wide), rows_tKL.transpose(1, 2)) * scale
     weights_tHK = scores_tHK.masked_fill(hidden_tK.unsqueeze(1), float("-inf")).softmax(-1)

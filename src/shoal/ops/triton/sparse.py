@@ -3,7 +3,8 @@
     o_t = sum_{n in S_t} softmax_n(scale q_t c_n) c_n[:C]     a program: a token, BM heads, a part of its rows
 
 `cache_splits` over rows that are named instead of paged: a row is read once, as key and as value. Where
-tokens are few, a token's rows are shared out and the parts joined. Rows may be views into wider ones.
+tokens are few, a token's rows are shared out and the parts joined. Rows may be views into wider ones,
+or narrow (narrow_rows.py) and widened as they come.
 
 Bound: 2 K H (2 C + R) FLOPs a token. On an H200 (2026-11-24), V3.2's shape, 2048 rows: 21, 38 and 109 us at
 batch 1, 8 and 32. benchmarks/kernels/sparse.py holds scores, selection and attention against dense MLA.
@@ -21,6 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.narrow_rows import NARROW, behind_narrow, load_narrow
+from shoal.ops.triton.quantise import lacks_e4m3
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,6 +50,7 @@ def named_kernel(
     BN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -67,8 +71,13 @@ def named_kernel(
         row = tl.load(indices_ptr + at, mask=at < K, other=-1)
         there = row >= 0
         rows = rows_ptr + tl.maximum(row, 0)[:, None] * ROW
-        k = tl.load(rows + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-        k_rope = tl.load(rows + C + r[None, :], mask=there[:, None] & (r < R)[None, :], other=0.0)
+        if NARROW:
+            k = load_narrow(rows, there[:, None], C, BC).to(dtype)
+            behind = behind_narrow(rows, C) + r[None, :]
+            k_rope = tl.load(behind, mask=there[:, None] & (r < R)[None, :], other=0.0).to(dtype)
+        else:
+            k = tl.load(rows + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+            k_rope = tl.load(rows + C + r[None, :], mask=there[:, None] & (r < R)[None, :], other=0.0)
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
         scores = tl.where(there[None, :], scores * scale, float("-inf"))
@@ -137,8 +146,11 @@ def sparse_latent_attention_refusal(
     q_THL: Tensor, rows_XL: Tensor, indices_TK: Tensor, rank: int, scale: float
 ) -> str | None:
     """Why the kernel does not take this call; None if it does."""
-    if q_THL.dtype not in DTYPES or rows_XL.dtype != q_THL.dtype:
+    narrow = rows_XL.dtype == NARROW
+    if q_THL.dtype not in DTYPES or (rows_XL.dtype != q_THL.dtype and not narrow):
         return f"queries are {q_THL.dtype} and rows {rows_XL.dtype}; both bfloat16, float16 or float32"
+    if narrow and (why := lacks_e4m3(rows_XL)):
+        return why
     if torch.is_grad_enabled() and (q_THL.requires_grad or rows_XL.requires_grad):
         return "the kernel has no gradient"
     if rows_XL.stride(1) != 1:
@@ -196,7 +208,8 @@ def sparse_latent_attention(
         q_THL.contiguous(), rows_XL, indices_TK.contiguous(), out_THC, partial, lse, T, K, part,
         scale * math.log2(math.e), H=H, C=rank, R=L - rank, BC=triton.next_power_of_2(max(rank, 16)),
         BR=triton.next_power_of_2(max(L - rank, 16)), ROW=rows_XL.stride(0), BM=tiles.bm, BN=tiles.bn,
-        SPLIT=parts > 1, PRECISION="ieee" if q_THL.dtype == torch.float32 else "tf32", PDL=pdl,
+        SPLIT=parts > 1, PRECISION="ieee" if q_THL.dtype == torch.float32 else "tf32",
+        NARROW=rows_XL.dtype == NARROW, PDL=pdl,
         launch_pdl=pdl, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if parts > 1:
