@@ -43,6 +43,7 @@ OPS = {
     "sparse": sparse.cases,
     "sparse-tiles": sparse.tile_cases,
     "narrow-cache": attention.narrow_cases,
+    "latent-tiles": attention.tile_cases,
     "invariance": invariance.cases,
 }
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.harness import Call, Case
 from shoal.ops.triton import attention, cache_attention
+from shoal.ops.triton.cache_plan import Plan
 
 DTYPE = torch.bfloat16
 RANK, ROPE, PAGE = 512, 64, 64
@@ -36,6 +37,24 @@ TARGETS = {
 DECODE = tuple(
     (heads, batch, context) for heads in (16, 128) for batch in (1, 32, 128) for context in (4096, 32768)
 )
+WIDE_PLANS = {
+    16: (
+        Plan(16, 64, False, 8, 4),
+        Plan(16, 64, False, 8, 5),
+        Plan(16, 32, False, 8, 5, resident=2),
+        Plan(16, 64, False, 8, 4, resident=2),
+    ),
+    128: (Plan(64, 64, False, 4, 2, halves=2), Plan(64, 64, False, 4, 3, halves=2)),
+}
+NARROW_PLANS = {
+    16: (
+        Plan(16, 32, False, 4, 3, resident=2),
+        Plan(16, 64, False, 8, 4),
+        Plan(16, 64, False, 8, 5),
+        Plan(16, 32, False, 8, 5, resident=2),
+    ),
+    128: (Plan(64, 64, False, 8, 3), Plan(64, 64, False, 8, 4), Plan(16, 64, False, 8, 5)),
+}
 PACKS = {
     "4k": [4096],
     "16k": [16384],
@@ -194,6 +213,31 @@ def pack(name: str, lengths: list[int], heads: int, *, backward: bool) -> Case:
         note=attention.choose(q, k, v, *where)[0],
         graph=not backward,
     )
+
+
+def latent_tiles(heads: int, batch: int, context: int) -> Iterator[Case]:
+    """MLA decode by other tiles, over a wide cache and one in FP8; the first is what is chosen."""
+    scale = (RANK + ROPE) ** -0.5
+    wide, *where = _cache(batch, context, (RANK + ROPE,), PAGE)
+    q = torch.randn(batch, heads, RANK + ROPE, device="cuda", dtype=DTYPE)
+    for kind, pages in (("", wide), (", FP8 cache", narrow_rows(wide, RANK, wide.shape[:2]))):
+        plans = (NARROW_PLANS if kind else WIDE_PLANS)[heads]
+        attend = partial(cache_attention.latent_attention, q, pages, *where, RANK, scale)
+        calls: dict[str, list[Call]] = {"ours": [attend]}
+        calls |= {str(plan)[4:]: [partial(attend, plan=plan)] for plan in plans}
+        yield Case(
+            op="MLA decode by tiles" + kind,
+            shape=f"{heads} heads, batch {batch}, context {context // 1024}k",
+            flops=2.0 * batch * context * heads * (2 * RANK + ROPE),
+            bytes=float(batch * context * pages.shape[-1] * pages.element_size()),
+            calls=dict(calls),
+        )
+
+
+def tile_cases() -> Iterator[Case]:
+    for heads in (16, 128):
+        for batch, context in ((32, 32768), (128, 4096)):
+            yield from latent_tiles(heads, batch, context)
 
 
 def narrow_cases() -> Iterator[Case]:

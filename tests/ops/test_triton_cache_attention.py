@@ -167,6 +167,17 @@ def test_every_plan_serves_every_page(name: str, page: int) -> None:
         _assert_close(_latent(call, 24, PLANS[name], invariant=invariant), wanted, HALF)
 
 
+@pytest.mark.parametrize(("heads", "rank"), [(128, 512), (40, 256)] if GPU else [(5, 32)])
+def test_two_programs_may_share_the_columns(heads: int, rank: int) -> None:
+    step = STEPS["a chunk beside decodes"]
+    call = _call(step, heads, (rank + 16,), 8, HALF)
+    wanted = _wanted(call, step, 0.2, rank)
+    plan = Plan(64, 64, False, 4, 2, halves=2) if GPU else Plan(16, 16, False, 4, 2, halves=2)
+    for invariant in (False, True):
+        got = cache_attention.latent_attention(*call, rank, 0.2, plan=plan, invariant=invariant)
+        _assert_close(got, wanted, HALF)
+
+
 def test_rows_may_be_parts_of_wider_ones() -> None:
     """Behind a latent an indexer keeps its key; what lies there touches nothing."""
     step = STEPS["a chunk beside decodes"]

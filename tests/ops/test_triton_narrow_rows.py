@@ -18,6 +18,7 @@ from tests.ops.test_triton_cache_attention import STEPS, Call, Step, _assert_clo
 
 pytestmark = [runs_triton, pytest.mark.usefixtures("poison"), scalars_in_arrays]
 LATENTS = ((512, 64), (256, 64)) if GPU else ((160, 8), (20, 6))
+WORDS = [(3, 64, 8), (3, 256, 8), (20, 512, 64)] if GPU else [(3, 256, 8)]
 TOKENS = (1, 63) if GPU else (1, 5)
 
 
@@ -134,6 +135,24 @@ def test_paged_attention(name: str, shape: tuple[int, int, int]) -> None:
     wanted = _wanted(wide, step, dim**-0.5)
     for invariant in (False, True):
         _assert_close(cache_attention.paged_attention(*ours, dim**-0.5, invariant=invariant), wanted, HALF)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize(("heads", "rank", "rope"), WORDS)
+def test_latents_read_by_words(heads: int, rank: int, rope: int, dtype: torch.dtype) -> None:
+    """A power of two from 64 on: four columns a word, two groups with a scale each."""
+    step = STEPS["a chunk beside decodes"]
+    ours, wide = narrow(_call(step, heads, (rank + rope,), 4, dtype), rank)
+    wanted = _wanted(wide, step, 0.1, rank)
+    for invariant in (False, True):
+        got = cache_attention.latent_attention(*ours, rank, 0.1, invariant=invariant)
+        _assert_close(got, wanted, dtype)
+
+
+def test_keys_and_values_read_by_words() -> None:
+    step = STEPS["a chunk beside decodes"]
+    ours, wide = narrow(_call(step, 4, (2, 2, 64), 4, HALF), 64)
+    _assert_close(cache_attention.paged_attention(*ours, 0.2), _wanted(wide, step, 0.2), HALF)
 
 
 @pytest.mark.parametrize(("rank", "rope"), LATENTS)

@@ -25,6 +25,7 @@ from shoal.ops.triton.cache import are_rows
 from shoal.ops.triton.select import select_top
 
 _LOG2E = math.log2(math.e)
+PROGRAMS = 264  # two a multiprocessor
 
 
 @triton.jit
@@ -89,6 +90,7 @@ def values_kernel(
     contexts_ptr,
     B,
     Z,
+    SHARE,  # blocks of a program, a multiple of BZ
     k_row,  # from one entry (of a pack) or slot (of a cache) to the next
     k_group,
     scale,  # times log2(e)
@@ -119,7 +121,9 @@ def values_kernel(
     group, s = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_ptr + s)
     n = tl.load(cu_ptr + s + 1) - first
-    start = tl.program_id(0) * BT
+    shares = (Z + SHARE - 1) // SHARE
+    start = tl.program_id(0) // shares * BT
+    begin = tl.program_id(0) % shares * SHARE
     if start < n:
         before = 0
         if PAGED:
@@ -142,7 +146,7 @@ def values_kernel(
         most = tl.maximum(before + tl.minimum(start + BT, n) - LENGTH + STRIDE, 0) // STRIDE
         t = start + tl.arange(0, BT)
         own = (before + t) // SIZE
-        for z0 in range(0, Z, BZ):
+        for z0 in range(begin, tl.minimum(begin + SHARE, Z), BZ):
             z = z0 + tl.arange(0, BZ)
             value = tl.zeros((BT, BZ), tl.float32)
             if z0 * RATIO - BACK < most:
@@ -194,12 +198,16 @@ def _values(
         rows = triton.next_power_of_2(H // G)
         half = q_THQ.dtype != torch.float32
         tokens = max(1, (128 if half and wide else 16) // rows)
-        values_kernel[(triton.cdiv(most, tokens), G, cu_S1.shape[0] - 1)](
+        bz, S = 64 if half else 16, cu_S1.shape[0] - 1
+        # Few tokens: the blocks are shared out, which changes no bit of their values.
+        programs = triton.cdiv(most, tokens) * G * S
+        share = triton.cdiv(triton.cdiv(width, max(1, PROGRAMS // programs)), bz) * bz
+        values_kernel[(triton.cdiv(most, tokens) * triton.cdiv(width, share), G, S)](
             q_THQ.contiguous(), keys, lse_TH.contiguous(), values_TGZ, cu_S1, cu_entries_S1,
-            table_SB, contexts_S,
-            table_SB.shape[-1], width, *strides, scale * _LOG2E, LENGTH=blocking[0], STRIDE=blocking[1],
+            table_SB, contexts_S, table_SB.shape[-1], width, share, *strides, scale * _LOG2E,
+            LENGTH=blocking[0], STRIDE=blocking[1],
             SIZE=blocking[2], FIRST=blocking[4], LOCAL=blocking[5], PAGE=page, PAGED=paged,
-            BT=tokens, BR=rows, BZ=64 if half else 16, num_warps=8 if tokens * rows == 128 else
+            BT=tokens, BR=rows, BZ=bz, num_warps=8 if tokens * rows == 128 else
             4, num_stages=2,
             **dims(H, G, Q, 1, q_THQ.dtype),
         )  # fmt: skip

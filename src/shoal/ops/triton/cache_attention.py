@@ -98,23 +98,26 @@ def _attend(
     out_THC = q_THd.new_empty(T, H, rank)
     if T == 0:
         return out_THC
-    rep = H // groups
+    rep, narrow = H // groups, pages.dtype == NARROW
     if plan is None:
         rows, sequences = (rep, MAX_SEQUENCES) if invariant else (most * rep, S)
         far = longest if not invariant else 1 << 30
-        kind = {"latent": latent, "narrow": pages.dtype == NARROW, "hopper": _hopper(q_THd.device)}
+        kind = {"latent": latent, "narrow": narrow, "hopper": _hopper(q_THd.device)}
         plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, **kind)
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
+    column = triton.next_power_of_2(max(rank, 16))
+    halves = plan.halves if latent and rank == column and not narrow else 1
     device = q_THd.device
-    programs = max(1, num_multiprocessors(device.index if q_THd.is_cuda else None) * plan.resident // lanes)
+    programs = max(
+        1, num_multiprocessors(device.index if q_THd.is_cuda else None) * plan.resident // (lanes * halves)
+    )
     if programs >= S > programs // 20:
         programs -= programs % S  # sequences of one length then lie whole in their pieces
     unit, pdl = UNIT_POSITIONS // plan.bn, _hopper(device)
     # Pieces never outnumber tiles; one piece, or fixed ones that each hold a whole sequence, need no merge.
     tiles = triton.cdiv(max(longest, 1), plan.bn)
     slots = S * triton.cdiv(tiles, unit) if invariant else 2 * programs
-    column = triton.next_power_of_2(max(rank, 16))
     partial = torch.empty(slots * lanes * plan.bm * column, dtype=torch.float32, device=device)
     lse = torch.empty(slots * lanes * plan.bm, dtype=torch.float32, device=device)
     shared = {
@@ -132,15 +135,18 @@ def _attend(
         q_THd.contiguous(), pages, table_SB.contiguous(), contexts_S, cu_S1, out_THC, partial, lse,
         S, table_SB.shape[1], programs, scale * math.log2(math.e),
     )  # fmt: skip
-    split_kernel[(programs * lanes,)](
+    split_kernel[(programs * lanes * halves,)](
         *arguments,
         R=dim - rank,
         LATENT=latent,
-        NARROW=pages.dtype == NARROW,
+        NARROW=narrow,
         ROW=pages.stride(1),
         PAGE=page,
         BC=column,
         BR=triton.next_power_of_2(max(dim - rank, 16)),
+        QUARTERS=narrow and rank == column and rank >= 64,
+        ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
+        HALVES=halves,
         SWAP=plan.swap,
         PDL=pdl,
         launch_pdl=pdl,

@@ -12,6 +12,9 @@ is written at once; of the others a piece holds at most two parts, hence 2 W slo
 FIXED (batch-invariant): pieces are UNIT tiles from a sequence's own beginning, so what is added, and in what
 order, depends on that sequence alone. Scratch grows with the longest context.
 
+HALVES: of many heads a program makes half the columns of their values, and all scores: one warpgroup holds 64
+rows of 256, where the compiler has a second one repeat the first's scores, in narrower instructions.
+
 SWAP computes scores as K Q^T and values as V^T P: positions are the tall side of the tensor core, and 16
 queries its narrow one. A latent row serves as key and, its first C elements, as value: it is read once. Rows
 in FP8 (NARROW) are widened as they are read.
@@ -24,8 +27,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from shoal.ops.triton.cache_tiles import (
+    load_behind_tile,
+    load_narrow_tile,
+    load_quarters_tile,
+    load_query_quarter,
+    load_tile,
+)
 from shoal.ops.triton.launch import wait_for_previous
-from shoal.ops.triton.narrow_rows import behind_narrow, load_narrow
 
 
 @triton.jit
@@ -41,90 +50,13 @@ def _count_tiles(
 
 
 @triton.jit
-def _find_rows(table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
-    """From the beginning of the pages to BN rows (BN, 1)."""
-    position = tile * BN + tl.arange(0, BN)
-    if PAGE % BN == 0:
-        page = tl.load(table_ptr + tile // (PAGE // BN)).to(tl.int64)
-        at = page * (PAGE * ROW) + (tile % (PAGE // BN) * BN + tl.arange(0, BN))[:, None] * ROW
+def _put(o, out_ptr, partial_ptr, to, part, whole, kept, column, C: tl.constexpr, BC: tl.constexpr):
+    """Columns of rows to their end, rows `to` of the output, or as a part to rows `part` of the scratch."""
+    if whole:
+        mask = kept[:, None] & (column < C)[None, :]
+        tl.store(out_ptr + (to * C)[:, None] + column[None, :], o.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        page = tl.load(table_ptr + position // PAGE, mask=kept, other=0).to(tl.int64)
-        at = (page * PAGE + position % PAGE)[:, None] * ROW
-    return at
-
-
-@triton.jit
-def _find_narrow_rows(base, table_ptr, tile, kept, ROW: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr):
-    """Pointers to BN rows of bytes (BN, 1). Rows that are no multiple of 16 bytes are aligned to 4, as their
-    scales are, which must be said: the compiler takes the alignment of all from the first."""
-    at = base + _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
-    if ROW % 16 != 0:
-        at = tl.multiple_of(at, (1, 4))
-    return at
-
-
-@triton.jit
-def _load_tile(
-    base,
-    table_ptr,
-    tile,
-    limit,
-    first: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW: tl.constexpr,
-    PAGE: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """BN cached rows, WIDTH elements from `first` on, (BN, BLOCK); zeros past `limit` and past WIDTH."""
-    kept = tile * BN + tl.arange(0, BN) < limit
-    at = _find_rows(table_ptr, tile, kept, ROW, PAGE, BN)
-    column = tl.arange(0, BLOCK)
-    mask = kept[:, None]
-    if WIDTH != BLOCK:
-        mask = mask & (column < WIDTH)[None, :]
-    return tl.load(base + first + at + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_narrow_tile(
-    base,
-    table_ptr,
-    tile,
-    limit,
-    first: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW: tl.constexpr,
-    PAGE: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The same of rows in FP8, from byte `first` on, widened to DTYPE."""
-    kept = tile * BN + tl.arange(0, BN) < limit
-    at = first + _find_narrow_rows(base, table_ptr, tile, kept, ROW, PAGE, BN)
-    return load_narrow(at, kept[:, None], WIDTH, BLOCK).to(DTYPE)
-
-
-@triton.jit
-def _load_behind_tile(
-    base,
-    table_ptr,
-    tile,
-    limit,
-    WIDTH: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
-    ROW: tl.constexpr,
-    PAGE: tl.constexpr,
-    BN: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """The R bfloat16 elements behind WIDTH narrow ones (BN, BR) in DTYPE."""
-    kept = tile * BN + tl.arange(0, BN) < limit
-    at = behind_narrow(_find_narrow_rows(base, table_ptr, tile, kept, ROW, PAGE, BN), WIDTH)
-    column = tl.arange(0, BR)[None, :]
-    return tl.load(at + column, mask=kept[:, None] & (column < R), other=0.0).to(tl.float32).to(DTYPE)
+        tl.store(partial_ptr + (part * BC)[:, None] + column[None, :], o)
 
 
 @triton.jit
@@ -172,6 +104,9 @@ def split_kernel(
     PAGE: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
+    QUARTERS: tl.constexpr,  # rows in FP8 by words
+    ASM: tl.constexpr,
+    HALVES: tl.constexpr,  # programs that share the columns of a value
     BM: tl.constexpr,
     BN: tl.constexpr,
     S_PAD: tl.constexpr,
@@ -185,8 +120,10 @@ def split_kernel(
         gdc_wait()  # and nothing is let in early: the merge would take the place of other programs
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
-    lane = tl.program_id(0) % (RB * G)
-    w = tl.program_id(0) // (RB * G)
+    VC: tl.constexpr = BC // HALVES
+    own = tl.program_id(0) % HALVES * VC
+    lane = tl.program_id(0) // HALVES % (RB * G)
+    w = tl.program_id(0) // (RB * G * HALVES)
     group = lane // RB
     row = lane % RB * BM
     head_row: tl.constexpr = C + 4 * ((C + 127) // 128) if NARROW else C
@@ -222,7 +159,20 @@ def split_kernel(
             token, head = start + i // REP, group * REP + i % REP
             kept = i < new * REP
             visible = tl.where(kept, limit - new + 1 + i // REP, 0)
-            q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
+            if QUARTERS:
+                q0 = load_query_quarter(q_ptr, token, head, kept, 0, C, H, C + R)
+                q1 = load_query_quarter(q_ptr, token, head, kept, 1, C, H, C + R)
+                q2 = load_query_quarter(q_ptr, token, head, kept, 2, C, H, C + R)
+                q3 = load_query_quarter(q_ptr, token, head, kept, 3, C, H, C + R)
+                o0 = tl.zeros((BM, C // 4), tl.float32)
+                o1 = tl.zeros((BM, C // 4), tl.float32)
+                o2 = tl.zeros((BM, C // 4), tl.float32)
+                o3 = tl.zeros((BM, C // 4), tl.float32)
+            elif HALVES == 1:
+                q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
+            else:
+                q = _load_queries(q_ptr + own, token, head, kept, 0, VC, VC, H, C + R)
+                q_other = _load_queries(q_ptr + (VC - own), token, head, kept, 0, VC, VC, H, C + R)
             if R:
                 q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
             top = tl.full((BM,), float("-inf"), tl.float32)
@@ -232,22 +182,36 @@ def split_kernel(
                 o = tl.zeros((BC, BM), tl.float32)
             else:
                 total_M = tl.zeros((BM,), tl.float32)
-                o = tl.zeros((BM, BC), tl.float32)
+                if not QUARTERS:
+                    o = tl.zeros((BM, VC), tl.float32)
             for tile in range(begin, end):
-                if NARROW:
-                    k = _load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
+                if QUARTERS:
+                    k0, k1, k2, k3 = load_quarters_tile(
+                        base, pages, tile, limit, 0, C, ROW, PAGE, BN, dtype, ASM
+                    )
+                elif NARROW:
+                    k = load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
+                elif HALVES == 1:
+                    k = load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
                 else:
-                    k = _load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
+                    k = load_tile(base + own, pages, tile, limit, 0, VC, VC, ROW, PAGE, BN)
+                    k_other = load_tile(base + (VC - own), pages, tile, limit, 0, VC, VC, ROW, PAGE, BN)
                 if R and NARROW:
-                    k_rope = _load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
+                    k_rope = load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
                 elif R:
-                    k_rope = _load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
-                if LATENT:
+                    k_rope = load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
+                if QUARTERS and LATENT:
+                    v0, v1, v2, v3 = k0, k1, k2, k3
+                elif QUARTERS:
+                    v0, v1, v2, v3 = load_quarters_tile(
+                        base, pages, tile, limit, G * head_row, C, ROW, PAGE, BN, dtype, ASM
+                    )
+                elif LATENT:
                     v = k
                 elif NARROW:
-                    v = _load_narrow_tile(base, pages, tile, limit, G * head_row, C, BC, ROW, PAGE, BN, dtype)
+                    v = load_narrow_tile(base, pages, tile, limit, G * head_row, C, BC, ROW, PAGE, BN, dtype)
                 else:
-                    v = _load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
+                    v = load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
                 position = tile * BN + tl.arange(0, BN)
                 if SWAP:
                     scores = tl.dot(k, q.T, input_precision=PRECISION)
@@ -262,7 +226,15 @@ def split_kernel(
                     total_NM = total_NM * fade[None, :] + p
                     o = tl.dot(v.T, p.to(dtype), o * fade[None, :], input_precision=PRECISION)
                 else:
-                    scores = tl.dot(q, k.T, input_precision=PRECISION)
+                    if QUARTERS:
+                        scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+                        scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
+                        scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+                        scores = tl.dot(q3, k3.T, scores, input_precision=PRECISION)
+                    else:
+                        scores = tl.dot(q, k.T, input_precision=PRECISION)
+                    if HALVES == 2:
+                        scores = tl.dot(q_other, k_other.T, scores, input_precision=PRECISION)
                     if R:
                         scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
                     seen = position[None, :] < visible[:, None]
@@ -272,28 +244,36 @@ def split_kernel(
                     fade = tl.exp2(top - ground)
                     p = tl.exp2(scores - ground[:, None])
                     total_M = total_M * fade + tl.sum(p, 1)
-                    o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
+                    if QUARTERS:
+                        p = p.to(dtype)
+                        o0 = tl.dot(p, v0, o0 * fade[:, None], input_precision=PRECISION)
+                        o1 = tl.dot(p, v1, o1 * fade[:, None], input_precision=PRECISION)
+                        o2 = tl.dot(p, v2, o2 * fade[:, None], input_precision=PRECISION)
+                        o3 = tl.dot(p, v3, o3 * fade[:, None], input_precision=PRECISION)
+                    else:
+                        o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
                 top = higher
             # 4. The end of it, or a part for the merge.
-            column = tl.arange(0, BC)
             if SWAP:
                 total_M = tl.sum(total_NM, 0)
-            total_M = tl.where(
-                total_M > 0, total_M, 1.0
-            )  # nothing seen: 0 / 1, and log-sum-exp -inf from top
-            o = (o / total_M[None, :]).T if SWAP else o / total_M[:, None]
-            if (begin == 0) & (end == mine):
-                to = (token.to(tl.int64) * H + head) * C
-                tl.store(
-                    out_ptr + to[:, None] + column[None, :],
-                    o.to(dtype),
-                    mask=kept[:, None] & (column < C)[None, :],
-                )
+            # Nothing seen: 0 / 1, and log-sum-exp -inf from top.
+            total_M = tl.where(total_M > 0, total_M, 1.0)
+            whole = (begin == 0) & (end == mine)
+            slot = u if FIXED else 2 * u + (at > u * piece).to(tl.int32)
+            to = token.to(tl.int64) * H + head
+            part = (slot.to(tl.int64) * (RB * G) + lane) * BM + tl.arange(0, BM)
+            if QUARTERS:
+                column, by = 4 * tl.arange(0, C // 4), total_M[:, None]
+                _put(o0 / by, out_ptr, partial_ptr, to, part, whole, kept, column, C, BC)
+                _put(o1 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 1, C, BC)
+                _put(o2 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 2, C, BC)
+                _put(o3 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 3, C, BC)
             else:
-                slot = u if FIXED else 2 * u + (at > u * piece).to(tl.int32)
-                to = (slot.to(tl.int64) * (RB * G) + lane) * BM + tl.arange(0, BM)
-                tl.store(partial_ptr + to[:, None] * BC + column[None, :], o)
-                tl.store(lse_ptr + to, top + tl.log2(total_M))
+                column = own + tl.arange(0, VC)
+                o = (o / total_M[None, :]).T if SWAP else o / total_M[:, None]
+                _put(o, out_ptr, partial_ptr, to, part, whole, kept, column, C, BC)
+            if (own == 0) & (not whole):
+                tl.store(lse_ptr + part, top + tl.log2(total_M))
             at = before + tl.minimum(stop - before, length)
 
 

@@ -44,7 +44,7 @@ class Plan:
     stages: int
 
 
-PLAIN, WIDE_KEYS, NARROW_KEYS = Plan(32, 1, 4, 2), Plan(128, 8, 4, 3), Plan(128, 8, 4, 3)
+PLAIN, WIDE_KEYS, NARROW_KEYS = Plan(32, 1, 4, 2), Plan(64, 8, 4, 3), Plan(128, 8, 4, 3)
 
 
 @triton.jit(do_not_specialize=["TILES"])

@@ -54,6 +54,59 @@ def load_narrow(at, inside, N: tl.constexpr, BLOCK: tl.constexpr):
     return tl.reshape(wide, (q.shape[0], BLOCK))
 
 
+_BYTE = tl.constexpr(
+    tuple(
+        f"""{{
+        .reg .b32 t, m, up;
+        mov.b32 up, 0x7b807b80;
+        prmt.b32 t, $1, $2, {m << 4 | 4 + m << 12};
+        shr.b32 m, t, 4;
+        and.b32 m, m, 0x07f007f0;
+        lop3.b32 m, t, 0x80008000, m, 0xea;
+        mul.bf16x2 m, m, up;
+        mul.bf16x2 t, m, $4;
+        fma.rn.bf16x2 $0, m, $3, t;
+        }}"""
+        for m in range(4)
+    )
+)
+
+
+@triton.jit
+def _quarter(words, scale, PLACE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Byte PLACE of each word as e4m3, times its scale, in DTYPE."""
+    if ASM:
+        high = scale.to(tl.bfloat16)
+        low = (scale - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.inline_asm_elementwise(
+            _BYTE[PLACE], "=r,r,r,r,r", [words, high, low], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        byte = ((words >> 8 * PLACE) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        return (byte.to(tl.float32) * scale).to(DTYPE)
+
+
+@triton.jit
+def load_quarters(at, inside, N: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """N numbers, a power of two from 64 on, of the rows at the bytes `at` (ROWS, 1): four tensors (ROWS,
+    N // 4) in DTYPE, columns 0, 4, 8 ..., then 1, 5, 9 ... A row is read in words of four numbers, and none
+    moves to another place; zeros where not `inside` (ROWS, 1)."""
+    groups: tl.constexpr = (N + 127) // 128
+    words = tl.load(
+        at.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, N // 4)[None, :], mask=inside, other=0
+    )
+    scales = (at + N).to(tl.pointer_type(tl.float32), bitcast=True)
+    scale = tl.load(scales + tl.arange(0, groups)[None, :], mask=inside, other=0.0)
+    scale = tl.broadcast_to(scale[:, :, None], (words.shape[0], groups, N // 4 // groups))
+    scale = tl.reshape(scale, (words.shape[0], N // 4))
+    return (
+        _quarter(words, scale, 0, DTYPE, ASM),
+        _quarter(words, scale, 1, DTYPE, ASM),
+        _quarter(words, scale, 2, DTYPE, ASM),
+        _quarter(words, scale, 3, DTYPE, ASM),
+    )
+
+
 @triton.jit
 def behind_narrow(at, N: tl.constexpr):
     """Where the bfloat16 numbers behind N narrow ones begin."""

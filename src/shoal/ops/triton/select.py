@@ -8,8 +8,9 @@ the columns taken, each at its rank. So ties go to the smaller column, and a row
 Many rows: a program each. Few: a row is shared out in chunks, a launch a digit, and each reads what all
 counted before it. Short rows stay in registers, where the digits are single bits.
 
-Bound: five reads of a row, one from memory and four from the L2; with few rows, five launches. One program
-took 0.45 ms for a row of 128k on an H200 (2026-11-24), however few the rows: hence the chunks.
+Of the last two digits few agree, and each adds itself; before, a histogram of the chunk does. Bound: five
+reads of a row, one from memory and four from the L2; with few rows, launches. One program took 0.45 ms for a
+row of 128k on an H200 (2026-11-24), however few the rows: hence the chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from shoal.ops.triton.block_rows import sequence_of
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 SHORT = 2048  # columns that one program keeps in registers
-CHUNK = 8192  # columns of a program, where a row is shared out
+CHUNK = 8192  # columns that a program has at once, where it has a row
+FEW_CHUNK = 4096  # and where a row is shared out
 MANY = 264  # rows from which each has one program
 
 
@@ -99,88 +101,95 @@ def long_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _agreed(
-    counts_ptr, state_ptr, above_ptr, row, chunk, CHUNKS, K, LEVEL: tl.constexpr, C_PAD: tl.constexpr
-):
-    """After the digit of LEVEL - 1: the K-th largest key so far, how many of those that agree with it are
-    taken; how many of this chunk are above it; how many of the chunks before are, and agree with it."""
+def _agreed(totals_ptr, counts_ptr, state_ptr, K, LEVEL: tl.constexpr):
+    """After the digit of LEVEL - 1, by what all chunks of a row counted: that digit, the K-th largest key so
+    far, how many of those that agree with it are taken; and how many of this chunk's are above it."""
     least = tl.zeros((), tl.int32)
     room = K + tl.zeros((), tl.int32)
-    own = tl.zeros((), tl.int32)
-    above = tl.zeros((), tl.int32)
-    same = tl.zeros((), tl.int32)
-    if LEVEL > 0:
-        c, digit = tl.arange(0, C_PAD), tl.arange(0, 256)
-        at = (row * CHUNKS + c)[:, None] * 256 + digit[None, :]
-        table = tl.load(counts_ptr + at, mask=(c < CHUNKS)[:, None], other=0)
-        earlier = tl.zeros((C_PAD,), tl.int32)
-        if LEVEL > 1:
-            least = tl.load(state_ptr + 2 * row)
-            room = tl.load(state_ptr + 2 * row + 1)
-            earlier = tl.load(above_ptr + row * CHUNKS + c, mask=c < CHUNKS, other=0)
-        counts = tl.sum(table, 0)
-        chosen = tl.sum((tl.cumsum(counts, 0, reverse=True) >= room).to(tl.int32), 0) - 1
-        room -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
-        least |= (chosen ^ (128 if LEVEL == 1 else 0)) << (32 - 8 * LEVEL)
-        higher = earlier + tl.sum(tl.where((digit > chosen)[None, :], table, 0), 1)
-        own = tl.sum(tl.where(c == chunk, higher, 0), 0)
-        above = tl.sum(tl.where(c < chunk, higher, 0), 0)
-        same = tl.sum(tl.where((c < chunk)[:, None] & (digit == chosen)[None, :], table, 0))
-    return least, room, own, above, same
+    if LEVEL > 1:
+        least = tl.load(state_ptr)
+        room = tl.load(state_ptr + 1)
+    digit = tl.arange(0, 256)
+    counts = tl.load(totals_ptr + digit)
+    own = tl.load(counts_ptr + digit)
+    # Fewer than K: all digits are 0, and least below all keys.
+    chosen = tl.maximum(tl.sum((tl.cumsum(counts, 0, reverse=True) >= room).to(tl.int32), 0) - 1, 0)
+    room -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
+    least |= (chosen ^ (128 if LEVEL == 1 else 0)) << (32 - 8 * LEVEL)
+    return chosen, least, room, tl.sum(tl.where(digit > chosen, own, 0), 0)
+
+
+@triton.jit
+def clear_kernel(totals_ptr, out_ptr, K, K_PAD: tl.constexpr, PDL: tl.constexpr):
+    """Zero the totals of a row (4, 256); -1 for its places."""
+    wait_for_previous(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(totals_ptr + row * 1024 + tl.arange(0, 1024), tl.zeros((1024,), tl.int32))
+    rank = tl.arange(0, K_PAD)
+    tl.store(out_ptr + row * K + rank, tl.full((K_PAD,), -1, tl.int64), mask=rank < K)
 
 
 @triton.jit
 def digit_kernel(
     scores_ptr,
+    totals_ptr,
     counts_ptr,
     state_ptr,
     above_ptr,
-    out_ptr,
     T,
     N,
     CHUNKS,
     K,
     LEVEL: tl.constexpr,
-    C_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    K_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Counts of the next digit in a chunk of a row, of what agrees so far, (levels, T, CHUNKS, 256); what
-    that is, (levels, T, 2), and how many of each chunk are above it, (levels, T, CHUNKS)."""
+    """Counts of the next digit, of what agrees so far: of a row, (T, 4, 256), and of each chunk, (T, CHUNKS,
+    4, 256). What agrees, (T, 4, 2), and how many of each chunk are above it, (T, CHUNKS)."""
     SHIFT: tl.constexpr = 24 - 8 * LEVEL
     FLIP: tl.constexpr = 128 if LEVEL == 0 else 0
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     wait_for_previous(PDL)
+    totals_ptr += row * 1024
+    counts_ptr += (row * CHUNKS + chunk) * 1024
+    state_ptr += row * 8
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     key = _keys(scores_ptr + row * N, column, N)
-    same = column < N
-    if LEVEL == 0:
-        rank = chunk * K_PAD + tl.arange(0, K_PAD)
-        tl.store(out_ptr + row * K + rank, tl.full((K_PAD,), -1, tl.int64), mask=rank < K)
-    else:
-        step = (LEVEL - 1) * T
-        least, room, own, _, _ = _agreed(
-            counts_ptr + step * CHUNKS * 256, state_ptr + (step - T) * 2, above_ptr + (step - T) * CHUNKS,
-            row, chunk, CHUNKS, K, LEVEL, C_PAD,
-        )  # fmt: skip
+    same = key > -2139095041  # -inf is never taken, and there may be many
+    digit = ((key >> SHIFT) ^ FLIP) & 255
+    if LEVEL > 0:
+        before: tl.constexpr = 256 * (LEVEL - 1)
+        _, least, room, above = _agreed(
+            totals_ptr + before, counts_ptr + before, state_ptr + 2 * (LEVEL - 1), K, LEVEL
+        )
         same = same & ((key >> (SHIFT + 8)) == (least >> (SHIFT + 8)))
         if chunk == 0:
-            tl.store(state_ptr + (step + row) * 2, least)
-            tl.store(state_ptr + (step + row) * 2 + 1, room)
-        tl.store(above_ptr + (step + row) * CHUNKS + chunk, own)
-    counts = tl.histogram(((key >> SHIFT) ^ FLIP) & 255, 256, mask=same)
-    tl.store(counts_ptr + ((LEVEL * T + row) * CHUNKS + chunk) * 256 + tl.arange(0, 256), counts)
+            tl.store(state_ptr + 2 * LEVEL, least)
+            tl.store(state_ptr + 2 * LEVEL + 1, room)
+        above_ptr += row * CHUNKS + chunk
+        if LEVEL > 1:
+            above += tl.load(above_ptr)
+        tl.store(above_ptr, above)
+    place = tl.arange(0, 256)
+    if LEVEL < 2:
+        counts = tl.histogram(digit, 256, mask=same)
+        tl.store(counts_ptr + 256 * LEVEL + place, counts)
+        tl.atomic_add(totals_ptr + 256 * LEVEL + place, counts, mask=counts > 0, sem="relaxed")
+    else:  # few agree by now
+        tl.atomic_add(counts_ptr + 256 * LEVEL + digit, 1, mask=same, sem="relaxed")
+        tl.atomic_add(totals_ptr + 256 * LEVEL + digit, 1, mask=same, sem="relaxed")
+    if (LEVEL == 1) | (LEVEL == 2):
+        tl.store(counts_ptr + 256 * (LEVEL + 1) + place, tl.zeros((256,), tl.int32))
 
 
 @triton.jit
 def chunk_kernel(
     scores_ptr,
+    totals_ptr,
     counts_ptr,
     state_ptr,
     above_ptr,
     out_ptr,
-    T,
     N,
     CHUNKS,
     K,
@@ -193,10 +202,17 @@ def chunk_kernel(
     wait_for_previous(PDL)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
     key = _keys(scores_ptr + row * N, column, N)
-    least, room, _, above, same = _agreed(
-        counts_ptr + 3 * T * CHUNKS * 256, state_ptr + 2 * T * 2, above_ptr + 2 * T * CHUNKS,
-        row, chunk, CHUNKS, K, 4, C_PAD,
-    )  # fmt: skip
+    counts_ptr += row * CHUNKS * 1024 + 768
+    chosen, least, room, _ = _agreed(
+        totals_ptr + row * 1024 + 768, counts_ptr + chunk * 1024, state_ptr + row * 8 + 6, K, 4
+    )
+    # Of the chunks before: how many are above, by the first digits and by the last, and how many are equal.
+    c, digit = tl.arange(0, C_PAD), tl.arange(0, 256)
+    earlier = c < chunk
+    above = tl.sum(tl.load(above_ptr + row * CHUNKS + c, mask=earlier, other=0), 0)
+    table = tl.load(counts_ptr + c[:, None] * 1024 + digit[None, :], mask=earlier[:, None], other=0)
+    above += tl.sum(tl.where((digit > chosen)[None, :], table, 0))
+    same = tl.sum(tl.where((digit == chosen)[None, :], table, 0))
     same = tl.where(least > -2139095041, same, 0)
     _take(key, least, above + tl.minimum(same, room), room - same, column, out_ptr + row * K, K)
 
@@ -225,19 +241,21 @@ def select_top(scores_TN: Tensor, top_k: int, *, chunk: int | None = None) -> Te
         else:
             long_kernel[(T,)](*arguments, BLOCK=CHUNK, num_warps=16)
         return places_TK
-    size = chunk or CHUNK
+    size = chunk or FEW_CHUNK
     chunks, pdl = triton.cdiv(N, size), programmatic(scores_TN.device)
-    counts, state, above = (
-        torch.empty(4, T, width, dtype=torch.int32, device=scores_TN.device)
-        for width in (chunks * 256, 2, chunks)
+    totals, counts, state, above = (
+        torch.empty(T, width, dtype=torch.int32, device=scores_TN.device)
+        for width in (1024, chunks * 1024, 8, chunks)
     )
-    arguments = (scores_TN, counts, state, above, places_TK, T, N, chunks, top_k)
-    words: dict[str, Any] = {"C_PAD": triton.next_power_of_2(chunks), "BLOCK": size, "PDL": pdl}
-    words |= {"num_warps": max(4, size // 512), "launch_pdl": pdl}
-    share = triton.next_power_of_2(triton.cdiv(top_k, chunks))
+    early = {"PDL": pdl, "launch_pdl": pdl}
+    words: dict[str, Any] = {"BLOCK": size, "num_warps": max(4, size // 512), **early}
+    clear_kernel[(T,)](totals, places_TK, top_k, K_PAD=triton.next_power_of_2(top_k), **early)
+    arguments = (scores_TN, totals, counts, state, above)
     for level in range(4):
-        digit_kernel[(chunks, T)](*arguments, LEVEL=level, K_PAD=share, **words)
-    chunk_kernel[(chunks, T)](*arguments, **words)
+        digit_kernel[(chunks, T)](*arguments, T, N, chunks, top_k, LEVEL=level, **words)
+    chunk_kernel[(chunks, T)](
+        *arguments, places_TK, N, chunks, top_k, C_PAD=triton.next_power_of_2(chunks), **words
+    )
     return places_TK
 
 
