@@ -6,7 +6,7 @@
 A program is some rows; the rotation is one product with a matrix of signs that it makes itself, exact in any
 dtype, summed in float32. With slots the rows of a pack go to their places in the cache.
 
-Bound: launches when decoding, bytes for prompts: 2 read and 1 written an element. Not run on a GPU yet.
+Bound: launches when decoding, bytes for prompts: 2 read and 1 written an element.
 """
 
 from __future__ import annotations
