@@ -159,6 +159,21 @@ def test_fp8_products_of_given_numbers_equal_the_reference(grouped: bool) -> Non
     assert _error(got_MF[kept_M], wanted_MF[kept_M]) <= _limit(D)
 
 
+def test_rows_quantised_once_are_those_of_each_choice() -> None:
+    from shoal.ops.triton.permutation import gather_rows, group_by_expert
+    from shoal.ops.triton.quantise import quantise_rows
+
+    x_TD, (experts_TK, _) = _normal(20, 136), _choices(20)
+    groups = group_by_expert(experts_TK, E, fp8.PORTABLE.bm)
+    once = fp8.gather_quantised(*quantise_rows(x_TD), experts_TK, groups)
+    each = quantise_rows(gather_rows(x_TD, experts_TK, groups), groups)
+    kept_P = groups.choices_P >= 0
+    used = int(groups.first_tile_E1[-1]) * groups.tile
+    for got, wanted in zip(once, each, strict=True):
+        assert torch.equal(got[:used].float()[kept_P[:used]], wanted[:used].float()[kept_P[:used]])
+        assert not got[:used].float()[~kept_P[:used]].any()
+
+
 def test_training_equals_the_reference() -> None:
     T, D, F = 20, 136, 128
     results = []

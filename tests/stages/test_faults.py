@@ -121,6 +121,19 @@ def test_rank_0_killed_costs_the_interval_at_most(whole: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_two_processes_share_sequences(whole: Path, tmp_path: Path) -> None:
+    """Context parallelism as it is typed: the losses of two shares of experts, from sums in another order.
+    Float32 rounds these by 1e-7 each; 1e-4 leaves room for twelve steps, and none for another batch."""
+    run = tmp_path / "run"
+    changes = ["parallel.expert=1", "parallel.context=2"]
+    assert start(tmp_path, "run", torchrun(0), changes, every=0).wait(PATIENCE) == 0
+    ours, theirs = ([line["loss"] for line in steps(path)] for path in (run, whole))
+    assert len(ours) == LAST + 1  # the held-out text at the end
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert (run / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_any_rank_killed_at_any_moment(seed: int, whole: Path, tmp_path: Path) -> None:
     """A checkpoint every step, so that many kills meet one half-written; two kills in one run."""

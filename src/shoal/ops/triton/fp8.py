@@ -165,6 +165,14 @@ def swiglu(
     return h, h_scales, saved
 
 
+def gather_quantised(
+    values_TD: Tensor, scales: Tensor, experts_TK: Tensor, groups: Groups
+) -> tuple[Tensor, Tensor]:
+    """Rows and their scales in slot order: K copies of what was quantised once, a byte an element."""
+    values_PD = gather_rows(values_TD.view(torch.uint8), experts_TK, groups)
+    return values_PD.view(values_TD.dtype), gather_rows(scales, experts_TK, groups)
+
+
 def layer(
     x_TD: Tensor,
     experts_TK: Tensor,
@@ -208,8 +216,10 @@ class _GroupedMLP(torch.autograd.Function):
         plan = choose_plan(M, down_EDF.shape[0], x_TD.shape[1], dtype, tma=tma, training=True)
         dx_TD = dgate_up_E2FD = ddown_EDF = None
         # 1. dh in FP8; SwiGLU again, its gradient, the gradient of the weights, and w h.
-        dy_PD = gather_rows(dy_TD.contiguous(), experts_TK, groups)
-        dh_PF = product(*quantise_rows(dy_PD, groups), *quantise_transposed(down_EDF), dtype, groups)
+        dy_TD = dy_TD.contiguous()
+        dy_PD = gather_rows(dy_TD, experts_TK, groups)
+        rows = gather_quantised(*quantise_rows(dy_TD), experts_TK, groups)
+        dh_PF = product(*rows, *quantise_transposed(down_EDF), dtype, groups)
         dgate_up_P2F, h_PF, dweights_TK = experts.swiglu_backward(dh_PF, gate_up_P2F, weights_TK, groups)
         # 2. The weights' gradients as they are without FP8.
         if needs_down:
