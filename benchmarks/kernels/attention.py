@@ -48,12 +48,16 @@ WIDE_PLANS = {
 }
 NARROW_PLANS = {
     16: (
-        Plan(16, 32, False, 4, 3, resident=2),
-        Plan(16, 64, False, 8, 4),
-        Plan(16, 64, False, 8, 5),
-        Plan(16, 32, False, 8, 5, resident=2),
+        Plan(16, 32, False, 4, 5, resident=2, words=True),
+        Plan(16, 64, False, 8, 4, words=True),
+        Plan(16, 64, False, 8, 5, words=True),
+        Plan(16, 32, False, 8, 5, resident=2, words=True),
     ),
-    128: (Plan(64, 64, False, 8, 3), Plan(64, 64, False, 8, 4), Plan(16, 64, False, 8, 5)),
+    128: (
+        Plan(64, 32, False, 8, 3, words=True),
+        Plan(64, 64, False, 8, 4, words=True),
+        Plan(16, 64, False, 8, 5, words=True),
+    ),
 }
 PACKS = {
     "4k": [4096],

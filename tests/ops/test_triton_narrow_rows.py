@@ -13,12 +13,14 @@ from torch import Tensor
 from shoal.ops.reference.narrow_rows import narrow_rows, widen_rows
 from shoal.ops.triton import cache, cache_attention, latent
 from shoal.ops.triton import narrow_rows as kernels
+from shoal.ops.triton.cache_plan import Plan
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 from tests.ops.test_triton_cache_attention import STEPS, Call, Step, _assert_close, _call, _wanted
 
 pytestmark = [runs_triton, pytest.mark.usefixtures("poison"), scalars_in_arrays]
 LATENTS = ((512, 64), (256, 64)) if GPU else ((160, 8), (20, 6))
 WORDS = [(3, 64, 8), (3, 256, 8), (20, 512, 64)] if GPU else [(3, 256, 8)]
+BY_WORDS = Plan(16, 32, False, 4, 3, words=True)
 TOKENS = (1, 63) if GPU else (1, 5)
 
 
@@ -145,14 +147,15 @@ def test_latents_read_by_words(heads: int, rank: int, rope: int, dtype: torch.dt
     ours, wide = narrow(_call(step, heads, (rank + rope,), 4, dtype), rank)
     wanted = _wanted(wide, step, 0.1, rank)
     for invariant in (False, True):
-        got = cache_attention.latent_attention(*ours, rank, 0.1, invariant=invariant)
+        got = cache_attention.latent_attention(*ours, rank, 0.1, invariant=invariant, plan=BY_WORDS)
         _assert_close(got, wanted, dtype)
 
 
 def test_keys_and_values_read_by_words() -> None:
     step = STEPS["a chunk beside decodes"]
     ours, wide = narrow(_call(step, 4, (2, 2, 64), 4, HALF), 64)
-    _assert_close(cache_attention.paged_attention(*ours, 0.2), _wanted(wide, step, 0.2), HALF)
+    got = cache_attention.paged_attention(*ours, 0.2, plan=BY_WORDS)
+    _assert_close(got, _wanted(wide, step, 0.2), HALF)
 
 
 @pytest.mark.parametrize(("rank", "rope"), LATENTS)

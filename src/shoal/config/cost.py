@@ -380,16 +380,24 @@ def distinct_experts(experts: int, top_k: int, tokens: int) -> float:
 
 
 def step_bytes(
-    config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int, *, context: int | None = None
+    config: ModelConfig,
+    tokens: int,
+    drawn: int,
+    dtype_bytes: int,
+    *,
+    context: int | None = None,
+    in_pieces: bool = False,
 ) -> int:
     """What a step of serving holds at its fullest beside weights and cache, `drawn` of its tokens drawn from.
 
-    `context` is the longest that is served, by default the model's. Logits are held in float32 thrice while
+    `context` is the longest that is served, by default the model's; `in_pieces` leaves what is not attention
+    to the graphs that hold it (engine/pieces.py). Logits are held in float32 thrice while
     they are drawn from, and their cumulative sum in float64.
     """
     drawing = drawn * config.vocab_size * (3 * 4 + 8)
+    forward = forward_bytes(config, tokens, 0, dtype_bytes, context=context)
     return max(
-        forward_bytes(config, tokens, 0, dtype_bytes, context=context),
+        tokens * _attending(config) * dtype_bytes if in_pieces else forward,
         _head_bytes(config, tokens, drawn, dtype_bytes) + drawing,
     )
 
@@ -405,32 +413,36 @@ def forward_bytes(
 
     Summed tensor by tensor in the widest layer; an upper bound by a little, since PyTorch frees as it goes.
     """
-    attention, moe = config.attention, config.moe
+    moe = config.moe
     # 1. Elements a token in the widest of: attention, routed experts with the shared ones, a dense layer.
+    feeding = 3 * config.intermediate_size
+    if moe is not None:
+        routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
+        feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
+    layer = tokens * (max(_attending(config), feeding) + 3 * config.hidden_size) * dtype_bytes
+    layer += tokens * _index_bytes(config.attention, context or config.max_position_embeddings, dtype_bytes)
+    # 2. The head.
+    return max(layer, _head_bytes(config, tokens, drawn, dtype_bytes))
+
+
+def _attending(config: ModelConfig) -> int:
+    """Elements that attention holds of a token."""
+    attention = config.attention
     if isinstance(attention, MLAConfig):
         heads = attention.num_attention_heads
         query, value = attention.qk_head_dim, attention.v_head_dim
         row = attention.kv_lora_rank + attention.qk_rope_head_dim
         expanded = heads * (3 * query + attention.qk_nope_head_dim + 2 * value) + 2 * row
         absorbed = heads * (query + row + 2 * attention.kv_lora_rank + value) + 2 * row
-        attending = max(expanded, absorbed)
-    elif isinstance(attention, NSAConfig):
+        return max(expanded, absorbed)
+    if isinstance(attention, NSAConfig):
         # Queries twice, three outputs and their sum, keys and values of four sets, their windows of l tokens.
         heads, groups, row = attention.num_attention_heads, attention.num_key_value_heads, attention.row_dim
         gathered = attention.compress_block // attention.compress_stride * groups * row
-        attending = heads * (2 * attention.qk_head_dim + 4 * attention.v_head_dim)
-        attending += 4 * groups * row + 2 * gathered
-    else:
-        width = attention.num_attention_heads + 2 * attention.num_key_value_heads
-        attending = attention.head_dim * (2 * width + attention.num_attention_heads)
-    feeding = 3 * config.intermediate_size
-    if moe is not None:
-        routed = moe.num_experts_per_tok * (moe.moe_intermediate_size + config.hidden_size)
-        feeding = max(feeding, routed + 3 * moe.shared_intermediate_size + 2 * config.hidden_size)
-    layer = tokens * (max(attending, feeding) + 3 * config.hidden_size) * dtype_bytes
-    layer += tokens * _index_bytes(attention, context or config.max_position_embeddings, dtype_bytes)
-    # 2. The head.
-    return max(layer, _head_bytes(config, tokens, drawn, dtype_bytes))
+        outputs = heads * (2 * attention.qk_head_dim + 4 * attention.v_head_dim)
+        return outputs + 4 * groups * row + 2 * gathered
+    width = attention.num_attention_heads + 2 * attention.num_key_value_heads
+    return attention.head_dim * (2 * width + attention.num_attention_heads)
 
 
 def _index_bytes(attention: object, context: int, dtype_bytes: int) -> int:

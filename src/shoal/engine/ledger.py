@@ -96,7 +96,14 @@ def draw_up(
     if num_pages is not None:
         context = min(context, num_pages * page_size)
     drawn = min(max_batch_tokens, max_sequences)
-    activations = step_bytes(config, max_batch_tokens, drawn, dtype_bytes, context=context)
+    activations = step_bytes(
+        config,
+        max_batch_tokens,
+        drawn,
+        dtype_bytes,
+        context=context,
+        in_pieces=longest_graph >= max_batch_tokens,
+    )
     activations += scratch + (WORKSPACE_BYTES if graph_sizes else 0)
     graphs = 0
     if graph_sizes:

@@ -72,6 +72,8 @@ class Pieces:
         """The hidden states of a batch's tokens. The next run overwrites them."""
         used, kv = batch.num_tokens, batch.kv
         assert kv is not None
+        if self._on_cuda and length not in self._made:
+            self.capture((length,), forward)  # with padding alone
         rows_3T = torch.stack((batch.ids_T, batch.positions_T, kv.slots_T))
         torch.cat((rows_3T, self._pad_31.expand(3, length - used)), dim=1, out=self._rows[length])
 
@@ -81,8 +83,6 @@ class Pieces:
 
         if not self._on_cuda:
             return forward(self._rows[length], attend)[:used]
-        if length not in self._made:
-            self.capture((length,), forward)
         recording = self._made[length]
         for graph, call in zip(recording.graphs, (*recording.calls, None), strict=True):
             graph.replay()

@@ -144,7 +144,7 @@ def _attend(
         PAGE=page,
         BC=column,
         BR=triton.next_power_of_2(max(dim - rank, 16)),
-        QUARTERS=narrow and rank == column and rank >= 64,
+        QUARTERS=plan.words and narrow and rank == column and rank >= 64,
         ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
         HALVES=halves,
         SWAP=plan.swap,

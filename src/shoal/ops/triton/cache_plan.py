@@ -17,7 +17,7 @@ UNIT_POSITIONS = 2048  # of a piece in batch-invariant mode
 @dataclass(frozen=True)
 class Plan:
     """A program: its rows and positions, whether positions are the tall side, warps, loads in flight; how
-    many share the columns of a latent."""
+    many share the columns of a latent; whether rows in FP8 are read by words."""
 
     bm: int
     bn: int
@@ -26,6 +26,7 @@ class Plan:
     stages: int
     resident: int = 1  # programs that share a multiprocessor
     halves: int = 1
+    words: bool = False
 
 
 PORTABLE, _NARROW = Plan(16, 16, False, 4, 2), Plan(16, 64, False, 4, 2)
@@ -37,7 +38,7 @@ SHORT, EACH = 4096, 64
 _LATENT_FEW, _LATENT_16 = Plan(16, 64, False, 8, 5), Plan(16, 32, False, 4, 5, resident=2)
 _LATENT_64 = Plan(64, 64, False, 8, 2)
 # In FP8 a tile is held twice, as bytes and widened. Not measured: sizes that leave room for both.
-_NARROW_LATENT_16, _NARROW_LATENT_64 = Plan(16, 32, False, 4, 5, resident=2), Plan(64, 32, False, 8, 3)
+_NARROW_LATENT_16, _NARROW_LATENT_64 = Plan(16, 32, False, 4, 3), Plan(64, 32, False, 8, 2)
 _NARROW_PAGED_16, _NARROW_PAGED_64 = Plan(16, 64, False, 4, 3), Plan(64, 64, False, 4, 2)
 _PAGED_16, _PAGED_64 = Plan(16, 128, False, 4, 5), Plan(64, 64, False, 4, 3)
 
