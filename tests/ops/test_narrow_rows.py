@@ -53,10 +53,12 @@ def test_the_published_bytes() -> None:
     assert fp8_cache_shape(family("llama-3-8b").config) == (2, 8, 132)
 
 
-@pytest.mark.parametrize("name", ["nsa-27b", "deepseek-v3.2"])
-def test_sparse_attention_is_refused(name: str) -> None:
+def test_sparse_attention_is_refused_where_its_keys_lie_in_the_rows() -> None:
     with pytest.raises(ValueError, match="sparse attention reads it as it is; leave cache_dtype"):
-        fp8_cache_shape(tiny(name))
+        fp8_cache_shape(tiny("nsa-27b"))
+    with pytest.raises(ValueError, match=r"wide keys .* lie in its rows; ask for index_keys"):
+        fp8_cache_shape(tiny("deepseek-v3.2"))
+    assert fp8_cache_shape(family("deepseek-v3.2").config, "fp8") == (656,)
 
 
 def _angles(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:
