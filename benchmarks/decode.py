@@ -14,8 +14,6 @@ What is timed is `Engine.step` from outside: scheduling, launching, sampling and
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import report
 from benchmarks.kernels.harness import PEAK_BYTES, PEAK_FLOPS
 from shoal.config import cost
 from shoal.config.families import family
@@ -308,14 +307,9 @@ def main() -> None:
         rows = [replace(row, peer=peers.get(row.batch)) if row.what == "decode" else row for row in rows]
     print(table(rows))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name()
-        command = " ".join(("python -m benchmarks.decode", *sys.argv[1:]))
-        with arguments.out.open("a") as file:
-            file.write(f"\n## {device}, torch {torch.__version__}\n\n`{command}`\n\n{table(rows)}\n")
-        with arguments.out.with_suffix(".jsonl").open("a") as file:
-            for row in rows:
-                file.write(json.dumps({"device": device, "command": command, **asdict(row)}) + "\n")
+        title = f"{device}, torch {torch.__version__}"
+        report.append(arguments.out, "decode", device, title, table(rows), map(asdict, rows))
 
     # Last: launches stay slower in a process that was once traced.
     for batch in arguments.profile:

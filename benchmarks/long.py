@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from benchmarks import report
 from benchmarks.decode import prompts, touched_bytes, wait_for_decodes
 from benchmarks.kernels.harness import PEAK_BYTES
 from shoal.config import cost
@@ -317,13 +316,8 @@ def main() -> None:
         del model
     print(f"{where}, torch {torch.__version__}\n\n{table(rows)}")
     if told.out:
-        told.out.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(("python -m benchmarks.long", *sys.argv[1:]))
-        with told.out.open("a") as file:
-            file.write(f"\n## {where}, torch {torch.__version__}\n\n`{command}`\n\n{table(rows)}\n")
-        with told.out.with_suffix(".jsonl").open("a") as file:
-            for row in rows:
-                file.write(json.dumps({"device": where, "command": command, **asdict(row)}) + "\n")
+        title = f"{where}, torch {torch.__version__}"
+        report.append(told.out, "long", where, title, table(rows), map(asdict, rows))
 
 
 if __name__ == "__main__":

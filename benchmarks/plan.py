@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from benchmarks import report
 from shoal.analysis.planner import Load, decode_point, plan_serving
 from shoal.cli.plan import find_config
 from shoal.config.cost import WeightDtype
@@ -122,13 +123,7 @@ def main() -> None:
             title += ": not the same device, so the ratios say nothing"
     print(f"{title}\n\n{table(rows)}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(("python -m benchmarks.plan", *sys.argv[1:]))
-        with arguments.out.open("a") as file:
-            file.write(f"\n## {title}\n\n`{command}`\n\n{table(rows)}\n")
-        with arguments.out.with_suffix(".jsonl").open("a") as file:
-            for each in rows:
-                file.write(json.dumps({"device": device, "command": command, **asdict(each)}) + "\n")
+        report.append(arguments.out, "plan", device, title, table(rows), map(asdict, rows))
 
 
 if __name__ == "__main__":

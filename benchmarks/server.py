@@ -34,6 +34,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.streams import Load, Told
 
 MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
@@ -312,10 +313,10 @@ def measure(given: argparse.Namespace, scratch: Path) -> None:
             command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **caches}
         )
         rows.append(best([Row(**row) for row in json.loads(done.stdout)][1:]))
-    report(given, starts, rows)
+    tell(given, starts, rows)
 
 
-def report(given: argparse.Namespace, starts: dict[str, Any], rows: list[Row]) -> None:
+def tell(given: argparse.Namespace, starts: dict[str, Any], rows: list[Row]) -> None:
     import torch
 
     device = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
@@ -327,13 +328,9 @@ def report(given: argparse.Namespace, starts: dict[str, Any], rows: list[Row]) -
         text += f"\n{table(rows)}\n\nThrough the server {ratio:.1%} of offline ({WANTED_RATIO:.0%} wanted).\n"
     print(f"\n{text}")
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(("python -m benchmarks.server", *sys.argv[1:]))
-        with given.out.open("a") as file:
-            file.write(f"\n## {text.splitlines()[0]}\n\n`{command}`\n{text.partition(chr(10))[2]}")
-        with given.out.with_suffix(".jsonl").open("a") as file:
-            told = {"device": device, "command": command, "starts": starts}
-            file.write(json.dumps({**told, "rows": [asdict(row) for row in rows]}) + "\n")
+        title, _, tables = text.partition("\n")
+        found = {"starts": starts, "rows": [asdict(row) for row in rows]}
+        report.append(given.out, "server", device, title, tables.strip("\n"), [found])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Attend = Callable[..., Tensor]  # rows of T tokens, and the batch of those tokens -> (T, X)
+Between = Callable[[Attend, tuple[Tensor, ...]], Tensor]  # the same, asked for with the rows alone
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class KVView:
     chunks: tuple[Chunk, ...] = ()  # in order; one left out is served all the same, as a decode is
     # Where a step goes in pieces (engine/pieces.py), whose rows are padded and whose lengths are not here:
     # asks for attention between them.
-    between: Callable[[Attend, tuple[Tensor, ...]], Tensor] | None = None
+    between: Between | None = None
 
     @property
     def page_size(self) -> int:

@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.batch import Attend, Batch
+from shoal.batch import Attend, Batch, Between
 from shoal.config.model import GQAConfig, MLAConfig, ModelConfig
 from shoal.engine.settings import EngineSettings
 from shoal.engine.team import Alone, Team
 from shoal.model.offloaded import offloaded
 from shoal.model.transformer import Transformer
 
-Between = Callable[[Attend, tuple[Tensor, ...]], Tensor]
 Forward = Callable[[Tensor, Between], Tensor]  # ids, positions and slots (3, T) -> hidden (T, D)
 MOST = 4096  # tokens: longer steps take longer than their launches
 

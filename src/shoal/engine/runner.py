@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.batch import Batch, Chunk, KVView
+from shoal.batch import Batch, Between, Chunk, KVView
 from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape, index_key_bytes
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.engine import staging
 from shoal.engine.buckets import Buckets, Inputs, Row
-from shoal.engine.pieces import Between, Pieces
+from shoal.engine.pieces import Pieces
 from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
