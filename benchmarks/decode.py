@@ -32,6 +32,7 @@ from shoal.model.quantised import quantise
 from shoal.model.transformer import Transformer
 
 CONTEXT, STEPS = 1024, 64
+MOST_TOKENS = 16384  # of a step
 TARGETS = {1: 550, 8: 1450, 32: 3800, 128: 13_000, 256: 23_000}  # tokens/s wanted, V2-Lite on an H200
 SPECIAL = {  # by context and weights, instead: shares of floors of 3,629 and 8,653, 8,300, 14,700
     (8192, None): {32: 2540, 128: 6057},
@@ -102,7 +103,8 @@ def prompts(config: ModelConfig, count: int, length: int, seed: int = 0) -> list
 def decoding(engine: Engine, batch: int, quant: str | None = None, context: int = CONTEXT) -> Row:
     """Steps at a context that passes through `context`."""
     config = engine.config
-    params = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True)
+    tokens = STEPS + 40 + reading_steps(batch, context)
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for ids in prompts(config, batch, context - STEPS // 2, seed=batch):
         engine.add(ids, params)
     wait_for_decodes(engine, batch)
@@ -130,6 +132,11 @@ def decoding(engine: Engine, batch: int, quant: str | None = None, context: int 
     what = "decode" if context == CONTEXT else f"decode at {context}"
     what += f", {quant}" if quant else ""
     return Row(what, batch, ms, 1e3 * batch / ms, floor, target(batch, context, quant), experts)
+
+
+def reading_steps(batch: int, context: int) -> int:
+    """In which the prompts are read: those that were first decode meanwhile."""
+    return batch * context // MOST_TOKENS
 
 
 def wait_for_decodes(engine: Engine, batch: int) -> None:
@@ -277,9 +284,10 @@ def main() -> None:
     torch.cuda.synchronize()
     say(f"{arguments.model}: {torch.cuda.memory_allocated() / 2**30:.1f} GiB of weights", begun)
     most = max([*arguments.batches, *arguments.prefills, 1])
+    longest = arguments.context + reading_steps(most, arguments.context)
     settings = EngineSettings(
-        num_pages=most * -(-(arguments.context + STEPS + 40) // EngineSettings.page_size) + 4 * 70,
-        max_batch_tokens=16384,
+        num_pages=most * -(-(longest + STEPS + 40) // EngineSettings.page_size) + 4 * 70,
+        max_batch_tokens=MOST_TOKENS,
         max_sequences=most,
         prefix_cache=False,
         buckets=tuple(arguments.batches),

@@ -44,8 +44,9 @@ MARKS = (  # what the log says when a phase begins
     ("interpreter, imports", ""),
     ("weights", "opening"),
     ("engine", r"loading (\d+)/\1$"),
-    ("graphs", "recording graphs"),
     ("kernels", "compiling kernels"),
+    ("graphs", "recording graphs"),
+    ("steps", "trying steps"),
     ("first answer", "answering once"),
 )
 TICK = os.sysconf("SC_CLK_TCK")
@@ -138,20 +139,22 @@ class Server:
 
     def cpu(self) -> tuple[float, float]:
         """Seconds so far of the process that speaks HTTP, and of the engine's."""
-        pid = self.process.pid
-        children = [
+        (forks,) = (
             child
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
-        (engine,) = (
-            int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+            for child in children(self.process.pid)
+            if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
         )
-        return cpu_seconds(pid), cpu_seconds(engine)
+        (engine,) = children(forks)
+        return cpu_seconds(self.process.pid), cpu_seconds(engine)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
+
+
+def children(pid: int) -> list[int]:
+    lists = (task / "children" for task in Path(f"/proc/{pid}/task").iterdir())
+    return [int(child) for found in lists for child in found.read_text().split()]
 
 
 def cpu_seconds(pid: int | str) -> float:

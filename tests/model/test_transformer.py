@@ -333,3 +333,24 @@ def test_the_names_of_a_prediction_module() -> None:
     }
     ahead = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
     assert names == block | ahead
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3", "mixtral-8x7b", "deepseek-v3.2", "qwen3-30b-a3b", "switch-base-128"]
+)
+def test_the_beginning_of_a_model_has_a_layer_of_each_kind(name: str) -> None:
+    """It is the model's own: the same modules, which give what the model's first blocks give."""
+    config = replace(tiny(name), num_hidden_layers=6)
+    model = Transformer(config).eval()
+    parts.fill(model)
+    whole = list(model.model.layers)
+    short = model.beginning()
+    layers = list(short.model.layers)
+    assert list(model.model.layers) == whole
+    assert layers == whole[: len(layers)]
+    assert {type(block.mlp) for block in layers} == {type(block.mlp) for block in whole[:6]}
+    assert len({type(block.mlp) for block in layers[:-1]}) < len({type(block.mlp) for block in layers})
+    batch = parts.pack(parts.draw_ids(config.vocab_size, 9))
+    assert len(layers) < 6
+    stream_TD = model(batch, layers=range(len(layers))).hidden_TD
+    torch.testing.assert_close(short(batch).hidden_TD, model.model.norm(stream_TD), rtol=CLOSE, atol=CLOSE)

@@ -31,6 +31,15 @@ MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
 PATIENCE = 600.0  # seconds
 
 
+def _children(pid: int) -> list[int]:
+    lists = (task / "children" for task in Path(f"/proc/{pid}/task").iterdir())
+    return [int(child) for found in lists if found.exists() for child in found.read_text().split()]
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @dataclass
 class Server:
     process: subprocess.Popen[str]
@@ -54,18 +63,9 @@ class Server:
             time.sleep(0.02)
 
     def engine_pid(self) -> int:
-        """The child that is no resource tracker."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        pids = (
-            [
-                int(pid)
-                for task in Path(f"/proc/{self.process.pid}/task").iterdir()
-                for pid in (task / "children").read_text().split()
-            ]
-            if children.exists()
-            else []
-        )
-        return next(pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        """The child of the fork server."""
+        forks = next(pid for pid in _children(self.process.pid) if b"forkserver" in _command(pid))
+        return next(iter(_children(forks)))
 
     @contextmanager
     def held(self) -> Iterator[None]:

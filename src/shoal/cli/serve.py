@@ -133,6 +133,9 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a model over OpenAI's API: chat completions, completions, responses (docs/serving.md)."""
+    from shoal.server import forks
+
+    forks.prepare(["shoal.server.worker", "shoal.stages.llm", "shoal.stages.spread"])
     from shoal.checkpoint import hf
     from shoal.cli.view import say
     from shoal.data.text import Tokenizer

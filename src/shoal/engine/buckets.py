@@ -10,7 +10,9 @@ The law: a row's results do not depend on whether it was padded, nor on the buck
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,21 +82,24 @@ class Bucket:
             self._slab.fill(self._arrays(rows))
             return forward(self.inputs)
         if self._graph is None:
-            self.capture(forward, None)
+            self.capture(forward)
         assert self._graph is not None
         self._slab.fill(self._arrays(rows))
         self._graph.replay()
         return self._outputs
 
-    def capture(self, forward: Forward, pool: Any) -> Any:
+    def capture(self, forward: Forward, pool: Any = None) -> Any:
         """Record the graph, with padding alone, and name the pool its memory came from."""
         self._slab.fill(self._arrays([]))
         # Whatever is done the first time only. On this stream: each other one gets a workspace of cuBLAS's.
         forward(self.inputs)
         torch.cuda.synchronize(self.inputs.codes_T.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Not by torch.cuda.graph, which gives all that is cached back to the system each time, for 60 ms.
+        with torch.cuda.stream(_stream()):
+            graph.capture_begin(pool or torch.cuda.graph_pool_handle())
             self._outputs = forward(self.inputs)
+            graph.capture_end()
         self._graph = graph
         return graph.pool()
 
@@ -112,6 +117,12 @@ class Bucket:
         )
         contexts = (starts + tokens).astype(np.int32)
         return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table]
+
+
+@cache
+def _stream() -> torch.cuda.Stream:
+    """Of all recordings: graphs that share a pool share it."""
+    return torch.cuda.Stream()
 
 
 class Buckets:
@@ -138,9 +149,14 @@ class Buckets:
     def capture(self, forward: Forward, tokens: int) -> None:
         """Every graph there is, the largest first: the others then fit into its memory."""
         pool = None
+        gc.collect()  # now, not in a recording
         for size in reversed(self.sizes):
             for context in reversed(self.contexts):
                 pool = self._get(size, tokens, context).capture(forward, pool)
+
+    def shapes(self, tokens: int) -> Iterator[Inputs]:
+        """The inputs of all graphs."""
+        return (self._get(size, tokens, context).inputs for size in self.sizes for context in self.contexts)
 
     def _get(self, size: int, tokens: int, context: int) -> Bucket:
         key = size, tokens, context

@@ -94,13 +94,17 @@ class Pieces:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         for length in lengths:  # whatever is done the first time only
-            forward(self._rows[length], lambda *_, length=length: self._attended_TX[:length])
+            self.rehearse(length, forward)
         torch.cuda.synchronize()
         gc.collect()  # now, not in a recording
         with torch.cuda.stream(torch.cuda.Stream()):
             for length in sorted(lengths, reverse=True):
                 self._made[length] = self._record(length, forward)
         torch.cuda.synchronize()
+
+    def rehearse(self, length: int, forward: Forward) -> None:
+        """A step of padding, without attention."""
+        forward(self._rows[length], lambda *_: self._attended_TX[:length])
 
     def _record(self, length: int, forward: Forward) -> Recording:
         made = Recording()

@@ -205,6 +205,24 @@ class Runner:
         (places_S,) = staging.send([places], self.device)
         self.tokens.index_copy_(0, places_S, tokens_S)
 
+    @torch.inference_mode()
+    def rehearse(self, steps: list[list[Span]], rehearsal: ops.Rehearsal) -> None:
+        """All graphs and these steps, by a model as short as has all kernels."""
+        whole, self.model = self.model, self.model.beginning()
+        try:
+            for tokens in {1, self._width}:
+                for inputs in self.buckets.shapes(tokens):
+                    with rehearsal.attempt():
+                        self._forward_padded(inputs)
+            for length in self.pieces.lengths:
+                with rehearsal.attempt():
+                    self.pieces.rehearse(length, self._between)
+            for spans in steps:
+                with rehearsal.attempt():
+                    self._forward(self.inputs(spans))
+        finally:
+            self.model = whole
+
     def capture(self) -> None:
         """Record the graphs of all buckets."""
         self.team.tell("capture")

@@ -1,42 +1,66 @@
 """Warming up: what would be done the first time only, done before there are requests.
 
 On CUDA graphs are recorded, and steps run of every size that the kernels tell apart, so that nothing is
-compiled while requests are served (test_engine_gpu.py hooks the compiler).
+compiled while requests are served (test_engine_gpu.py hooks the compiler). All this is rehearsed first, on
+the beginning of the model and without running it, to compile what kernels it meets several at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import torch
 
 from shoal.engine import sampling
 from shoal.engine.blocks import BlockPool
 from shoal.engine.runner import Runner, Span
 from shoal.engine.sampling import Draw, History
 from shoal.engine.sequence import SamplingParams
+from shoal.engine.team import Alone
+from shoal.ops import api as ops
 
 
 def warm_up(
     runner: Runner, pool: BlockPool, most: int, max_sequences: int, tell: Callable[[str], None]
 ) -> None:
     """For steps of `most` tokens and so many sequences; `tell` is told what begins."""
+    pages = pool.take(pool.count_pages(most))
+    steps = list(_steps(pages, most, max_sequences))
+    if isinstance(runner.team, Alone):
+        tell("compiling kernels")
+        with ops.rehearsing() as rehearsal:
+            with rehearsal.attempt():
+                _sample(runner, steps[-1])
+            runner.rehearse(steps, rehearsal)
     tell("recording graphs")
     runner.capture()
-    tell("compiling kernels")
-    pages = pool.take(pool.count_pages(most))
+    tell("trying steps of each size")
+    for spans in steps:
+        runner.run(spans)
+    _sample(runner, steps[-1])
+    pool.release(pages)
+
+
+def _steps(pages: list[int], most: int, max_sequences: int) -> Iterator[list[Span]]:
     for length in warm_lengths(most):
         for start in {0, min(length, most - length)}:
-            runner.run([Span(pages, start, [0] * length, num_drawn=1)])
+            yield [Span(pages, start, [0] * length, num_drawn=1)]
     # Steps of prompts and decodes: as many sequences as kernels tell apart, near and far, whose chunks meet
     # the cache as it is, or are expanded.
-    half = max(most // 2, 1)
     for decodes in {1, *warm_counts(min(max_sequences, most - 32))}:
         for start in {1, most - 1}:
             for new in (new for new in (2, 31, 32) if new < most):
-                spans = [Span(pages, start, [0], 1)] * decodes
-                runner.run([Span(pages, int(new < 32), [0] * new, 1), *spans])
-    step = runner.run([Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)])
-    # Each way to sample.
-    said = History(lambda rows, length: runner.records.ids(step.table_SB, rows, length), [1, 1])
+                yield [Span(pages, int(new < 32), [0] * new, 1), *[Span(pages, start, [0], 1)] * decodes]
+    half = max(most // 2, 1)
+    yield [Span(pages, 0, [0] * half, 1), Span(pages, half - 1, [0], 1)]
+
+
+def _sample(runner: Runner, spans: list[Span]) -> None:
+    """Two tokens, in each way to sample."""
+    rows, vocabulary = len(spans), runner.model.config.vocab_size
+    logits_MV = torch.zeros(rows, vocabulary, dtype=runner.model.head_weight().dtype, device=runner.device)
+    table_SB = runner.inputs(spans).table_SB
+    said = History(lambda rows, length: runner.records.ids(table_SB, rows, length), [1] * rows)
     for wish in (
         SamplingParams(temperature=0),
         SamplingParams(),
@@ -44,8 +68,7 @@ def warm_up(
         SamplingParams(frequency_penalty=1.0),
         SamplingParams(temperature=0, repetition_penalty=1.1),
     ):
-        sampling.draw(step.logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
-    pool.release(pages)
+        sampling.draw(logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
 
 
 def warm_lengths(most: int) -> list[int]:

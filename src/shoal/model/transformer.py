@@ -17,7 +17,8 @@ Shape letters: T tokens, S sequences, D hidden, V vocabulary, K experts per toke
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -260,6 +261,20 @@ class Transformer(nn.Module):
     def reads_embedding_twice(self) -> bool:
         """Whether the embedding serves behind the last block, too."""
         return self.config.tie_word_embeddings or self.config.num_nextn_predict_layers > 0
+
+    def beginning(self) -> Transformer:
+        """The first blocks, until there is one of each kind, as a model of its own, of the same modules."""
+        kinds = [
+            (type(block.self_attn), type(block.mlp))
+            for layer, block in self.model.blocks()
+            if layer < self.config.num_hidden_layers
+        ]
+        blocks = 1 + max(map(kinds.index, kinds))
+        config = replace(self.config, num_hidden_layers=blocks, num_nextn_predict_layers=0)
+        short = Transformer(config, device="meta", dtype=self.head_weight().dtype)
+        short.model, short.lm_head = copy(self.model), self.lm_head
+        short.model._modules = {**self.model._modules, "layers": nn.ModuleList(self.model.layers[:blocks])}
+        return short.train(self.training)
 
     def forward(self, batch: Batch, stream_TD: Tensor | None = None, layers: range | None = None) -> Output:
         """The whole, or the blocks `layers`: then from the stream that the part before gave."""

@@ -21,7 +21,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from shoal.ops.dispatch import Rehearsal as Rehearsal
 from shoal.ops.dispatch import call, fuse
+from shoal.ops.dispatch import rehearsing as rehearsing
 from shoal.ops.invariance import is_batch_invariant as is_batch_invariant
 from shoal.ops.invariance import with_gradient_of as with_gradient_of
 

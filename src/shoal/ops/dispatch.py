@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -44,6 +44,13 @@ from shoal.ops.reference import (
 from shoal.ops.reference import cache as cached
 
 Side = Literal["auto", "reference", "triton"]
+
+
+class Rehearsal(Protocol):
+    """Of kernels that are to be compiled."""
+
+    def attempt(self) -> AbstractContextManager[None]: ...
+
 
 REFERENCE: dict[str, Callable[..., Any]] = {
     "rms_norm": layers.rms_norm,
@@ -297,6 +304,15 @@ def using(side: Side) -> Iterator[None]:
         yield
     finally:
         _side.reset(token)
+
+
+def rehearsing() -> AbstractContextManager[Rehearsal]:
+    """On CUDA: a block in which nothing runs, at whose end the kernels that it met are compiled, several at
+    once. Each part of it goes in a context `attempt()` of its own; one that fails harms none of the others.
+    """
+    from shoal.ops.triton import ahead
+
+    return ahead.rehearsing()
 
 
 def call(op: str, x: Tensor, *arguments: Any) -> Any:

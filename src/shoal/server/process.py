@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from shoal.engine import SamplingParams
 from shoal.server.errors import ApiError
+from shoal.server.forks import METHOD
 from shoal.server.worker import LENGTH, Build, EngineInfo, frame, work
 
 log = logging.getLogger("shoal.server")
@@ -177,7 +178,7 @@ class EngineProcess:
 
     async def _live(self) -> str | None:
         """One life of the process: why it ended, where it said so."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(METHOD)
         ours, theirs = socket.socketpair()
         self._process = context.Process(target=work, args=(theirs, self._build), daemon=True)
         await asyncio.to_thread(self._process.start)

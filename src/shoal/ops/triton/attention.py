@@ -321,11 +321,16 @@ def attention_part(
             q, k, v, None, True, 0.0, causal, False, scale=scale
         )
         return found[0][0].transpose(0, 1), found[1].view(-1, n).transpose(0, 1)
-    spans = torch.tensor([[0, n], [0, N]], dtype=torch.int32, device=q_nHQ.device)
     tensors = (q_nHQ.contiguous(), k_NGQ.contiguous(), v_NGV.contiguous())
     if n == 0:
         return v_NGV.new_empty(0, q_nHQ.shape[1], v_NGV.shape[2]), q_nHQ.new_empty(0, q_nHQ.shape[1]).float()
-    return _forward(*tensors, spans[0], spans[1], n, scale, plan or _plan(q_nHQ), causal=causal)
+    whole = (_whole(n, q_nHQ.device), _whole(N, q_nHQ.device))
+    return _forward(*tensors, *whole, n, scale, plan or _plan(q_nHQ), causal=causal)
+
+
+def _whole(size: int, device: torch.device) -> Tensor:
+    """The bounds of one sequence, made on the device: for a copy from here the host would wait."""
+    return torch.arange(2, dtype=torch.int32, device=device) * size
 
 
 @triton.jit
