@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,7 +38,8 @@ from shoal.engine.records import count_record_bytes
 from shoal.engine.runner import Runner
 from shoal.model.transformer import Transformer
 
-Cache = Literal["wide", "fp8", "fp8 keys"]  # fp8 keys: of the indexer; the latents stay as they are
+# Of sparse attention `fp8 keys` narrows the indexer's alone, `fp8` the latents too.
+Cache = Literal["wide", "fp8", "fp8 keys"]
 
 SUSTAINED_FLOPS = 666e12  # bfloat16 at an H200's power limit
 STEPS = 32
@@ -104,7 +106,7 @@ def caches(config: ModelConfig) -> tuple[Cache, ...]:
     """The ways in which the engine keeps what this model looks back on."""
     attention = config.attention
     sparse = isinstance(attention, MLAConfig) and attention.indexer is not None
-    return ("wide", "fp8 keys") if sparse else ("wide", "fp8")
+    return ("wide", "fp8 keys", "fp8") if sparse else ("wide", "fp8")
 
 
 def build(config: ModelConfig, device: torch.device) -> Transformer:
@@ -114,12 +116,17 @@ def build(config: ModelConfig, device: torch.device) -> Transformer:
     return model.eval()
 
 
+def narrowed(config: ModelConfig, cache: Cache) -> dict[str, Any]:
+    """The settings of an engine that keeps such a cache."""
+    keys = {"index_keys": "fp8"} if cache != "wide" and len(caches(config)) > 2 else {}
+    return keys | ({"cache_dtype": "fp8"} if cache == "fp8" else {})
+
+
 def told_bytes(config: ModelConfig, cache: Cache) -> int:
     """What `cost` says of a token."""
-    if cache == "fp8":
-        return cost.kv_bytes_per_token(config, "fp8")
-    dtype: Any = config.dtype
-    return cost.kv_bytes_per_token(config, dtype, index_keys="fp8" if cache == "fp8 keys" else "wide")
+    told = narrowed(config, cache)
+    dtype: Any = told.get("cache_dtype", config.dtype)
+    return cost.kv_bytes_per_token(config, dtype, index_keys=told.get("index_keys", "wide"))
 
 
 def looked_back_on(config: ModelConfig, cache: Cache, context: int) -> int:
@@ -129,8 +136,11 @@ def looked_back_on(config: ModelConfig, cache: Cache, context: int) -> int:
     if indexer is None or context <= indexer.index_topk:
         return context * whole
     assert isinstance(attention, MLAConfig)
-    latents = config.num_hidden_layers * attention.latent_dim * cost.BYTES[config.dtype]
-    return context * (whole - latents) + indexer.index_topk * latents
+    keys = indexer.index_head_dim * cost.BYTES[config.dtype]
+    if cache != "wide":
+        keys = cost.index_key_bytes(config, "fp8")
+    keys *= config.num_hidden_layers
+    return context * keys + indexer.index_topk * (whole - keys)
 
 
 def step_floor_ms(config: ModelConfig, cache: Cache, batch: int, context: int, experts: float) -> float:
@@ -148,14 +158,13 @@ def open_engine(
 ) -> tuple[Engine, int]:
     """An engine, and the bytes that torch's allocator was asked for to make it. A CPU's counts none: there
     they are those of the cache and the records."""
-    narrow: dict[str, Any] = {"fp8": {"cache_dtype": "fp8"}, "fp8 keys": {"index_keys": "fp8"}}
     device = model.head_weight().device
     settings = EngineSettings(
         num_pages=num_pages,
         max_batch_tokens=budget,
         max_sequences=many,
         buckets=tuple(sorted({1, many})) if device.type == "cuda" else None,
-        **narrow.get(cache, {}),
+        **narrowed(model.config, cache),
     )
     gc.collect()  # what an engine before this one held
     if device.type == "cuda":
@@ -298,6 +307,7 @@ def main() -> None:
     device = torch.device("cpu" if told.tiny else "cuda")
     where = "a CPU, tiny: its ratios say nothing" if told.tiny else torch.cuda.get_device_name()
     rows: list[Row] = []
+    failed: list[str] = []
     for name in told.models:
         config = find_shape(name)
         model = build(tiny(config) if told.tiny else config, device)
@@ -308,16 +318,23 @@ def main() -> None:
             if spent > told.seconds:
                 print(f"left out after {spent:.0f} s: {name}, {cache} cache", flush=True)
                 continue
-            for row in measure(name, model, cache, length=told.length, budget=told.budget, many=told.many):
-                rows.append(row)
-                print(
-                    f"[{time.perf_counter() - begun:6.1f} s] {table(rows[-1:]).splitlines()[-1]}", flush=True
-                )
+            try:
+                for row in measure(
+                    name, model, cache, length=told.length, budget=told.budget, many=told.many
+                ):
+                    rows.append(row)
+                    spent = time.perf_counter() - begun
+                    print(f"[{spent:6.1f} s] {table(rows[-1:]).splitlines()[-1]}", flush=True)
+            except Exception:  # noqa: BLE001  (the other caches have their rows; the exit status tells)
+                failed.append(f"{name}, {cache} cache")
+                print(f"failed: {failed[-1]}\n{traceback.format_exc()}", flush=True)
         del model
     print(f"{where}, torch {torch.__version__}\n\n{table(rows)}")
     if told.out:
         title = f"{where}, torch {torch.__version__}"
         report.append(told.out, "long", where, title, table(rows), map(asdict, rows))
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

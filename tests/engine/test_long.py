@@ -12,7 +12,7 @@ import torch
 from benchmarks import long as benchmark
 from benchmarks.decode import prompts
 from shoal.config.families import tiny
-from shoal.engine import SamplingParams
+from shoal.engine import Engine, SamplingParams
 
 CPU = torch.device("cpu")
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -26,12 +26,31 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert [(row["model"], row["cache"], row["batch"]) for row in rows] == [
         (model, cache, batch)
-        for model, narrow in (("v2-lite", "fp8"), ("v3.2-slice", "fp8 keys"))
-        for cache in ("wide", narrow)
+        for model, narrow in (("v2-lite", ("fp8",)), ("v3.2-slice", ("fp8 keys", "fp8")))
+        for cache in ("wide", *narrow)
         for batch in (1, 2)
     ]
     assert all((row["first_ms"] is None) == (row["batch"] == 2) for row in rows)
     assert rows[2]["cache_bytes"] < rows[0]["cache_bytes"]
+
+
+def test_a_cache_that_fails_leaves_the_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, copy = tmp_path / "long.md", benchmark.copy_cache
+
+    def fail(engine: Engine, ids: list[int], other: list[int]) -> None:
+        if engine.settings.cache_dtype == "fp8":
+            raise RuntimeError("no room")
+        copy(engine, ids, other)
+
+    monkeypatch.setattr(benchmark, "copy_cache", fail)
+    sizes = "--tiny --models v2-lite v3-slice --caches fp8 wide --length 128 --budget 64 --many 2"
+    monkeypatch.setattr(sys, "argv", ["long", *sizes.split(), "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed: v2-lite, fp8 cache; v3-slice, fp8 cache"):
+        benchmark.main()
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [(row["cache"], row["batch"]) for row in rows] == 2 * [("wide", 1), ("wide", 2), ("fp8", 1)]
 
 
 def test_a_cache_that_costs_more_than_is_told_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +82,5 @@ def test_what_a_token_looks_back_on() -> None:
     assert benchmark.looked_back_on(lite, "fp8", 131072) == 131072 * 27 * 656
     assert benchmark.looked_back_on(sparse, "wide", 131072) == 4 * 2 * (2048 * 576 + 131072 * 128)
     assert benchmark.looked_back_on(sparse, "fp8 keys", 131072) == 4 * (2048 * 576 * 2 + 131072 * 132)
+    assert benchmark.looked_back_on(sparse, "fp8", 131072) == 4 * (2048 * 656 + 131072 * 132)
     assert benchmark.looked_back_on(sparse, "wide", 1000) == 1000 * 4 * 2 * (576 + 128)
