@@ -45,8 +45,8 @@ MARKS = (  # what the log says when a phase begins
     ("weights", "opening"),
     ("engine", r"loading (\d+)/\1$"),
     ("kernels", "compiling kernels"),
+    ("trying", "trying kernels"),
     ("graphs", "recording graphs"),
-    ("steps", "trying steps"),
     ("first answer", "answering once"),
 )
 TICK = os.sysconf("SC_CLK_TCK")

@@ -42,7 +42,7 @@ def test_a_part_that_fails_harms_no_other() -> None:
     memory = torch.zeros(16, dtype=torch.int32, device="cuda")
     with ops.rehearsing() as rehearsal:
         with rehearsal.attempt():
-            memory.tolist()  # waits, which a recording cannot
+            memory.tolist()  # waits, which no recording can
         with rehearsal.attempt():
             _fill[(1,)](memory, VALUE=5)
     assert not memory.any()

@@ -82,17 +82,21 @@ class Bucket:
             self._slab.fill(self._arrays(rows))
             return forward(self.inputs)
         if self._graph is None:
+            forward(self.pad())  # whatever is done the first time only
             self.capture(forward)
         assert self._graph is not None
         self._slab.fill(self._arrays(rows))
         self._graph.replay()
         return self._outputs
 
+    def pad(self) -> Inputs:
+        """Padding alone."""
+        self._slab.fill(self._arrays([]))
+        return self.inputs
+
     def capture(self, forward: Forward, pool: Any = None) -> Any:
         """Record the graph, with padding alone, and name the pool its memory came from."""
-        self._slab.fill(self._arrays([]))
-        # Whatever is done the first time only. On this stream: each other one gets a workspace of cuBLAS's.
-        forward(self.inputs)
+        self.pad()
         torch.cuda.synchronize(self.inputs.codes_T.device)
         graph = torch.cuda.CUDAGraph()
         # Not by torch.cuda.graph, which gives all that is cached back to the system each time, for 60 ms.
@@ -155,8 +159,8 @@ class Buckets:
                 pool = self._get(size, tokens, context).capture(forward, pool)
 
     def shapes(self, tokens: int) -> Iterator[Inputs]:
-        """The inputs of all graphs."""
-        return (self._get(size, tokens, context).inputs for size in self.sizes for context in self.contexts)
+        """The inputs of all graphs, as padding alone."""
+        return (self._get(size, tokens, context).pad() for size in self.sizes for context in self.contexts)
 
     def _get(self, size: int, tokens: int, context: int) -> Bucket:
         key = size, tokens, context

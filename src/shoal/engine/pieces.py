@@ -72,7 +72,8 @@ class Pieces:
         used, kv = batch.num_tokens, batch.kv
         assert kv is not None
         if self._on_cuda and length not in self._made:
-            self.capture((length,), forward)  # with padding alone
+            self.pad(length, forward)
+            self.capture((length,), forward)
         rows_3T = torch.stack((batch.ids_T, batch.positions_T, kv.slots_T))
         torch.cat((rows_3T, self._pad_31.expand(3, length - used)), dim=1, out=self._rows[length])
 
@@ -93,8 +94,6 @@ class Pieces:
         """Record these lengths, the largest first: the others then fit into its memory."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        for length in lengths:  # whatever is done the first time only
-            self.rehearse(length, forward)
         torch.cuda.synchronize()
         gc.collect()  # now, not in a recording
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -102,8 +101,8 @@ class Pieces:
                 self._made[length] = self._record(length, forward)
         torch.cuda.synchronize()
 
-    def rehearse(self, length: int, forward: Forward) -> None:
-        """A step of padding, without attention."""
+    def pad(self, length: int, forward: Forward) -> None:
+        """A step of padding alone, eagerly and without attention: what is done the first time only."""
         forward(self._rows[length], lambda *_: self._attended_TX[:length])
 
     def _record(self, length: int, forward: Forward) -> Recording:

@@ -17,8 +17,10 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -171,6 +173,7 @@ class Runner:
     def follow(self) -> None:
         """Do what the first of the team does, until its end."""
         calls = {"run": self._run, "capture": self._capture, "score": self._score}
+        calls |= {"try_out": self._try_out}
         calls |= {"project": self._project, "predict": self._predict}
         while (told := self.team.hear()) is not None:
             calls[told[0]](*told[1:])
@@ -205,23 +208,42 @@ class Runner:
         (places_S,) = staging.send([places], self.device)
         self.tokens.index_copy_(0, places_S, tokens_S)
 
-    @torch.inference_mode()
-    def rehearse(self, steps: list[list[Span]], rehearsal: ops.Rehearsal) -> None:
-        """All graphs and these steps, by a model as short as has all kernels."""
+    @contextmanager
+    def _shortened(self) -> Iterator[None]:
+        """By a model as short as has all kernels."""
         whole, self.model = self.model, self.model.beginning()
         try:
-            for tokens in {1, self._width}:
-                for inputs in self.buckets.shapes(tokens):
-                    with rehearsal.attempt():
-                        self._forward_padded(inputs)
-            for length in self.pieces.lengths:
-                with rehearsal.attempt():
-                    self.pieces.rehearse(length, self._between)
-            for spans in steps:
-                with rehearsal.attempt():
-                    self._forward(self.inputs(spans))
+            yield
         finally:
             self.model = whole
+
+    @torch.inference_mode()
+    def rehearse(self, steps: list[list[Span]], rehearsal: ops.Rehearsal, *, first: bool = False) -> None:
+        """All graphs and these steps, or the first of them, for the sake of their kernels."""
+        with self._shortened():
+            forwards = [*self._padded(), *(partial(self._forward, self.inputs(spans)) for spans in steps)]
+            for forward in forwards[:1] if first else forwards:
+                with rehearsal.attempt():
+                    forward()
+
+    def _padded(self) -> Iterator[Callable[[], object]]:
+        """The forward passes of all graphs, of padding alone."""
+        for tokens in {1, self._width}:
+            for inputs in self.buckets.shapes(tokens):
+                yield partial(self._forward_padded, inputs)
+        for length in self.pieces.lengths:
+            yield partial(self.pieces.pad, length, self._between)
+
+    def try_out(self, steps: list[list[Span]]) -> None:
+        """Run steps eagerly, by the beginning of the model: what is done the first time only."""
+        self.team.tell("try_out", steps)
+        self._try_out(steps)
+
+    @torch.inference_mode()
+    def _try_out(self, steps: list[list[Span]]) -> None:
+        with self._shortened():
+            for spans in steps:
+                self._forward(self.inputs(spans))
 
     def capture(self) -> None:
         """Record the graphs of all buckets."""
@@ -231,6 +253,9 @@ class Runner:
     @torch.inference_mode()
     def _capture(self) -> None:
         if self.device.type == "cuda":
+            with self._shortened():
+                for forward in self._padded():  # what is done the first time only
+                    forward()
             if self.pieces.lengths:
                 self.pieces.capture(self.pieces.lengths, self._between)
             for tokens in {1, self._width}:

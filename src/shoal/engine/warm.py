@@ -1,8 +1,9 @@
 """Warming up: what would be done the first time only, done before there are requests.
 
 On CUDA graphs are recorded, and steps run of every size that the kernels tell apart, so that nothing is
-compiled while requests are served (test_engine_gpu.py hooks the compiler). All this is rehearsed first, on
-the beginning of the model and without running it, to compile what kernels it meets several at a time.
+compiled while requests are served (test_engine_gpu.py hooks the compiler). A model repeats its blocks, so it
+is the beginning of it that runs. On a machine that has none of the kernels yet all this is rehearsed before,
+to compile what kernels it meets several at a time.
 """
 
 from __future__ import annotations
@@ -26,19 +27,25 @@ def warm_up(
     """For steps of `most` tokens and so many sequences; `tell` is told what begins."""
     pages = pool.take(pool.count_pages(most))
     steps = list(_steps(pages, most, max_sequences))
-    if isinstance(runner.team, Alone):
+    # A machine that has the kernels of one graph has them all.
+    if isinstance(runner.team, Alone) and _rehearse(runner, steps, first=True):
         tell("compiling kernels")
-        with ops.rehearsing() as rehearsal:
-            with rehearsal.attempt():
-                _sample(runner, steps[-1])
-            runner.rehearse(steps, rehearsal)
+        _rehearse(runner, steps)
+    tell("trying kernels")
+    runner.try_out(steps)
+    _sample(runner, steps[-1])
     tell("recording graphs")
     runner.capture()
-    tell("trying steps of each size")
-    for spans in steps:
-        runner.run(spans)
-    _sample(runner, steps[-1])
     pool.release(pages)
+
+
+def _rehearse(runner: Runner, steps: list[list[Span]], *, first: bool = False) -> int:
+    """How many kernels had to be compiled."""
+    with ops.rehearsing() as rehearsal:
+        if not first:
+            _sample(runner, steps[-1])
+        runner.rehearse(steps, rehearsal, first=first)
+    return rehearsal.compiled
 
 
 def _steps(pages: list[int], most: int, max_sequences: int) -> Iterator[list[Span]]:

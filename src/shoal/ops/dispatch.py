@@ -47,7 +47,9 @@ Side = Literal["auto", "reference", "triton"]
 
 
 class Rehearsal(Protocol):
-    """Of kernels that are to be compiled."""
+    """Of kernels that are to be compiled; `compiled` tells at its end how many were, not found on disk."""
+
+    compiled: int
 
     def attempt(self) -> AbstractContextManager[None]: ...
 
@@ -307,8 +309,9 @@ def using(side: Side) -> Iterator[None]:
 
 
 def rehearsing() -> AbstractContextManager[Rehearsal]:
-    """On CUDA: a block in which nothing runs, at whose end the kernels that it met are compiled, several at
-    once. Each part of it goes in a context `attempt()` of its own; one that fails harms none of the others.
+    """On CUDA: a block in which no kernel is launched that is not compiled yet; at its end those that it met
+    are, several at once. What reads what they would have computed goes into a context `attempt()`, in which
+    nothing runs at all; one that fails harms no other, but nothing may be copied to or from the host there.
     """
     from shoal.ops.triton import ahead
 
