@@ -44,8 +44,12 @@ WIDE_PLANS = {
         Plan(16, 32, False, 8, 5, resident=2),
         Plan(16, 64, False, 8, 4, resident=2),
     ),
-    128: (Plan(64, 64, False, 4, 2, halves=2), Plan(64, 64, False, 4, 3, halves=2)),
+    128: (
+        Plan(64, 64, False, 4, 2, halves=2),
+        Plan(64, 64, False, 4, 3, halves=2),
+    ),
 }
+HOPPER_PLANS = Plan(64, 64, False, 8, 1, hopper="wide"), Plan(64, 64, False, 4, 1, hopper="turns")
 NARROW_PLANS = {
     16: (
         Plan(16, 32, False, 4, 5, resident=2, words=True),
@@ -236,6 +240,31 @@ def latent_tiles(heads: int, batch: int, context: int) -> Iterator[Case]:
             bytes=float(batch * context * pages.shape[-1] * pages.element_size()),
             calls=dict(calls),
         )
+
+
+def hopper(batch: int, context: int) -> Case:
+    """MLA decode of 128 heads by the kernels for Hopper alone; the first is what is chosen."""
+    scale = (RANK + ROPE) ** -0.5
+    pages, *where = _cache(batch, context, (RANK + ROPE,), PAGE)
+    q = torch.randn(batch, 128, RANK + ROPE, device="cuda", dtype=DTYPE)
+    attend = partial(cache_attention.latent_attention, q, pages, *where, RANK, scale)
+    calls: dict[str, list[Call]] = {"ours": [attend]}
+    calls |= {plan.hopper: [partial(attend, plan=plan)] for plan in HOPPER_PLANS}
+    calls["wide, batch-invariant"] = [partial(attend, plan=HOPPER_PLANS[0], invariant=True)]
+    calls["turns, batch-invariant"] = [partial(attend, plan=HOPPER_PLANS[1], invariant=True)]
+    return Case(
+        op="MLA decode on Hopper",
+        shape=f"128 heads, batch {batch}, context {context // 1024}k",
+        flops=2.0 * batch * context * 128 * (2 * RANK + ROPE),
+        bytes=2.0 * batch * context * (RANK + ROPE),
+        calls=dict(calls),
+        target=TARGETS.get((128, batch, context), ""),
+    )
+
+
+def hopper_cases() -> Iterator[Case]:
+    for batch, context in ((32, 32768), (128, 4096), (1, 32768), (32, 4096), (1, 4096), (128, 32768)):
+        yield hopper(batch, context)
 
 
 def tile_cases() -> Iterator[Case]:

@@ -189,6 +189,59 @@ def test_rows_may_be_parts_of_wider_ones() -> None:
         assert torch.equal(got, _latent(call, 24, invariant=invariant))
 
 
+HOPPER = {name: Plan(64, 64, False, warps, 1, hopper=name) for name, warps in (("wide", 8), ("turns", 4))}
+HOPPER_STEPS = STEPS | {
+    "few tiles": Step([1, 1, 1, 1], [64, 65, 128, 129]),
+    "alone": Step([1], [9000]),
+    "long beside short": Step([2, 1, 4, 1], [20000, 3, 2048, 6001]),
+}
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(("heads", "page"), [(128, 64), (64, 32), (24, 16)])
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels_equal_reference(name: str, heads: int, page: int, invariant: bool) -> None:
+    for step in HOPPER_STEPS.values():
+        call = _call(step, heads, (576,), page, HALF)
+        wanted = _wanted(call, step, 576**-0.5, 512)
+        _assert_close(_latent(call, 512, HOPPER[name], invariant=invariant), wanted, HALF)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels_serve_more_sequences_than_programs(name: str) -> None:
+    step = Step([1] * 128, [1 + 37 * s % 700 for s in range(128)])
+    call = _call(step, 128, (576,), 64, HALF)
+    _assert_close(_latent(call, 512, HOPPER[name]), _wanted(call, step, 576**-0.5, 512), HALF)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels_read_parts_of_wider_rows_and_give_the_same_bits(name: str) -> None:
+    step = HOPPER_STEPS["long beside short"]
+    call = _call(step, 128, (576,), 64, HALF)
+    wide = torch.full((*call.pages.shape[:2], 576 + 128), math.nan, dtype=HALF, device=DEVICE)
+    wide[..., :576] = call.pages
+    got = _latent(call, 512, HOPPER[name], invariant=True)
+    for _ in range(20):
+        assert torch.equal(_latent(call, 512, HOPPER[name], invariant=True), got)
+    parts = call._replace(pages=wide[..., :576])
+    assert torch.equal(_latent(parts, 512, HOPPER[name], invariant=True), got)
+    for s, rows in enumerate(got.split(step.new)):
+        assert torch.equal(_latent(_only(call, step, s), 512, HOPPER[name], invariant=True), rows)
+
+
+def test_hopper_kernels_refuse_what_they_do_not_take() -> None:
+    call = _call(Step([1], [5]), 4, (24 + 8,), 8, HALF)
+    for plan in HOPPER.values():
+        with pytest.raises(ValueError, match="does not take this call"):
+            _latent(call, 24, plan)
+
+
 def test_long_contexts_are_cut_alike_and_merged() -> None:
     """More positions than one fixed piece of 2048, beside short ones."""
     step = Step([1, 1, 2], [4100, 3, 2048])

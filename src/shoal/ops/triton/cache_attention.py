@@ -25,12 +25,14 @@ from torch import Tensor
 from shoal.ops.triton.cache import are_rows
 from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan
 from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
+from shoal.ops.triton.cache_turns import turns_kernel
+from shoal.ops.triton.cache_wide import LATENT, ROPE, ROWS, wide_kernel
 from shoal.ops.triton.expert_plan import num_multiprocessors
 from shoal.ops.triton.narrow_rows import NARROW
 from shoal.ops.triton.quantise import lacks_e4m3
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_DIM, MAX_SEQUENCES = 512, 8192
+MAX_DIM, MAX_SEQUENCES, HOPPER_SEQUENCES = 512, 8192, 1024
 MIN_PAD = 32  # sequences that a program counts at least: fewer kernels to warm up
 
 
@@ -78,6 +80,22 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def hopper_refusal(q_THL: Tensor, pages: Tensor, rank: int, sequences: int) -> str | None:
+    """Why the kernels for Hopper do not take what the others do; None if they do."""
+    rest = q_THL.shape[2] - rank
+    if not _hopper(q_THL.device):
+        return f"{q_THL.device} is no Hopper"
+    if q_THL.dtype != torch.bfloat16 or pages.dtype != torch.bfloat16:
+        return f"queries are {q_THL.dtype} and the cache {pages.dtype}; they take bfloat16"
+    if (rank, rest) != (LATENT, ROPE):
+        return f"rows of {rank} + {rest} elements; they take {LATENT} + {ROPE}"
+    if pages.stride(1) % 8 or pages.data_ptr() % 16:
+        return f"rows are {pages.stride(1)} elements apart; they read them 8 at a time"
+    if sequences > HOPPER_SEQUENCES:
+        return f"{sequences} sequences; a program counts at most {HOPPER_SEQUENCES}"
+    return None
+
+
 def _attend(
     q_THd: Tensor,
     pages: Tensor,
@@ -104,6 +122,12 @@ def _attend(
         far = longest if not invariant else 1 << 30
         kind = {"latent": latent, "narrow": narrow, "hopper": _hopper(q_THd.device)}
         plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, **kind)
+    if plan.hopper:
+        reason = hopper_refusal(q_THd, pages, rank, S) if latent else "it attends to keys and values"
+        if reason is None and (plan.bm, plan.bn) != (ROWS, ROWS):
+            reason = f"they have {ROWS} rows and positions"
+        if reason is not None:
+            raise ValueError(f"{plan} does not take this call: {reason}")
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
     column = triton.next_power_of_2(max(rank, 16))
@@ -135,26 +159,33 @@ def _attend(
         q_THd.contiguous(), pages, table_SB.contiguous(), contexts_S, cu_S1, out_THC, partial, lse,
         S, table_SB.shape[1], programs, scale * math.log2(math.e),
     )  # fmt: skip
-    split_kernel[(programs * lanes * halves,)](
-        *arguments,
-        R=dim - rank,
-        LATENT=latent,
-        NARROW=narrow,
-        ROW=pages.stride(1),
-        PAGE=page,
-        BC=column,
-        BR=triton.next_power_of_2(max(dim - rank, 16)),
-        QUARTERS=plan.words and narrow and rank == column and rank >= 64,
-        ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
-        HALVES=halves,
-        SWAP=plan.swap,
-        PDL=pdl,
-        launch_pdl=pdl,
-        PRECISION="ieee" if q_THd.dtype == torch.float32 else "tf32",
-        num_warps=plan.warps,
-        num_stages=plan.stages,
-        **shared,
-    )
+    if plan.hopper:
+        kernel = {"wide": wide_kernel, "turns": turns_kernel}[plan.hopper]
+        kernel[(programs * lanes,)](
+            *arguments, R=dim - rank, ROW=pages.stride(1), PAGE=page,
+            launch_pdl=pdl, num_warps=plan.warps, **shared,
+        )  # fmt: skip
+    else:
+        split_kernel[(programs * lanes * halves,)](
+            *arguments,
+            R=dim - rank,
+            LATENT=latent,
+            NARROW=narrow,
+            ROW=pages.stride(1),
+            PAGE=page,
+            BC=column,
+            BR=triton.next_power_of_2(max(dim - rank, 16)),
+            QUARTERS=plan.words and narrow and rank == column and rank >= 64,
+            ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
+            HALVES=halves,
+            SWAP=plan.swap,
+            PDL=pdl,
+            launch_pdl=pdl,
+            PRECISION="ieee" if q_THd.dtype == torch.float32 else "tf32",
+            num_warps=plan.warps,
+            num_stages=plan.stages,
+            **shared,
+        )
     # How many parts are added at a time, hence the order of their sum, follows from these two.
     few = T * H <= 256 and not invariant
     heads = math.gcd(rep, 1 if few else 4 if T * H <= 1024 and not invariant else 16)

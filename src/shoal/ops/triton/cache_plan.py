@@ -17,7 +17,7 @@ UNIT_POSITIONS = 2048  # of a piece in batch-invariant mode
 @dataclass(frozen=True)
 class Plan:
     """A program: its rows and positions, whether positions are the tall side, warps, loads in flight; how
-    many share the columns of a latent; whether rows in FP8 are read by words."""
+    many share the columns of a latent; whether rows in FP8 are read by words; a kernel for Hopper alone."""
 
     bm: int
     bn: int
@@ -27,6 +27,7 @@ class Plan:
     resident: int = 1  # programs that share a multiprocessor
     halves: int = 1
     words: bool = False
+    hopper: str = ""  # wide, turns
 
 
 PORTABLE, _NARROW = Plan(16, 16, False, 4, 2), Plan(16, 64, False, 4, 2)
