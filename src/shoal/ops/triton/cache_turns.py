@@ -2,13 +2,13 @@
 
     s = scale [q_c | q_r] [c | r]^T,   p = exp2(s - m),   o = o exp2(m' - m) + p c
 
-What `cache_splits.split_kernel` computes, of the same pieces and into the same scratch, for 64 rows, latents
-of 512 and 64 behind them. Triton has both warpgroups make all scores; here tiles come in pairs: of the first
-the one warpgroup makes the scores and weights (64 x 64 x 16 products, 4 KB of shared memory for 32 clocks),
-of the second the other, and each multiplies the weights of both by its own half of the latents, 64 x 256
-sums a warpgroup. Maxima go from tile to tile: what a warpgroup needs of the other's tile are its weights and the
-maximum they stand under. A third warpgroup copies rows. A piece of an odd number of tiles ends with an empty
-one.
+What `cache_splits.split_kernel` computes, of the same pieces and into the same scratch, for 64 rows,
+latents of 512 and 64 behind them. Triton has both warpgroups make all scores; here tiles come in pairs: of
+the first the one warpgroup makes the scores and weights (64 x 64 x 16 products, 4 KB of shared memory for
+32 clocks), of the second the other, and each multiplies the weights of both by its own half of the latents,
+64 x 256 sums a warpgroup. Maxima go from tile to tile: what a warpgroup needs of the other's tile are its
+weights and the maximum they stand under. A third warpgroup copies rows. A piece of an odd number of tiles
+ends with an empty one.
 
 Who waits for whom, of pair g; all but `loaded` and `freed` count one arrival:
 
