@@ -63,6 +63,12 @@ NARROW_PLANS = {
         Plan(16, 64, False, 8, 5, words=True),
     ),
 }
+NARROW_PAGED_PLANS = (
+    Plan(16, 64, False, 4, 3, words=True),
+    Plan(16, 128, False, 4, 3, words=True),
+    Plan(16, 64, False, 4, 5, words=True),
+    Plan(16, 64, False, 4, 4, resident=2, words=True),
+)
 PACKS = {
     "4k": [4096],
     "16k": [16384],
@@ -148,6 +154,10 @@ def narrow_paged(heads: int, groups: int, batch: int, context: int) -> Case:
         calls={
             name: [partial(cache_attention.paged_attention, q, pages, *where, 128**-0.5)]
             for name, pages in (("ours", narrow), ("bf16 cache", wide))
+        }
+        | {
+            str(plan)[4:]: [partial(cache_attention.paged_attention, q, narrow, *where, 128**-0.5, plan=plan)]
+            for plan in NARROW_PAGED_PLANS
         },
     )
 
