@@ -56,6 +56,7 @@ class Rehearsal:
 
     def end(self) -> None:
         self._graphs.clear()
+        torch._C._cuda_clearCublasWorkspaces()  # of the stream, which keep 32 MiB of the graphs' memory each
         torch.cuda.empty_cache()
         device, threads = torch.cuda.current_device(), min(len(os.sched_getaffinity(0)), _MOST_THREADS)
 
