@@ -35,6 +35,7 @@ from shoal.train.metrics import Observer, Phase
 from shoal.train.trainer import Outcome
 
 RESULTS = "results.jsonl"
+MEASURED = "measured.json"  # of each model, so that going on does not ask it again
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,12 @@ def run(
     results: list[Result] = []
 
     def judge(name: str, steps: int, tokens: int, *, greets: bool = False) -> None:
-        results.append(measure(name, recipes, steps, tokens, device, greets=greets))
-        told = results[-1]
+        told = recall(folder / name, scale.held_out)
+        if told is None:
+            told = measure(name, recipes, steps, tokens, device, greets=greets)
+            with write_atomically(folder / name / MEASURED) as file:
+                file.write(json.dumps({"held_out": scale.held_out, **asdict(told)}).encode())
+        results.append(told)
         observe(
             Phase(
                 f"{name}: {told.accuracy:.1%} of {scale.held_out} held-out problems right "
@@ -130,6 +135,14 @@ def run(
     with write_atomically(folder / RESULTS) as file:
         file.writelines(json.dumps(asdict(result)).encode() + b"\n" for result in results)
     return results
+
+
+def recall(folder: Path, held_out: int) -> Result | None:
+    """What was measured of a model before, on as many problems."""
+    if not (folder / MEASURED).exists():
+        return None
+    told = json.loads((folder / MEASURED).read_text("utf-8"))
+    return Result(**told) if told.pop("held_out") == held_out else None
 
 
 def rl_tokens(folder: Path) -> int:

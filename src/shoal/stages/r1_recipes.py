@@ -130,12 +130,12 @@ SCALES = {
     "one-gpu": {
         "addition": Scale(
             size=6, demonstrations=20_000, problems=100_000, held_out=2000, start_steps=600, rl_steps=100,
-            questions=128, group=16, max_tokens=96, kept=8000, greetings=4000, tuned_steps=600,
+            questions=64, group=16, max_tokens=96, kept=8000, greetings=4000, tuned_steps=600,
             final_steps=40, student_steps=600, width=4, tokens_per_batch=32_768,
         ),
         "countdown": Scale(
             "countdown", size=5, slips=0.3, demonstrations=20_000, problems=100_000, held_out=2000,
-            start_steps=600, rl_steps=100, questions=128, group=16, width=4, tokens_per_batch=32_768,
+            start_steps=600, rl_steps=100, questions=64, group=16, width=4, tokens_per_batch=32_768,
         ),
     },
 }  # fmt: skip
@@ -255,7 +255,10 @@ class Recipes:
             problems=(str(self.files["to-keep"]),),
             rewards=(tasks.REWARDS[self.scale.task],),
             rollout=RolloutConfig(
-                questions=128, group=2, max_tokens=self.scale.max_tokens, cache_bytes=1 << 28
+                questions=4 * self.scale.questions,
+                group=2,
+                max_tokens=self.scale.max_tokens,
+                cache_bytes=1 << 28,
             ),
             seed=self.seed,
         )
