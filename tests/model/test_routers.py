@@ -20,6 +20,12 @@ from tests.model import parts
 
 CLOSE = 1e-5
 ROWS = ["deepseek-moe-2b-hash", "deepseek-moe-2b-expert-choice", "deepseek-moe-2b-segments"]
+SERVED = [
+    ROWS[0],
+    ROWS[2],
+    *(f"deepseek-moe-2b-{rule}" for rule in ("switch", "gshard", "noisy")),
+    "mixtral-8x7b",
+]
 TEXTS = [parts.draw_ids(512, 21, 0), parts.draw_ids(512, 9, 1)]
 SEGMENTS = MoEConfig(12, 4, 5, topk_method="segments", n_group=4, topk_group=2)
 
@@ -164,7 +170,7 @@ def test_a_replay_is_the_choice(name: str) -> None:
     assert torch.equal(y_TD, again_TD)
 
 
-@pytest.mark.parametrize("name", [ROWS[0], ROWS[2]])
+@pytest.mark.parametrize("name", SERVED)
 def test_causal_rules_are_served(name: str) -> None:
     model = _model(name)
     with torch.inference_mode():

@@ -17,10 +17,13 @@ from shoal.checkpoint import hf, native
 from shoal.config.run import RunConfig, SourceConfig, from_table, load_recipe
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import SMALLEST
+from shoal.engine import Engine, EngineSettings, SamplingParams
 from shoal.stages import pretrain
 from shoal.stages.claim import is_begun
 from shoal.train.metrics import EvaluationReport, Event, Phase, StepReport
+from tests.model import parts
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 seed = 5
 model = {{ family = "deepseek-v3", tiny = true, vocab_size = {vocab_size} }}
@@ -58,6 +61,23 @@ def test_a_run_is_whole_repeatable_and_loadable(config: RunConfig, tmp_path: Pat
     pretrain.run(config, tmp_path / "b")
     ours, theirs = weights(export), weights(tmp_path / "b" / "export")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_the_recipe_of_sparse_attention_trains_a_model_that_is_served(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """recipes/nsa-tiny.toml, on less text; then greedy answers of the engine are those of whole passes."""
+    sizes = ("tokens_per_batch=128", "seq_len=128", f'train=["{config.data.train[0]}"]')
+    changes = [f"data.{size}" for size in sizes]
+    changes += [f"model.vocab_size={config.model.vocab_size}", "train.steps=2", "train.optim.warmup_steps=1"]
+    pretrain.run(load_recipe(RECIPES / "nsa-tiny.toml", changes), tmp_path / "run")
+    model = hf.load(tmp_path / "run" / "export").eval()
+    ids = Tokenizer.load(tmp_path / "run" / "export").encode("shoal fish router " * 20)
+    assert len(ids) > 200  # of which a token reads 8 blocks of 16
+    (answer,) = Engine(model, EngineSettings(num_pages=4)).generate([ids], SamplingParams(0.0, max_tokens=5))
+    batch = parts.pack([*ids, *answer.ids[:-1]])
+    best = model.logits(model(batch).hidden_TD, batch)[len(ids) - 1 :].argmax(1)
+    assert list(answer.ids) == best.tolist()
 
 
 def test_a_run_goes_on_in_its_folder_on_the_same_tokens(config: RunConfig, tmp_path: Path) -> None:
