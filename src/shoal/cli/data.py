@@ -112,16 +112,26 @@ def report(
 @app.command()
 def recall(
     out: Annotated[Path, typer.Argument(help="The .jsonl to write.")],
+    form: Annotated[str, typer.Option(help="strings or facts.")] = "facts",
     documents: Annotated[int, typer.Option(help="How many.")] = 4000,
-    characters: Annotated[int, typer.Option(help="Of each, at least.")] = 3500,
+    longest: Annotated[int, typer.Option(help="Words of a document, at most.")] = 700,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Files whose words facts hide among. Repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Write text in which facts come again, for a small model to learn looking back (recipes/extend)."""
+    """Write text in which things come again, for a small model to learn looking back (recipes/extend)."""
     from shoal.data.atomic import write_atomically
-    from shoal.data.recall import recall_documents
+    from shoal.data.read import read_documents
+    from shoal.data.recall import WORDS, find_words, recall_documents
 
+    if form not in ("strings", "facts"):
+        raise ValueError(f"--form is {form!r}; it is strings or facts")
+    words = WORDS
+    if text:
+        words = [word for document in read_documents(text) for word in find_words(document.text)]
     with write_atomically(out) as file:
-        for document in recall_documents(documents, characters, seed):
+        for document in recall_documents(documents, longest, seed, form, words):
             file.write(json.dumps({"text": document.text}).encode() + b"\n")
 
 

@@ -23,8 +23,9 @@ from shoal.config.run import DataConfig, TrainConfig, build, load_table
 class NeedleConfig:
     """The needle test: `trials` facts at each of `depths` depths in contexts of each of `lengths` tokens.
 
-    `fact`, `question` and `answer` are templates: {key} is so many random letters, {value} so many digits.
-    Facts are hidden in held-out text that does not ask the question itself.
+    `fact`, `question` and `answer` are templates: {key} is one of `keys`, {value} one of `values`, drawn anew
+    for each needle; without them, so many random letters and digits. Facts are hidden in held-out text that
+    does not ask the question itself.
     """
 
     lengths: tuple[int, ...]
@@ -35,6 +36,8 @@ class NeedleConfig:
     answer: str = " {value}"
     letters: int = 6
     digits: int = 4
+    keys: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(bool(self.lengths), "lengths names none; give the contexts to test, in tokens")

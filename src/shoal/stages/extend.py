@@ -208,16 +208,19 @@ class Greedy:
 def _draw(config: NeedleConfig, tokenizer: Tokenizer, haystack: str, rng: random.Random) -> Needle:
     """A fact whose question the haystack does not hold."""
     for _ in range(TRIES):
+        letters = "".join(rng.choices(string.ascii_lowercase, k=config.letters))
+        number = str(rng.randrange(10 ** (config.digits - 1), 10**config.digits))
         words = {
-            "key": "".join(rng.choices(string.ascii_lowercase, k=config.letters)),
-            "value": str(rng.randrange(10 ** (config.digits - 1), 10**config.digits)),
+            "key": rng.choice(config.keys) if config.keys else letters,
+            "value": rng.choice(config.values) if config.values else number,
         }
         question, answer = config.question.format(**words), config.answer.format(**words)
         if question.strip() not in haystack:
             break
     else:
         raise ValueError(
-            f"{TRIES} keys of {config.letters} letters are all in the held-out text; raise needle.letters"
+            f"{TRIES} keys were drawn, and all are asked in the held-out text; raise needle.letters, or name "
+            f"other needle.keys"
         )
     asked, whole = tokenizer.encode(question), tokenizer.encode(question + answer)
     if whole[: len(asked)] != asked:
