@@ -157,7 +157,7 @@ def ours(case: Case, folder: Path) -> Callable[[], object]:
     model.init_weights(generator)
     recompute(model, case.recompute)
     if case.fp8:
-        multiply_in_fp8(model)
+        multiply_in_fp8(model, keep=case.recompute == "none")
     batches = [batch(case, seed) for seed in range(4)]
     if case.optim is not None:
         balance = BalanceConfig(sequence_loss=case.sequence_loss)

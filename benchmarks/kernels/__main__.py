@@ -35,6 +35,7 @@ OPS = {
     "block": block.cases,
     "experts": experts.cases,
     "quantised": quantised.cases,
+    "fp8-linears": quantised.linear_cases,
     "routing": routing.cases,
     "layers": layers.cases,
     "loss": loss.cases,

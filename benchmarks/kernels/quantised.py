@@ -1,9 +1,9 @@
 """Cases of quantised arithmetic: FP8 products of a V3 slice, and what V2-Lite decodes with in FP8 and INT4.
 
 The GEMMs alone are the two grouped products without quantising, grouping and summing; the peer is torch's
-`scaled_grouped_mm`, scaled by row, and `scaled_mm` of one matrix. The layer is held against our bfloat16 one,
-and its note says the error against float64 of a few rows. Floors count narrow bytes, and e4m3's matrix rate
-where activations are quantised too.
+`scaled_grouped_mm`, scaled by row, and `scaled_mm` of one matrix, by row and by blocks. The layer is held
+against our bfloat16 one, and its note says the error against float64 of a few rows. Floors count narrow
+bytes, and e4m3's matrix rate where activations are quantised too.
 """
 
 from __future__ import annotations
@@ -20,10 +20,26 @@ from benchmarks.kernels.harness import Call, Case
 from shoal.ops import api
 from shoal.ops import quantised as ops
 from shoal.ops.reference import experts as exact
-from shoal.ops.triton import fp8, quantise
+from shoal.ops.triton import fp8, fp8_linear, quantise
 from shoal.ops.triton.permutation import group_by_expert
 
 FP8 = torch.float8_e4m3fn
+# Linears of a training step, (tokens, columns out, columns in): what one weight of each size multiplies.
+LINEARS = {
+    "V2-Lite q": (16384, 3072, 2048),
+    "V2-Lite kv_a": (16384, 576, 2048),
+    "V2-Lite kv_a, gradient": (16384, 2048, 576),
+    "V2-Lite kv_b": (16384, 4096, 512),
+    "V2-Lite o": (16384, 2048, 2048),
+    "V2-Lite shared gate or up": (16384, 2816, 2048),
+    "V2-Lite shared down": (16384, 2048, 2816),
+    "V3 q_a": (8192, 1536, 7168),
+    "V3 q_b": (8192, 24576, 1536),
+    "V3 kv_b": (8192, 32768, 512),
+    "V3 o": (8192, 7168, 16384),
+    "V3 shared gate or up": (8192, 2048, 7168),
+    "V3 shared down": (8192, 7168, 2048),
+}
 
 
 def error_of(
@@ -113,31 +129,58 @@ def torch_grouped(shape: Shape, count: int) -> Call | None:
         for call in calls:
             call()
 
+    return run if _runs("scaled_grouped_mm", run) else None
+
+
+def _runs(name: str, call: Call) -> bool:
     try:
-        run()
-    except (RuntimeError, AttributeError) as error:
-        print(f"no scaled_grouped_mm: {str(error).splitlines()[0]}")
-        return None
-    return run
+        call()
+        torch.cuda.synchronize()
+    except (RuntimeError, ValueError, AttributeError) as error:
+        print(f"no {name}: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
-def dense(tokens_: int, n: int, k: int) -> Case:
+def dense(tokens_: int, n: int, k: int, name: str = "") -> Case:
+    """A linear's product, and of cuBLAS what it takes: scaled by row, by DeepSeek's blocks, in bfloat16; the
+    gradient of its weight (both operands 1 x 128 along the tokens), quantised operands given; and casts."""
     x, w = torch.randn(tokens_, k, device="cuda").bfloat16(), torch.randn(n, k, device="cuda").bfloat16()
     rows, blocks = quantise.quantise_rows(x), quantise.quantise_blocks(w)
     ones = torch.ones(tokens_, 1, device="cuda"), torch.ones(1, n, device="cuda")
+    dy = torch.randn(tokens_, n, device="cuda").bfloat16()
+    tall, dy_t, x_t = (quantise.quantise_rows(t, tall=True) for t in (x, dy.mT, x.mT))
+
+    def by_row() -> Tensor:
+        return torch._scaled_mm(rows[0], blocks[0].mT, *ones, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def of_weight() -> Tensor:
+        one = F.ScalingType.BlockWise1x128
+        return F.scaled_mm(dy_t[0], x_t[0].mT, dy_t[1], one, x_t[1], one, output_dtype=torch.bfloat16)
+
+    theirs = {
+        "cuBLAS by row": by_row,
+        "cuBLAS by blocks": lambda: fp8_linear.cublas_product(*tall, *blocks, torch.bfloat16),
+        "gradient of the weight, FP8": of_weight,
+    }
+    own = {
+        "bf16": lambda: F.linear(x, w),
+        "gradient of the weight, bf16": lambda: dy.mT @ x,
+        "quantising x": lambda: quantise.quantise_rows(x, tall=True),
+        "quantising W both ways": lambda: quantise.quantise_both(w),
+    }
+    calls: dict[str, Sequence[Call]] = {"ours": [lambda: fp8.product(*rows, *blocks, torch.bfloat16)]}
+    calls |= {peer: [call] for peer, call in theirs.items() if _runs(f"{peer}, {name}", call)}
+    calls |= {peer: [call] for peer, call in own.items()}
     return Case(
-        "FP8 product", f"{tokens_} x {n} x {k}", 2.0 * tokens_ * n * k, 0.0,
-        {
-            "ours": [lambda: fp8.product(*rows, *blocks, torch.bfloat16)],
-            "torch scaled_mm by row": [
-                lambda: torch._scaled_mm(
-                    rows[0], blocks[0].mT, *ones, out_dtype=torch.bfloat16, use_fast_accum=True
-                )
-            ],
-            "bf16": [lambda: F.linear(x, w)],
-        },
-        dtype=FP8,
+        "FP8 product", f"{name}: {tokens_} x {n} x {k}" if name else f"{tokens_} x {n} x {k}",
+        2.0 * tokens_ * n * k, 0.0, calls, dtype=FP8,
     )  # fmt: skip
+
+
+def linear_cases() -> Iterator[Case]:
+    for name, (tokens_, n, k) in LINEARS.items():
+        yield dense(tokens_, n, k, name)
 
 
 def decode(shape: Shape, matrices: tuple[Tensor, Tensor], count: int, scheme: str) -> Case:

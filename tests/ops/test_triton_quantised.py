@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.ops import quantised
 from shoal.ops.dispatch import batch_invariant, using
-from shoal.ops.triton import fp8
+from shoal.ops.triton import fp8, fp8_linear
 from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
 pytestmark = [runs_triton, pytest.mark.usefixtures("poison"), scalars_in_arrays]
@@ -68,13 +68,34 @@ def test_rows_and_blocks_are_quantised_as_the_reference_does(shape: tuple[int, .
 
 
 def test_a_transposed_weight_is_the_weight_transposed() -> None:
-    from shoal.ops.triton.quantise import quantise_blocks, quantise_transposed
+    from shoal.ops.triton.quantise import quantise_blocks, quantise_both, quantise_transposed
 
     w = _normal(2, 136, 200)
     values, scales = quantise_blocks(w)
     values_t, scales_t = quantise_transposed(w)
     assert torch.equal(values_t.float(), values.float().mT)
     assert torch.equal(scales_t, scales.mT)
+    for both, alone in zip(quantise_both(w), (values, scales, values_t, scales_t), strict=True):
+        assert torch.equal(both.float(), alone.float())
+
+
+def test_scales_lie_as_cublas_wants_them() -> None:
+    """By torch's own check of the call, which knows shapes and strides and no device."""
+    from shoal.ops.triton.quantise import quantise_rows
+
+    x = _normal(8, 640)
+    (values, scales), tall = quantise_rows(x), quantise_rows(x, tall=True)
+    assert torch.equal(values.float(), tall[0].float())
+    assert torch.equal(scales, tall[1])
+    with using("reference"):
+        weight = quantised.quantise_blocks(_normal(256, 640))
+    a, a_scales, wide, w, w_scales = (t.to("meta") for t in (*tall, scales, *weight))
+    assert fp8_linear.cublas_product(a, a_scales, w, w_scales, torch.bfloat16).shape == (8, 256)
+    with pytest.raises(RuntimeError, match="scale a must have shape"):
+        fp8_linear.cublas_product(a, wide, w, w_scales, torch.bfloat16)
+    assert fp8_linear.misfit(8, 256, 640) is None
+    assert "6 rows" in str(fp8_linear.misfit(6, 256, 640))
+    assert "576 columns" in str(fp8_linear.misfit(8, 576, 640))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -168,15 +189,44 @@ def test_rows_quantised_once_are_those_of_each_choice() -> None:
     x_TD, (experts_TK, _) = _normal(20, 136), _choices(20)
     groups = group_by_expert(experts_TK, E, fp8.PORTABLE.bm)
     once = fp8.gather_quantised(*quantise_rows(x_TD), experts_TK, groups)
-    each = quantise_rows(gather_rows(x_TD, experts_TK, groups), groups)
     kept_P = groups.choices_P >= 0
     used = int(groups.first_tile_E1[-1]) * groups.tile
+    each = quantise_rows(gather_rows(x_TD, experts_TK, groups)[:used])
     for got, wanted in zip(once, each, strict=True):
-        assert torch.equal(got[:used].float()[kept_P[:used]], wanted[:used].float()[kept_P[:used]])
+        assert torch.equal(got[:used].float()[kept_P[:used]], wanted.float()[kept_P[:used]])
         assert not got[:used].float()[~kept_P[:used]].any()
 
 
-def test_training_equals_the_reference() -> None:
+def test_a_gradient_that_leaves_its_kernel_quantised_is_that_gradient_quantised() -> None:
+    from shoal.ops.triton import experts
+    from shoal.ops.triton.permutation import group_by_expert
+    from shoal.ops.triton.quantise import quantise_rows
+
+    T, F = 9, 1152 if GPU else 384  # more than one block of a program, the last of them short
+    experts_TK, weights_TK = _choices(T)
+    groups = group_by_expert(experts_TK, E, fp8.PORTABLE.bm)
+    P, used = groups.choices_P.shape[0], int(groups.first_tile_E1[-1]) * groups.tile
+    dh_PF, gate_up_P2F = _normal(P, F, seed=1), _normal(P, 2 * F, seed=2)
+    narrow = fp8._narrow_like(gate_up_P2F)
+    dgate_up_P2F, *_ = experts.swiglu_backward(dh_PF, gate_up_P2F, weights_TK, groups, narrow)
+    for got, wanted in zip(narrow, quantise_rows(dgate_up_P2F[:used]), strict=True):
+        assert torch.equal(got[:used].float(), wanted.float())
+
+
+def test_a_weight_kept_quantised_gives_the_same_gradients() -> None:
+    results = []
+    for keep in (False, True):
+        x, w = (t.requires_grad_() for t in (_normal(3, 136), _normal(40, 136, seed=1)))
+        with using("triton"):
+            y = quantised.fp8_linear(x, w, keep=keep)
+        y.float().sin().sum().backward()
+        results.append([y.detach(), x.grad, w.grad])
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
+
+
+@pytest.mark.parametrize("keep", [False, True] if GPU else [True])
+def test_training_equals_the_reference(keep: bool) -> None:
     T, D, F = 20, 136, 128
     results = []
     for side in ("triton", "reference"):
@@ -192,8 +242,8 @@ def test_training_equals_the_reference() -> None:
         experts_TK, weights_TK = _choices(T)
         weights_TK.requires_grad_()
         with using(side):
-            y = quantised.fp8_grouped_mlp(x, experts_TK, weights_TK, gate_up, down)
-            z = quantised.fp8_linear(x, one)
+            y = quantised.fp8_grouped_mlp(x, experts_TK, weights_TK, gate_up, down, keep=keep)
+            z = quantised.fp8_linear(x, one, keep=keep)
         (y.float().sin().sum() + z.float().sin().sum()).backward()
         results.append([y.detach(), z.detach(), *(t.grad for t in (x, weights_TK, gate_up, down, one))])
     # The gradient of a weight is <rows(dy) W, h> in kernels and <dy, rows(h) W> in the reference, W rounded
@@ -209,7 +259,7 @@ def test_refusals_name_the_value() -> None:
     x = _normal(3, 200)
     gate_up, down = _normal(E, 2 * 40, 200), _normal(E, 200, 40)
     assert "40 wide" in str(fp8.grouped_mlp_refusal(x, *_choices(3), gate_up, down))
-    assert "float64" in str(fp8.linear_refusal(x.double(), _normal(4, 200)))
+    assert "float64" in str(fp8_linear.linear_refusal(x.double(), _normal(4, 200)))
 
 
 @on_gpu
@@ -269,6 +319,52 @@ def test_a_row_of_a_linear_does_not_depend_on_its_batch(scheme: str, dtype: torc
         for got, replayed, wanted in zip(ys, again, all_ys, strict=True):
             assert torch.equal(got, wanted[:T])
             assert torch.equal(replayed, wanted[:T])
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("M", "N", "K_"), [(4, 128, 128), (260, 384, 640), (4096, 3072, 2048)])
+def test_cublas_multiplies_the_same_numbers(M: int, N: int, K_: int, dtype: torch.dtype) -> None:
+    """Held to float64, as our product is; the scales differ from block to block by far."""
+    from shoal.ops.triton.quantise import quantise_rows
+
+    spread = 2.0 ** torch.arange(K_ // 128, device=DEVICE).remainder(7).repeat_interleave(128)
+    x, w = _normal(M, K_) * spread.to(HALF), _normal(N, K_, seed=1)
+    w[: N // 2] *= 16
+    weight = quantised.quantise_blocks(w)
+    a, a_scales = quantise_rows(x, tall=True)
+    got = fp8_linear.cublas_product(a, a_scales, *weight, dtype)
+    rows = a.double() * a_scales.double().repeat_interleave(128, -1)
+    wanted = rows @ quantised.dequantise(weight, K_).double().T
+    assert got.dtype == dtype
+    # Tensor cores add e4m3 products in some 14 bits, 128 of them before float32 takes over.
+    assert _error(got, wanted) <= 2 * torch.finfo(torch.bfloat16).eps
+    assert _error(got, fp8.product(a, a_scales.contiguous(), *weight, dtype)) <= 2 * torch.finfo(HALF).eps
+
+
+@on_gpu
+@pytest.mark.gpu
+def test_a_linear_of_whole_blocks_is_cublas_s() -> None:
+    """V2-Lite's q, against the reference; in batch-invariant mode a row is the same in any company."""
+    from shoal.ops.dispatch import explain
+
+    x, w = _normal(1000, 2048), _normal(3072, 2048, seed=1) / 2048**0.5
+    whole = torch.cuda.get_device_capability()[0] == 9
+    assert ("triton/cublas" if whole else "triton/ours") in explain("fp8_linear", x, w)
+    assert "1001 rows" in explain("fp8_linear", _normal(1001, 2048), w) or not whole
+    results = []
+    for side in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        with using(side):
+            y = quantised.fp8_linear(*leaves, keep=True)
+        y.backward(_normal(1000, 3072, seed=2))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for got, wanted in zip(*results, strict=True):
+        assert _error(got, wanted) <= _limit(3072)
+    with batch_invariant():
+        assert torch.equal(quantised.fp8_linear(x, w)[:8], quantised.fp8_linear(x[:8], w))
+        assert "batch-invariant" in explain("fp8_linear", x, w)
 
 
 @on_gpu

@@ -70,10 +70,16 @@ def test_sequences_are_shared_where_that_can_be_done() -> None:
             RunConfig(replace(parts.config(), moe=other), train, data, parallel=shared)
 
 
-def test_an_indexer_is_refused() -> None:
-    data = DataConfig(seq_len=32, tokens_per_batch=64)
-    with pytest.raises(ValueError, match="attention has an indexer, which does not work on the 4 processes"):
-        RunConfig(tiny("deepseek-v3.2"), TrainConfig(steps=2, accumulation=4), data, parallel=FOUR)
+@pytest.mark.parametrize(
+    ("family", "what"), [("deepseek-v3.2", "has an indexer"), ("nsa-27b", "is native sparse")]
+)
+def test_attention_that_chooses_what_it_reads_wants_whole_sequences(family: str, what: str) -> None:
+    settings = tiny(family), TrainConfig(steps=2, accumulation=4), DataConfig(seq_len=32, tokens_per_batch=64)
+    RunConfig(*settings, parallel=FOUR)
+    with pytest.raises(
+        ValueError, match=rf"attention {what}: what a token reads .* set parallel\.context to 1"
+    ):
+        RunConfig(*settings, parallel=ParallelConfig(context=2))
 
 
 def test_experts_must_come_out_even() -> None:

@@ -62,13 +62,17 @@ def test_loss_and_gradients_are_those_of_one_process(degrees: list[ParallelConfi
 @pytest.mark.parametrize(
     ("degrees", "names"),
     [
-        (ParallelConfig(expert=2), ["selective", "full", "hash", "expert_choice", "segments"]),
+        (ParallelConfig(data=2), ["taught", "native sparse"]),
+        (
+            ParallelConfig(expert=2),
+            ["selective", "full", "hash", "expert_choice", "segments", "taught", "native sparse"],
+        ),
         (
             ParallelConfig(context=2),
             ["selective", "full", "hash", "segments", "grouped", "two ahead", "every loss", "nothing here"],
         ),
     ],
-    ids=["expert", "context"],
+    ids=["data", "expert", "context"],
 )
 def test_ways_to_run_it_and_other_parts_change_nothing_about_it(
     degrees: ParallelConfig, names: list[str], tmp_path: Path
@@ -77,7 +81,10 @@ def test_ways_to_run_it_and_other_parts_change_nothing_about_it(
     for variant in names:
         batch, losses = work.BATCH.get(variant, parts.batch), work.LOSSES.get(variant, work.USUAL)
         batches = [batch(i) for i in range(work.BATCHES)]
-        loss, grads = work.losses_and_gradients(batches, work.VARIANTS[variant](), Team(), auxiliary=losses)
+        loss, grads = work.losses_and_gradients(
+            batches, work.VARIANTS[variant](), Team(), auxiliary=losses, teaches=variant in work.TEACHES
+        )
+        assert any(".indexer." in name for name in grads) == (variant in work.TEACHES)
         for rank in found:
             theirs, pieces = rank[variant]
             assert theirs == pytest.approx(loss, rel=128 * EPS)

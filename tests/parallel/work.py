@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.batch import Batch
-from shoal.config.model import GQAConfig, ModelConfig
+from shoal.config.model import GQAConfig, IndexerConfig, MLAConfig, ModelConfig, NSAConfig
 from shoal.config.policy import PolicyConfig
 from shoal.config.run import BalanceConfig, OptimConfig, ParallelConfig, Recompute, TrainConfig
 from shoal.model.transformer import Output, Transformer
@@ -26,6 +26,7 @@ from shoal.parallel.mesh import make_mesh
 from shoal.parallel.shard import local
 from shoal.stages.team import make_team
 from shoal.train.auxiliary import Auxiliary
+from shoal.train.indexer import LearnIndexers
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from shoal.train.policy import Policy
@@ -93,10 +94,12 @@ def losses_and_gradients(
     team: Team,
     mtp_weight: float = 0.3,
     auxiliary: Auxiliary = USUAL,
+    teaches: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
-    """Of one step, and each gradient, of which here are the team's rows."""
+    """Of one step, and each gradient, of which here are the team's rows. `teaches`: indexers learn, too."""
     modules = model.config.num_nextn_predict_layers
-    objective = NextToken(modules, mtp_weight=mtp_weight, auxiliary=auxiliary)
+    objective: Any = NextToken(modules, mtp_weight=mtp_weight, auxiliary=auxiliary)
+    objective = LearnIndexers(objective) if teaches else objective
     step = Step(0, 1, team.tally(objective.count(batches)))
     totals: list[Tensor] = []
 
@@ -106,7 +109,8 @@ def losses_and_gradients(
 
     if team.stages is None:
         for batch in batches:
-            judge(model(batch), batch).backward()
+            totals.append(objective.compute(model, batch, step).total)
+            totals[-1].backward()
     else:
         team.stages.train(batches, judge)
     grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -135,7 +139,10 @@ VARIANTS: dict[str, Callable[[], Transformer]] = {
     "two ahead": lambda: parts.model(parts.config(num_nextn_predict_layers=2)),
     "every loss": parts.model,
     "nothing here": parts.model,
+    "taught": lambda: parts.model(indexed()),
+    "native sparse": lambda: parts.model(native_sparse()),
 }
+TEACHES = {"taught"}
 # Of those that want other losses or other batches than the rest.
 EVERY_LOSS = {"sequence": 0.1, "device": 0.2, "communication": 0.3, "switch": 0.4, "gshard": 0.5, "z": 1e-3}
 LOSSES = {"every loss": Auxiliary(EVERY_LOSS, devices=4, limit=2)}
@@ -164,6 +171,19 @@ def grouped() -> ModelConfig:
     return parts.config(attention=GQAConfig(4, 2, 8, qk_norm="head"))
 
 
+def indexed() -> ModelConfig:
+    """The small model with indexers: of up to 20 positions a token reads 5."""
+    return parts.config(
+        model_type="deepseek_v32",
+        attention=MLAConfig(2, 16, 8, 8, 8, q_lora_rank=12, indexer=IndexerConfig(4, 16, 5)),
+    )
+
+
+def native_sparse() -> ModelConfig:
+    """The small model with native sparse attention: blocks of 4, of up to 5 a token reads 4."""
+    return parts.config(model_type="nsa", attention=NSAConfig(4, 2, 8, 8, 4, 2, 4, 4, sliding_window=6))
+
+
 def gradients_of_variants(degrees: ParallelConfig, names: list[str]) -> dict[str, Any]:
     """Of each variant: the loss, and for each parameter its rows here and their gradient."""
     found = {}
@@ -171,7 +191,9 @@ def gradients_of_variants(degrees: ParallelConfig, names: list[str]) -> dict[str
         model = VARIANTS[name]()
         team = spread(degrees, model)
         batches = share_of(BATCHES, team, BATCH.get(name, parts.batch))
-        loss, grads = losses_and_gradients(batches, model, team, auxiliary=LOSSES.get(name, USUAL))
+        loss, grads = losses_and_gradients(
+            batches, model, team, auxiliary=LOSSES.get(name, USUAL), teaches=name in TEACHES
+        )
         found[name] = (loss, {name: (team.peers.rows[name], grad) for name, grad in grads.items()})
     return found
 

@@ -5,7 +5,9 @@ The stages are in stages/ by these names; here they are only started, resumed an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from shoal.train.trainer import Outcome
 
 
 def show(run: Callable[..., Outcome], config: Any, folder: Path, device: str) -> None:
-    with TrainingView() as view:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun: it alone shows
+    with TrainingView() if first else nullcontext(lambda event: None) as view:
         outcome = run(config, folder, device=device, observe=view)
+    if not first:
+        raise typer.Exit(130 if outcome.interrupted else 0)
     if outcome.interrupted:
         say(f"stopped after step {outcome.step} and saved; the same command goes on")
         raise typer.Exit(130)

@@ -267,8 +267,10 @@ class RunConfig:
 
     `dtype` is that of the weights the model computes with; of bfloat16 ones the optimizer keeps float32
     copies. `precision` is that of the products: `fp8` multiplies linears and experts as DeepSeek-V3 does,
-    forward and for the gradient of their inputs; all else stays in `dtype`. The micro-batches of a step are
-    shared among the processes of `parallel`.
+    forward and for the gradient of their inputs; all else stays in `dtype`. What the backward pass wants of a
+    weight in FP8 is kept from the forward pass where `train.recompute` is `none`, a byte an element, and made
+    again elsewhere, as on several processes. The micro-batches of a step are shared among the processes of
+    `parallel`.
     """
 
     model: ModelConfig
@@ -299,6 +301,27 @@ class RunConfig:
         if ranks == 1:
             return
         told = f"on the {ranks} processes of parallel.{self.parallel.told}"
+        # Why, for the reader of the error: what of one process's rule there is no equal of on several.
+        for key, value, works, why in (
+            (
+                "train.optim.in_backward",
+                optim.in_backward,
+                (False,),
+                "the step of a parameter is clipped by the norm of its whole gradient, of which each process "
+                "has a part",
+            ),
+            (
+                "train.optim.moments",
+                optim.moments,
+                ("float32", "bfloat16"),
+                "blocks of 256 that share a scale would straddle the cuts between processes",
+            ),
+        ):
+            require(
+                value in works,
+                f"{key} is {value!r}, which does not work {told}: {why}; use {' or '.join(map(repr, works))} "
+                f"or one process",
+            )
         readers, stages, blocks = self.parallel.readers, self.parallel.stages, self.model.num_hidden_layers
         require(
             self.train.accumulation % readers == 0,
@@ -321,39 +344,8 @@ class RunConfig:
             f"parallel.expert is {self.parallel.expert}, but the model has {experts} experts; it must divide "
             f"their number",
         )
-        indexed = isinstance(self.model.attention, MLAConfig) and self.model.attention.indexer is not None
-        require(not indexed, f"the model's attention has an indexer, which does not work {told} yet; use one")
-        sparse = isinstance(self.model.attention, NSAConfig)
-        require(not sparse, f"the model's attention is native sparse, not tried {told} yet; use one process")
         if self.parallel.context > 1:
             self._check_context()
-        # Why, for the reader of the error: what of one process's rule there is no equal of on several.
-        for key, value, works, why in (
-            (
-                "precision",
-                self.precision,
-                ("dtype",),
-                "products in FP8 have been tried on whole weights alone, not on those that processes share",
-            ),
-            (
-                "train.optim.in_backward",
-                optim.in_backward,
-                (False,),
-                "the step of a parameter is clipped by the norm of its whole gradient, of which each process "
-                "has a part",
-            ),
-            (
-                "train.optim.moments",
-                optim.moments,
-                ("float32", "bfloat16"),
-                "blocks of 256 that share a scale would straddle the cuts between processes",
-            ),
-        ):
-            require(
-                value in works,
-                f"{key} is {value!r}, which does not work {told}: {why}; use {' or '.join(map(repr, works))} "
-                f"or one process",
-            )
 
     def _check_context(self) -> None:
         """What cannot be said of tokens without the rest of their micro-batch is refused."""
@@ -363,6 +355,14 @@ class RunConfig:
             self.data.seq_len >= 2 * context,
             f"{told}, which cuts a sequence into {2 * context} pieces, but data.seq_len is "
             f"{self.data.seq_len}; raise it to {2 * context} at least",
+        )
+        attention = self.model.attention
+        chooses = isinstance(attention, MLAConfig) and attention.indexer is not None
+        require(
+            not chooses and not isinstance(attention, NSAConfig),
+            f"{told}, but the model's attention {'has an indexer' if chooses else 'is native sparse'}: what "
+            f"a token reads is chosen among all tokens of its pack, and each process has some of them; set "
+            f"parallel.context to 1",
         )
         if moe is None:
             return

@@ -11,13 +11,13 @@ The law: a run changes nothing but what its stage trains.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from shoal.config.model import IndexerConfig, MLAConfig, ModelConfig
 from shoal.config.require import require
-from shoal.config.run import DataConfig, TrainConfig, build, load_table
+from shoal.config.run import DataConfig, ParallelConfig, TrainConfig, build, load_table
 
 Stage = Literal["warm-up", "sparse"]
 
@@ -26,7 +26,8 @@ Stage = Literal["warm-up", "sparse"]
 class SparsifyConfig:
     """The checkpoint `model` (its folder, or that of a finished run) and one of the two stages.
 
-    `indexer` is what warm-up adds to a model that has none. The tokenizer is the checkpoint's.
+    `indexer` is what warm-up adds to a model that has none. The tokenizer is the checkpoint's. The stage
+    `sparse` may run on the processes of `parallel`.
     """
 
     model: str
@@ -36,8 +37,21 @@ class SparsifyConfig:
     indexer: IndexerConfig | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        told = f"on the {self.parallel.ranks} processes of parallel.{self.parallel.told}"
+        require(
+            self.stage == "sparse" or self.parallel.ranks == 1,
+            f"stage is 'warm-up', which does not work {told}: processes that share weights bring those of a "
+            f"block together again, and sum its gradients, when a gradient comes back through the block, and "
+            f"here none does, as indexers alone learn; set every degree of parallel to 1",
+        )
+        require(
+            self.parallel.pipeline == 1,
+            f"stage is 'sparse', which does not work {told}: the divergence of the indexers is a mean over "
+            f"the layers of one model, of which a stage of a pipeline has some; set parallel.pipeline to 1",
+        )
         require(
             self.stage in get_args(Stage),
             f"stage is {self.stage!r}; it must be 'warm-up', and then, from its run, 'sparse'",

@@ -154,6 +154,7 @@ def kernels() -> dict[str, Kernel]:
         cache_attention,
         experts,
         fp8,
+        fp8_linear,
         gate,
         index,
         index_scores,
@@ -282,7 +283,12 @@ def kernels() -> dict[str, Kernel]:
             partial(quantised.quantised_mlp, invariant=True),
         ),
         "quantised_sum": Kernel(permutation.sum_choices, lambda *_: None),
-        "fp8_linear": Kernel(fp8.linear, fp8.linear_refusal),
+        "fp8_linear": Kernel(
+            fp8_linear.linear,
+            fp8_linear.linear_refusal,
+            partial(fp8_linear.linear, invariant=True),
+            fp8_linear.choose,
+        ),
         "fp8_grouped_mlp": Kernel(fp8.grouped_mlp, fp8.grouped_mlp_refusal),
     }
 

@@ -100,22 +100,29 @@ def quantised_sum(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Te
     return call("quantised_sum", rows_MD, experts_TK, weights_TK)
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight_NK: Tensor, *, keep: bool = False) -> Tensor:
     """x W^T in FP8, for training (DeepSeek-V3, section 3.3): both are quantised as they are met.
 
     y = rows(x) blocks(W)^T and dx = rows(dy) blocks(W), where rows and blocks are what the two quantisers
-    make; dW = dy^T x of the numbers as they came. Differentiable in both.
+    make; dW = dy^T x of the numbers as they came. Differentiable in both. With `keep` kernels quantise W once
+    and hold what the backward pass wants of it until then: a byte an element, the same numbers.
     """
-    return call("fp8_linear", x, weight_NK)
+    return call("fp8_linear", x, weight_NK, keep)
 
 
 def fp8_grouped_mlp(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    keep: bool = False,
 ) -> Tensor:
-    """`api.grouped_mlp` whose products are `fp8_linear`'s, gate and up quantised apart. Differentiable as it
-    is.
+    """`api.grouped_mlp` whose products are `fp8_linear`'s, gate and up quantised apart; `keep` as there.
+    Differentiable as it is.
     """
-    return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
+    return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, keep)
 
 
 def narrow_index(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ def run(
         data=replace(config.data, tokenizer=str(checkpoint)),
         seed=config.seed,
         dtype=config.dtype,
+        parallel=config.parallel,
     )
 
     # 2. Its weights; indexers that it has not are drawn.

@@ -11,6 +11,8 @@ differences.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from shoal.model.dsa import Indexer
@@ -20,7 +22,9 @@ from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
 
 
-def multiply_in_fp8(model: Transformer) -> Transformer:
+def multiply_in_fp8(model: Transformer, *, keep: bool = False) -> Transformer:
+    """`keep`: weights are quantised once a pass for both directions, and a byte an element is held in
+    between; else again for the backward pass."""
     kept: set[nn.Module | None] = {model.lm_head}
     for module in model.modules():
         if isinstance(module, Indexer):
@@ -29,12 +33,12 @@ def multiply_in_fp8(model: Transformer) -> Transformer:
         if module in kept:
             continue
         if isinstance(module, Linear):
-            module.product = _product
+            module.product = partial(_product, keep=keep)
         elif isinstance(module, Experts):
-            module.product = ops.fp8_grouped_mlp
+            module.product = partial(ops.fp8_grouped_mlp, keep=keep)
     return model
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = ops.fp8_linear(x, weight)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, keep: bool) -> Tensor:
+    y = ops.fp8_linear(x, weight, keep=keep)
     return y if bias is None else y + bias

@@ -140,12 +140,17 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, dweight_NK
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight_NK: Tensor, keep: bool = False) -> Tensor:
     return _Fp8Linear.apply(x, weight_NK)
 
 
 def fp8_grouped_mlp(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    keep: bool = False,
 ) -> Tensor:
     order_M, spans = sort_rows(experts_TK, gate_up_E2FD.shape[0])
     token_M = order_M // experts_TK.shape[1]

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from shoal.ops.triton.launch import wait_for_previous
+from shoal.ops.triton.quantise import store_narrow
 
 
 @triton.jit
@@ -245,12 +246,19 @@ def swiglu_backward_kernel(
     dots_ptr,
     choices_ptr,
     first_tile_ptr,
+    values_ptr,
+    scales_ptr,
     E: tl.constexpr,
     F: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
-    """Program p takes slot p: dgate_up (P, 2F), w h in place of dh (P, F), and <dh, h> of its choice."""
+    """Program p takes slot p: dgate_up (P, 2F), w h in place of dh (P, F), and <dh, h> of its choice.
+
+    NARROW: dgate_up in e4m3 too, with its scales (P, 2f).
+    """
     dtype: tl.constexpr = dh_ptr.dtype.element_ty
     slot = tl.program_id(0).to(tl.int64)
     if slot < tl.load(first_tile_ptr + E) * TILE:
@@ -270,9 +278,14 @@ def swiglu_backward_kernel(
             tl.store(dh_ptr + slot * F + column, (h * weight).to(dtype), mask=inside)
             dh = dh * weight
             # d silu(g) = s (1 + g (1 - s))
-            dgate = dh * up * (sigmoid + silu * (1.0 - sigmoid))
-            tl.store(dgate_up_ptr + slot * (2 * F) + column, dgate.to(dtype), mask=inside)
-            tl.store(dgate_up_ptr + slot * (2 * F) + F + column, (dh * silu).to(dtype), mask=inside)
+            dgate = (dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
+            dup = (dh * silu).to(dtype)
+            tl.store(dgate_up_ptr + slot * (2 * F) + column, dgate, mask=inside)
+            tl.store(dgate_up_ptr + slot * (2 * F) + F + column, dup, mask=inside)
+            if NARROW:
+                values, scales = values_ptr + slot * (2 * F), scales_ptr + slot * (F // 64)
+                store_narrow(dgate, values, scales, first, F, BLOCK, ROUND)
+                store_narrow(dup, values + F, scales + F // 128, first, F, BLOCK, ROUND)
         tl.store(dots_ptr + choice, tl.sum(dot, 0), mask=choice >= 0)
 
 

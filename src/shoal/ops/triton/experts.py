@@ -154,9 +154,16 @@ def product(
 
 
 def swiglu_backward(
-    dh_PF: Tensor, gate_up_P2F: Tensor, weights_TK: Tensor, groups: Groups
+    dh_PF: Tensor,
+    gate_up_P2F: Tensor,
+    weights_TK: Tensor,
+    groups: Groups,
+    narrow: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dgate_up (P, 2F), the weighted h (P, F) in place of dh, and the gradient of the weights (T, K)."""
+    """dgate_up (P, 2F), the weighted h (P, F) in place of dh, and the gradient of the weights (T, K).
+
+    Into `narrow` goes dgate_up as `quantise_rows` has it: F is then a multiple of 128.
+    """
     P, F = dh_PF.shape
     dgate_up_P2F = torch.empty_like(gate_up_P2F)
     dweights_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
@@ -168,10 +175,13 @@ def swiglu_backward(
         dweights_TK,
         groups.choices_P,
         groups.first_tile_E1,
+        *(narrow or (None, None)),
         E=groups.n_experts,
         F=F,
         TILE=groups.tile,
         BLOCK=min(1024, triton.next_power_of_2(F)),
+        NARROW=narrow is not None,
+        ROUND=not dh_PF.is_cuda,
     )
     return dgate_up_P2F, dh_PF, dweights_TK.to(weights_TK.dtype)
 

@@ -1,12 +1,13 @@
-"""FP8 on a GPU: which products run, in what order, and what the backward pass keeps.
+"""Experts in FP8 on a GPU: which products run, in what order, and what the backward pass keeps.
 
     forward    quantise x and the weights, gate-up with SwiGLU (h leaves quantised), down
-    backward   dh and dx by W^T, which is quantised again, transposed; dW from the bfloat16 rows
+    backward   dh and dx by W^T, quantised; d[g u] leaves its kernel quantised too; dW from the bfloat16 rows
 
-Weights in bfloat16 are quantised at each use, 3 bytes an element, since the optimizer has moved them. The
-gradients of the weights stay in bfloat16: there both operands would have to be quantised anew along the
-tokens, and what others report is that this costs more than the products save. What the backward pass keeps is
-what the bfloat16 layer keeps (`experts`).
+Weights in bfloat16 are quantised at each use, since the optimizer has moved them: 3 bytes an element forward
+and 3 backward, or 4 in one reading, where the transpose is kept until the backward pass, a byte an element
+(`keep`). The gradients of the weights stay in bfloat16: there both operands would have to be quantised anew
+along the tokens, and what others report is that this costs more than the products save. What else the
+backward pass keeps is what the bfloat16 layer keeps (`experts`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from shoal.ops.triton.expert_plan import choose_plan, num_multiprocessors
 from shoal.ops.triton.fp8_products import fp8_product_kernel, fp8_swiglu_kernel
 from shoal.ops.triton.permutation import Groups, gather_rows, group_by_expert, sum_choices
 from shoal.ops.triton.quantise import (
+    FP8,
     lacks_e4m3,
     quantise_blocks,
+    quantise_both,
     quantise_rows,
     quantise_transposed,
 )
@@ -197,30 +200,41 @@ def layer(
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        keep: bool,
     ) -> Tensor:
-        gate_up = quantise_blocks(gate_up_E2FD.unflatten(1, (2, -1)))
-        down = quantise_blocks(down_EDF)
-        y_TD, groups, gate_up_P2F = layer(x_TD, experts_TK, weights_TK, *gate_up, *down, save=True)
-        ctx.save_for_backward(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_up_P2F)
+        quantise = quantise_both if keep else quantise_blocks
+        values, scales, *gate_up_t = quantise(gate_up_E2FD)
+        down, down_scales, *down_t = quantise(down_EDF)
+        gate_up = (values.unflatten(1, (2, -1)), scales.unflatten(1, (2, -1)))
+        rows = (x_TD, experts_TK, weights_TK)
+        y_TD, groups, gate_up_P2F = layer(*rows, *gate_up, down, down_scales, save=True)
+        ctx.save_for_backward(*rows, gate_up_E2FD, down_EDF, gate_up_P2F, *gate_up_t, *down_t)
         ctx.groups = groups
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_up_P2F = ctx.saved_tensors
-        needs_x, _, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad
+        x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_up_P2F, *kept = ctx.saved_tensors
+        needs_x, _, needs_weights, needs_gate_up, needs_down, _ = ctx.needs_input_grad
         groups, M, dtype = ctx.groups, experts_TK.numel(), x_TD.dtype
         tma = x_TD.is_cuda and experts.has_tma(x_TD.device) and experts.fits_tma(x_TD, gate_up_E2FD, down_EDF)
         plan = choose_plan(M, down_EDF.shape[0], x_TD.shape[1], dtype, tma=tma, training=True)
         dx_TD = dgate_up_E2FD = ddown_EDF = None
-        # 1. dh in FP8; SwiGLU again, its gradient, the gradient of the weights, and w h.
+        # 1. dh in FP8; SwiGLU again, its gradient (quantised too), the gradient of the weights, and w h.
         dy_TD = dy_TD.contiguous()
         dy_PD = gather_rows(dy_TD, experts_TK, groups)
         rows = gather_quantised(*quantise_rows(dy_TD), experts_TK, groups)
-        dh_PF = product(*rows, *quantise_transposed(down_EDF), dtype, groups)
-        dgate_up_P2F, h_PF, dweights_TK = experts.swiglu_backward(dh_PF, gate_up_P2F, weights_TK, groups)
+        dh_PF = product(*rows, *(kept[2:] or quantise_transposed(down_EDF)), dtype, groups)
+        narrow = _narrow_like(gate_up_P2F) if needs_x else None
+        told = experts.swiglu_backward(dh_PF, gate_up_P2F, weights_TK, groups, narrow)
+        dgate_up_P2F, h_PF, dweights_TK = told
         # 2. The weights' gradients as they are without FP8.
         if needs_down:
             ddown_EDF = experts.weight_product(dy_PD, h_PF, groups, plan.ddown, tma=tma)
@@ -228,25 +242,40 @@ class _GroupedMLP(torch.autograd.Function):
             x_PD = gather_rows(x_TD, experts_TK, groups)
             dgate_up_E2FD = experts.weight_product(dgate_up_P2F, x_PD, groups, plan.dgate_up, tma=tma)
         # 3. dx in FP8.
-        if needs_x:
-            transposed = quantise_transposed(gate_up_E2FD)
-            dx_MD = product(*quantise_rows(dgate_up_P2F, groups), *transposed, dtype, groups, choices=M)
-            dx_TD = sum_choices(dx_MD, experts_TK, None)
-        return dx_TD, None, dweights_TK if needs_weights else None, dgate_up_E2FD, ddown_EDF
+        if narrow is not None:
+            gate_up_t = kept[:2] or quantise_transposed(gate_up_E2FD)
+            dx_TD = sum_choices(product(*narrow, *gate_up_t, dtype, groups, choices=M), experts_TK, None)
+        return dx_TD, None, dweights_TK if needs_weights else None, dgate_up_E2FD, ddown_EDF, None
+
+
+def _narrow_like(x_PC: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the same rows, quantised."""
+    P, C = x_PC.shape
+    scales = torch.empty(P, C // 128, dtype=torch.float32, device=x_PC.device)
+    return torch.empty_like(x_PC, dtype=FP8), scales
 
 
 def grouped_mlp(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    keep: bool = False,
 ) -> Tensor:
     if x_TD.shape[0] == 0:
         return experts.nothing(x_TD, weights_TK, gate_up_E2FD, down_EDF)
-    return _GroupedMLP.apply(
-        x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF
-    )
+    rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
+    return _GroupedMLP.apply(*rows, gate_up_E2FD, down_EDF, keep and torch.is_grad_enabled())
 
 
 def grouped_mlp_refusal(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    keep: bool = False,
 ) -> str | None:
     width = down_EDF.shape[2]
     if width % 128:
@@ -256,40 +285,3 @@ def grouped_mlp_refusal(
     return lacks_e4m3(x_TD) or experts.grouped_mlp_refusal(
         x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF
     )
-
-
-def product_of_rows(x_MK: Tensor, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """x W^T with x quantised as it is met."""
-    return product(*quantise_rows(x_MK), values, scales, dtype)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        return product_of_rows(x_MK, *quantise_blocks(weight_NK), x_MK.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_MK, weight_NK = ctx.saved_tensors
-        dx_MK = dweight_NK = None
-        if ctx.needs_input_grad[0]:
-            dx_MK = product_of_rows(dy_MN, *quantise_transposed(weight_NK), x_MK.dtype)
-        if ctx.needs_input_grad[1]:
-            dweight_NK = dy_MN.mT @ x_MK
-        return dx_MK, dweight_NK
-
-
-def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_NK).view(*x.shape[:-1], weight_NK.shape[0])
-
-
-def linear_refusal(x: Tensor, weight_NK: Tensor) -> str | None:
-    if x.dtype not in DTYPES or x.dtype != weight_NK.dtype:
-        return (
-            f"x is {x.dtype} and the weight {weight_NK.dtype}; the kernels take two alike of {list(DTYPES)}"
-        )
-    if x.numel() == 0:
-        return "there are no rows"
-    return lacks_e4m3(x)

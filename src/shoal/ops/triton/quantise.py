@@ -2,11 +2,14 @@
 
     s = amax / 448, q = round(x / s)
 
-A program takes 32 rows of one block of columns, or one block of a weight; the grid is all of them. The tensor
-core multiplies e4m3 only where both operands lie along the reduction, so the products of a backward pass want
-W^T as an array of its own: its values and scales are W's, another way round, and written in the same pass.
+A program takes some rows of one block of columns, or one block of a weight, which it reads twice, the second
+time from L1: held in registers it spilled (255 of them, and 188 to 504 bytes). The grid is all of them. The
+tensor core multiplies e4m3 only where both operands lie along the reduction, so the products of a backward
+pass want W^T as an array of its own: its values and scales are W's, another way round, and written in the
+same pass.
 
 Bound: bytes. x in bfloat16 read once, q written once (twice with the transpose): 3 or 4 bytes an element.
+Gradients that a kernel makes anyway are narrowed there (`store_narrow`), for the byte that is written.
 """
 
 from __future__ import annotations
@@ -16,11 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.ops.triton.permutation import Groups
-
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-ROWS = 32  # of a program
+ROWS, SLICE, WARPS = 16, 32, 4  # rows of a program; rows of a weight's block at a time; warps of either
 
 
 @triton.jit
@@ -42,21 +43,33 @@ def to_e4m3(x, ROUND: tl.constexpr):
     return x.to(tl.float8e4nv)
 
 
+@triton.jit
+def store_narrow(
+    x, values_ptr, scales_ptr, first, count: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr
+):
+    """BLOCK elements of a row from `first` on, as e4m3 and a scale for each 128: those below `count` alone.
+    Both pointers are the row's; BLOCK and count are multiples of 128."""
+    blocks: tl.constexpr = BLOCK // 128
+    x = tl.reshape(x.to(tl.float32), (blocks, 128))
+    scale, inverse = scale_of(tl.max(tl.abs(x), 1))
+    block = first // 128 + tl.arange(0, blocks)
+    at = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(values_ptr + at, to_e4m3(x * inverse[:, None], ROUND), mask=at < count)
+    tl.store(scales_ptr + block, scale, mask=block < count // 128)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rows_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
-    tiles_ptr,
     rows,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    TALL: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """With TILE only the first `tiles` times TILE rows are there."""
-    if TILE:
-        rows = tl.load(tiles_ptr) * TILE
+    """TALL: the scales of a block of columns lie together."""
     block: tl.constexpr = (K + 127) // 128
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -65,22 +78,23 @@ def _rows_kernel(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale, inverse = scale_of(tl.max(tl.abs(x), 1))
     tl.store(values_ptr + at, to_e4m3(x * inverse[:, None], ROUND), mask=inside)
-    tl.store(scales_ptr + row * block + tl.program_id(1), scale, mask=row < rows)
+    at = tl.program_id(1).to(tl.int64) * rows + row if TALL else row * block + tl.program_id(1)
+    tl.store(scales_ptr + at, scale, mask=row < rows)
 
 
-def quantise_rows(x: Tensor, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-    """Of rows in slots, those past the last tile are left alone: nobody wrote them."""
+def quantise_rows(x: Tensor, *, tall: bool = False) -> tuple[Tensor, Tensor]:
+    """`tall`, of a matrix: scales (M, k) whose first dimension lies dense, as cuBLAS wants them."""
     x = x.contiguous()
     *shape, K = x.shape
+    rows, blocks = x.numel() // max(1, K), triton.cdiv(K, BLOCK)
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
-    scales = torch.empty(*shape, triton.cdiv(K, BLOCK), dtype=torch.float32, device=x.device)
-    rows = x.numel() // max(1, K)
+    scales = torch.empty((blocks, rows) if tall else (*shape, blocks), dtype=torch.float32, device=x.device)
     if rows:
-        grid = (triton.cdiv(rows, ROWS), scales.shape[-1])
-        tiles = None if groups is None else groups.first_tile_E1[-1:]
-        tile = 0 if groups is None else groups.tile
-        _rows_kernel[grid](x, values, scales, tiles, rows, K=K, ROWS=ROWS, TILE=tile, ROUND=not x.is_cuda)
-    return values, scales
+        grid = (triton.cdiv(rows, ROWS), blocks)
+        _rows_kernel[grid](
+            x, values, scales, rows, K=K, ROWS=ROWS, TALL=tall, ROUND=not x.is_cuda, num_warps=WARPS
+        )
+    return values, scales.mT if tall else scales
 
 
 @triton.jit
@@ -94,6 +108,7 @@ def _blocks_kernel(
     K: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_T: tl.constexpr,
+    SLICE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """Block (program 0 of n k, matrix program 1): as it lies if WRITE, and its transpose if WRITE_T."""
@@ -101,18 +116,29 @@ def _blocks_kernel(
     down: tl.constexpr = (N + 127) // 128
     n, k = tl.program_id(0) // across, tl.program_id(0) % across
     matrix = tl.program_id(1).to(tl.int64)
-    row, column = n * 128 + tl.arange(0, 128), k * 128 + tl.arange(0, 128)
-    at = matrix * N * K + row.to(tl.int64)[:, None] * K + column[None, :]
-    inside = (row < N)[:, None] & (column < K)[None, :]
-    w = tl.load(w_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scale, inverse = scale_of(tl.max(tl.max(tl.abs(w), 1), 0))
-    values = to_e4m3(w * inverse, ROUND)
+    w_ptr += matrix * N * K
+    column = k * 128 + tl.arange(0, 128)
+    most = tl.zeros((128,), tl.float32)
+    for first in tl.static_range(0, 128, SLICE):
+        row = n * 128 + first + tl.arange(0, SLICE)
+        inside = (row < N)[:, None] & (column < K)[None, :]
+        w = tl.load(w_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
+        most = tl.maximum(most, tl.max(tl.abs(w.to(tl.float32)), 0))
+    scale, inverse = scale_of(tl.max(most, 0))
+    for first in tl.static_range(0, 128, SLICE):
+        row = n * 128 + first + tl.arange(0, SLICE)
+        inside = (row < N)[:, None] & (column < K)[None, :]
+        w = tl.load(w_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
+        values = to_e4m3(w.to(tl.float32) * inverse, ROUND)
+        if WRITE:
+            at = matrix * N * K + row[:, None] * K + column[None, :]
+            tl.store(values_ptr + at, values, mask=inside)
+        if WRITE_T:
+            at = matrix * N * K + column[:, None] * N + row[None, :]
+            tl.store(values_t_ptr + at, tl.trans(values), mask=(column < K)[:, None] & (row < N)[None, :])
     if WRITE:
-        tl.store(values_ptr + at, values, mask=inside)
         tl.store(scales_ptr + (matrix * down + n) * across + k, scale)
     if WRITE_T:
-        at = matrix * N * K + column.to(tl.int64)[:, None] * N + row[None, :]
-        tl.store(values_t_ptr + at, tl.trans(values), mask=(column < K)[:, None] & (row < N)[None, :])
         tl.store(scales_t_ptr + (matrix * across + k) * down + n, scale)
 
 
@@ -142,8 +168,9 @@ def _blocks(weight: Tensor, write: bool, write_t: bool) -> tuple[Tensor | None, 
             K=K,
             WRITE=write,
             WRITE_T=write_t,
+            SLICE=SLICE,
             ROUND=not weight.is_cuda,
-            num_warps=8,
+            num_warps=WARPS,
         )
     return *as_it_lies, *transposed
 
@@ -155,6 +182,11 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantise_transposed(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Values (..., K, N) and scales (..., k, n) of the transpose."""
     return _blocks(weight, False, True)[2:]
+
+
+def quantise_both(weight: Tensor) -> tuple[Tensor, ...]:
+    """Values and scales as the weight lies, then those of its transpose, in one reading."""
+    return _blocks(weight, True, True)
 
 
 def lacks_e4m3(x: Tensor) -> str | None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.ops.triton import experts, fp8
+from shoal.ops.triton import experts, fp8, fp8_linear
 from shoal.ops.triton.expert_plan import MAX_SCAN
 from shoal.ops.triton.launch import programmatic
 from shoal.ops.triton.narrow_streams import (
@@ -27,7 +27,7 @@ from shoal.ops.triton.narrow_streams import (
     narrow_swiglu_kernel,
 )
 from shoal.ops.triton.permutation import Groups, group_by_expert, sum_choices
-from shoal.ops.triton.quantise import lacks_e4m3, quantise_rows
+from shoal.ops.triton.quantise import lacks_e4m3
 
 BLOCK = 128
 FEW_A_EXPERT = 48  # rows an expert, on average, up to which weights stream
@@ -230,8 +230,7 @@ def quantised_linears(
     elif int4:
         ys = tuple(F.linear(x_MK, widen(*w, x.shape[-1], x.dtype)) for w in zip(values, scales, strict=True))
     else:
-        rows = quantise_rows(x_MK)
-        ys = tuple(fp8.product(*rows, *w, x.dtype) for w in zip(values, scales, strict=True))
+        ys = tuple(fp8_linear.product_of_rows(x_MK, *w, x.dtype) for w in zip(values, scales, strict=True))
     return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
 
