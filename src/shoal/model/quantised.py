@@ -67,15 +67,7 @@ class _Quantised(nn.Module):
         return self.kind(self.get_parameter(name), self.get_parameter(name + SCALE_SUFFIX))
 
 
-def _joint(x: Tensor, linears: tuple[QuantisedLinear, ...]) -> tuple[Tensor, ...]:
-    ys = ops.quantised_linears(x, [linear.kept("weight") for linear in linears])
-    biases = [linear.bias for linear in linears]
-    return tuple(y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True))
-
-
 class QuantisedLinear(_Quantised):
-    joint = staticmethod(_joint)  # all of a model are quantised by one scheme
-
     def __init__(self, linear: Linear, scheme: Scheme) -> None:
         super().__init__(scheme)
         self.keep("weight", narrow(linear.weight.detach(), scheme))
@@ -85,7 +77,7 @@ class QuantisedLinear(_Quantised):
         return self.product(x, self.get_parameter("weight"), self.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `Linear.product`, beside one that is not narrow. `weight` is its own, whose scales are here."""
+        """As `Linear.product`, for who reads several at once. `weight` is its own, whose scales are here."""
         y = ops.quantised_linear(x, self.kind(weight, self.get_parameter("weight" + SCALE_SUFFIX)))
         return y if bias is None else y + bias
 

@@ -91,12 +91,6 @@ def quantised_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return F.linear(x.float(), dequantise(values, scales, x.shape[-1])).to(x.dtype)
 
 
-def quantised_linears(
-    x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    return tuple(quantised_linear(x, *weight) for weight in zip(values, scales, strict=True))
-
-
 def quantised_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,

@@ -1,28 +1,22 @@
 """Products of few rows with quantised weights: each narrow byte is read once and widened in registers.
 
-    h = silu(g) u, [g u] = x_t [gate up]_e^T    narrow_swiglu
-    y = h w_e^T                                 narrow_product
-    y_i = x w_i^T for up to three i             narrow_linears    one launch
+    h = silu(g) u, [g u]^T = [gate up]_e x_t^T    narrow_swiglu
+    y^T = w_e h^T                                 narrow_product    grouped, or one matrix
 
-A program multiplies BM rows with BN rows of the weight, GROUPS x 128 columns at a time, as that many products
-at once, one a warp: what a warp reads of x and of the weight no other warp reads, both come by cp.async some
-steps ahead, and mma.sync takes both from registers, so nothing is widened into shared memory and no warp
-waits for another before the end, where the groups are added. (wgmma wants the narrow side in shared memory
-and a wait for each product; it took 23 us for a linear of which the bytes are 1.)
+As in `expert_streams` the weight is the tall operand, the A of wgmma, which may come from registers: a tile
+of BN x 128 goes by TMA to shared memory, from there to registers, becomes bfloat16, and is multiplied there.
+e4m3 and the integers to 7 are exact in bfloat16, so a block of 128 columns is summed unscaled and exactly as
+the tensor core sums, and its scale meets the sum: BN x BM multiplications instead of BN x 128, and no second
+rounding of a weight. The activations are as they came.
 
-e4m3 and the integers to 7 are exact in bfloat16, so a group of 128 columns is summed unscaled and exactly as
-the tensor core sums, and its scale meets the sum: no second rounding of a weight. The activations are as they
-came.
+Weights are read 16 bits at a time, as wide as the operand that they become, so no byte is moved to another
+place: two e4m3 are an even and an odd column, four INT4 are columns 32 apart, and x is split to match. On
+NVIDIA's own two such become bfloat16 in three instructions. INT4: 0x43 above a number n below 16 is 128 + n,
+less 136. FP8: the 7 bits of a magnitude, four places lower in 16, are its bfloat16 times 2^-120, subnormal
+numbers too (the GPU's own conversion passes by float16 at a quarter of the rate, and bound the kernel).
+Elsewhere both are arithmetic.
 
-Narrow numbers are read in an order in which no bit changes lanes. Four e4m3 in 32 bits are four columns side
-by side, and the instruction is given its columns so (x likewise). Four INT4 in 16 bits are columns 32 apart:
-four products of 32 columns. On NVIDIA's own, INT4 becomes bfloat16 in three instructions for two: 0x43 above
-a number n below 16 is 128 + n, less 136. e4m3 in five: the 7 bits of a magnitude, four places lower in 16,
-are its bfloat16 times 2^-120, subnormal numbers too (the GPU's own conversion passes by float16 at a quarter
-of the rate). Elsewhere both are arithmetic.
-
-How the columns of a row are added depends on GROUPS and the number of warps, which follow from the shape of
-the weight, and not on BM: so a row's result does not depend on its batch.
+Every plan adds the blocks of a row in one order, so a row's result does not depend on its batch.
 
 Bound: bytes, 1.002 a weight in FP8 and 0.516 in INT4, of 4.555 TB/s on an H200.
 """
@@ -32,37 +26,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from shoal.ops.triton.expert_products import load_weight
 from shoal.ops.triton.expert_streams import find_rows
 from shoal.ops.triton.launch import wait_for_previous
 
 
 @triton.jit
-def _e4m3(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Bytes as the e4m3 that they are."""
-    if ASM:
+def _e4m3(packed, ODD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The even or the odd one of two e4m3 in 16 bits."""
+    if ASM and ODD:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 t, m, up;
+            .reg .b32 t, up;
             mov.b32 up, 0x7b807b80;
-            prmt.b32 t, $2, 0, 0x1404;
-            shr.b32 m, t, 4;
-            and.b32 m, m, 0x07f007f0;
-            lop3.b32 m, t, 0x80008000, m, 0xea;
-            mul.bf16x2 $0, m, up;
-            prmt.b32 t, $2, 0, 0x3424;
-            shr.b32 m, t, 4;
-            and.b32 m, m, 0x07f007f0;
-            lop3.b32 m, t, 0x80008000, m, 0xea;
-            mul.bf16x2 $1, m, up;
+            shr.b32 t, $1, 4;
+            and.b32 t, t, 0x07f007f0;
+            lop3.b32 t, $1, 0x80008000, t, 0xea;
+            mul.bf16x2 $0, t, up;
             }""",
-            "=r,=r,r",
+            "=r,r",
             [packed],
             dtype=tl.bfloat16,
             is_pure=True,
-            pack=4,
+            pack=2,
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 s, t, up;
+            mov.b32 up, 0x7b807b80;
+            shl.b32 s, $1, 8;
+            shl.b32 t, $1, 4;
+            and.b32 t, t, 0x07f007f0;
+            lop3.b32 t, s, 0x80008000, t, 0xea;
+            mul.bf16x2 $0, t, up;
+            }""",
+            "=r,r",
+            [packed],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
         )
     else:
-        return packed.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        byte = (packed >> 8 if ODD else packed) & 255
+        return byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
 
 
 _FOUR_BITS = tl.constexpr(
@@ -91,135 +98,90 @@ def _int4(packed, PLACE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_part(
-    x_ptr,
-    row,
-    kept,
-    group,
-    START: tl.constexpr,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """BC columns from START of groups of 128, of the rows `row` of x (., C): (GROUPS, BM, BC); zeros past C
-    and where not kept."""
-    c = group[:, None, None] * 128 + START + tl.arange(0, BC)[None, None, :]
-    inside = kept[None, :, None]
-    if C % (128 * GROUPS):
-        inside = inside & (c < C)
-    return tl.load(x_ptr + row.to(tl.int64)[None, :, None] * C + c, mask=inside, other=0.0)
+def _load_part(a, row, kept, column, C: tl.constexpr, BC: tl.constexpr):
+    """The rows `row` of a (., C), BC columns of a block from `column`; zeros past C and where not kept."""
+    c = column + tl.arange(0, BC)
+    inside = kept[:, None]
+    if C % 128:
+        inside = inside & (c < C)[None, :]
+    return tl.load(a + row.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def _load_x(x_ptr, row, kept, group, C: tl.constexpr, INT4: tl.constexpr, GROUPS: tl.constexpr):
-    """Groups of rows of x, for INT4 in four runs of 32 columns, else all in the first."""
+def _load_block(a_ptr, row, kept, k, C: tl.constexpr, INT4: tl.constexpr):
+    """Block k of rows of x, as `_narrow_block` wants it: for INT4 four runs of 32 columns, else pairs of
+    columns in 32 bits (C even), all in the first.
+    """
     if INT4:
         return (
-            _load_part(x_ptr, row, kept, group, 0, C, 32, GROUPS),
-            _load_part(x_ptr, row, kept, group, 32, C, 32, GROUPS),
-            _load_part(x_ptr, row, kept, group, 64, C, 32, GROUPS),
-            _load_part(x_ptr, row, kept, group, 96, C, 32, GROUPS),
+            _load_part(a_ptr, row, kept, k * 128, C, 32),
+            _load_part(a_ptr, row, kept, k * 128 + 32, C, 32),
+            _load_part(a_ptr, row, kept, k * 128 + 64, C, 32),
+            _load_part(a_ptr, row, kept, k * 128 + 96, C, 32),
         )
     else:
-        x = _load_part(x_ptr, row, kept, group, 0, C, 128, GROUPS)
-        return x, x, x, x
+        pairs = a_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        c = k * 64 + tl.arange(0, 64)
+        inside = kept[:, None]
+        if C % 128:
+            inside = inside & (c < C // 2)[None, :]
+        both = tl.load(pairs + row.to(tl.int64)[:, None] * (C // 2) + c[None, :], mask=inside, other=0)
+        return both, both, both, both
 
 
 @triton.jit
 def _load_scale(
-    scales_ptr, matrix, first, group, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, INT4: tl.constexpr
+    scales_ptr, matrix, first, k, N: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, INT4: tl.constexpr
 ):
-    """Of groups of columns, of BN rows from `first`: (GROUPS, BN), or (GROUPS, 1)."""
+    """Of BN rows from `first` in block k of columns: one number, or one a row."""
     blocks: tl.constexpr = (C + 127) // 128
     if INT4:
         row = first + tl.arange(0, BN)
-        at = matrix.to(tl.int64) * (blocks * N) + group[:, None] * N + row[None, :]
-        inside = (group < blocks)[:, None] & (row < N)[None, :]
-        return tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = (matrix * blocks + k).to(tl.int64) * N + row
+        return tl.load(scales_ptr + at, mask=row < N, other=0.0).to(tl.float32)[:, None]
     else:
         n_blocks: tl.constexpr = (N + 127) // 128
-        at = (matrix * n_blocks + first // 128).to(tl.int64) * blocks + group
-        return tl.load(scales_ptr + at, mask=group < blocks, other=0.0)[:, None]
+        return tl.load(scales_ptr + (matrix * n_blocks + first // 128).to(tl.int64) * blocks + k)
 
 
 @triton.jit
-def _times(
-    x,
-    w_ptr,
+def _narrow_block(
+    w,
     scale,
     matrix,
     first,
-    group,
+    k,
+    x,
     N: tl.constexpr,
     C: tl.constexpr,
     BN: tl.constexpr,
     DTYPE: tl.constexpr,
     INT4: tl.constexpr,
     ASM: tl.constexpr,
-    GROUPS: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Groups of x times those of BN rows from `first` of matrix `matrix`: (GROUPS, BM, BN), scaled."""
-    blocks: tl.constexpr = (C + 127) // 128
-    width: tl.constexpr = blocks * 32 if INT4 else C
-    each: tl.constexpr = 32 if INT4 else 128
-    row = first + tl.arange(0, BN)
-    c = group[:, None, None] * each + tl.arange(0, each)[None, None, :]
-    inside = (row < N)[None, :, None]
-    if width % (each * GROUPS):
-        inside = inside & (c < width)
-    w = w_ptr + matrix.to(tl.int64) * (N * width)
-    packed = tl.load(w + row[None, :, None] * width + c, mask=inside, other=0)
+    """Block k of the rows from `first` of matrix `matrix`, times rows of x: (BN, BM), scaled."""
     x0, x1, x2, x3 = x
     if INT4:
-        part = tl.dot(x0, tl.permute(_int4(packed, 0, DTYPE, ASM), (0, 2, 1)))
-        part = tl.dot(x1, tl.permute(_int4(packed, 1, DTYPE, ASM), (0, 2, 1)), part)
-        part = tl.dot(x2, tl.permute(_int4(packed, 2, DTYPE, ASM), (0, 2, 1)), part)
-        part = tl.dot(x3, tl.permute(_int4(packed, 3, DTYPE, ASM), (0, 2, 1)), part)
+        words: tl.constexpr = (C + 127) // 128 * 32
+        packed = load_weight(w, matrix, first, k * 32, N, words, BN, 32, TMA)
+        part = tl.dot(_int4(packed, 0, DTYPE, ASM), x0.T)
+        part = tl.dot(_int4(packed, 1, DTYPE, ASM), x1.T, part)
+        part = tl.dot(_int4(packed, 2, DTYPE, ASM), x2.T, part)
+        part = tl.dot(_int4(packed, 3, DTYPE, ASM), x3.T, part)
     else:
-        part = tl.dot(x0, tl.permute(_e4m3(packed, DTYPE, ASM), (0, 2, 1)))
-    return part * scale[:, None, :]
-
-
-@triton.jit
-def _product_tile(
-    x_ptr,
-    w_ptr,
-    scales_ptr,
-    out_ptr,
-    matrix,
-    row,
-    kept,
-    to,
-    first,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    INT4: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Rows `row` of x times BN rows from `first` of matrix `matrix`, to the rows `to` of out (., N)."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    group = tl.arange(0, GROUPS)
-    y = tl.zeros((GROUPS, BM, BN), tl.float32)
-    scale = _load_scale(scales_ptr, matrix, first, group, N, C, BN, INT4)
-    for k in range(0, (C + 127) // 128, GROUPS):
-        # Read a step ahead: the compiler fetches early what it multiplies, and only that.
-        then = _load_scale(scales_ptr, matrix, first, k + GROUPS + group, N, C, BN, INT4)
-        x = _load_x(x_ptr, row, kept, k + group, C, INT4, GROUPS)
-        y += _times(x, w_ptr, scale, matrix, first, k + group, N, C, BN, dtype, INT4, ASM, GROUPS)
-        scale = then
-    column = first + tl.arange(0, BN)
-    at = to.to(tl.int64)[:, None] * N + column[None, :]
-    y = tl.sum(y, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, y, mask=kept[:, None] & (column < N)[None, :])
+        packed = load_weight(w, matrix, first, k * 64, N, C // 2, BN, 64, TMA)
+        even = (x0 & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        odd = (x0 >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        part = tl.dot(_e4m3(packed, False, DTYPE, ASM), even.T)
+        part = tl.dot(_e4m3(packed, True, DTYPE, ASM), odd.T, part)
+    return part * scale
 
 
 @triton.jit(do_not_specialize=["M"])
 def narrow_swiglu_kernel(
     x_ptr,
-    w_ptr,
+    w,
     scales_ptr,
     h_ptr,
     experts_ptr,
@@ -233,48 +195,47 @@ def narrow_swiglu_kernel(
     F: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    GROUPS: tl.constexpr,
     SCAN: tl.constexpr,
     INT4: tl.constexpr,
     ASM: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h (P or M, F) of x (T, D); w is (2 E, F, D) narrow, bytes or words of four INT4."""
+    """h (P or M, F) of x (T, D); w is (2 E, F, D) narrow, 16 bits a number."""
     wait_for_previous(PDL)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
+    blocks: tl.constexpr = (D + 127) // 128
     first = tl.program_id(0) * BN
     expert, choice, row = find_rows(
         experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tl.program_id(1), E, BM, SCAN
     )
     if expert >= 0:
-        token, kept, group = choice // K, choice >= 0, tl.arange(0, GROUPS)
-        gate = tl.zeros((GROUPS, BM, BN), tl.float32)
-        up = tl.zeros((GROUPS, BM, BN), tl.float32)
-        by_gate = _load_scale(scales_ptr, 2 * expert, first, group, F, D, BN, INT4)
-        by_up = _load_scale(scales_ptr, 2 * expert + 1, first, group, F, D, BN, INT4)
-        for k in range(0, (D + 127) // 128, GROUPS):
-            then = k + GROUPS + group
+        token, kept = choice // K, choice >= 0
+        gate = tl.zeros((BN, BM), tl.float32)
+        up = tl.zeros((BN, BM), tl.float32)
+        x = _load_block(x_ptr, token, kept, 0, D, INT4)
+        by_gate = _load_scale(scales_ptr, 2 * expert, first, 0, F, D, BN, INT4)
+        by_up = _load_scale(scales_ptr, 2 * expert + 1, first, 0, F, D, BN, INT4)
+        for k in range(blocks):
+            # What is no stream is read a block ahead: the compiler fetches the weights early, and only them.
+            then = tl.minimum(k + 1, blocks - 1)
+            next_x = _load_block(x_ptr, token, kept, then, D, INT4)
             next_gate = _load_scale(scales_ptr, 2 * expert, first, then, F, D, BN, INT4)
             next_up = _load_scale(scales_ptr, 2 * expert + 1, first, then, F, D, BN, INT4)
-            x = _load_x(x_ptr, token, kept, k + group, D, INT4, GROUPS)
-            gate += _times(
-                x, w_ptr, by_gate, 2 * expert, first, k + group, F, D, BN, dtype, INT4, ASM, GROUPS
-            )
-            up += _times(
-                x, w_ptr, by_up, 2 * expert + 1, first, k + group, F, D, BN, dtype, INT4, ASM, GROUPS
-            )
-            by_gate, by_up = next_gate, next_up
-        g = tl.sum(gate, 0).to(dtype).to(tl.float32)
-        h = g * tl.sigmoid(g) * tl.sum(up, 0).to(dtype).to(tl.float32)
+            gate += _narrow_block(w, by_gate, 2 * expert, first, k, x, F, D, BN, dtype, INT4, ASM, TMA)
+            up += _narrow_block(w, by_up, 2 * expert + 1, first, k, x, F, D, BN, dtype, INT4, ASM, TMA)
+            x, by_gate, by_up = next_x, next_gate, next_up
+        gate = gate.to(dtype).to(tl.float32)
+        h = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
         column = first + tl.arange(0, BN)
-        at = row.to(tl.int64)[:, None] * F + column[None, :]
-        tl.store(h_ptr + at, h.to(dtype), mask=kept[:, None] & (column < F)[None, :])
+        at = row.to(tl.int64)[None, :] * F + column[:, None]
+        tl.store(h_ptr + at, h.to(dtype), mask=kept[None, :] & (column < F)[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])
 def narrow_product_kernel(
-    h_ptr,
-    w_ptr,
+    a_ptr,
+    w,
     scales_ptr,
     out_ptr,
     experts_ptr,
@@ -287,128 +248,37 @@ def narrow_product_kernel(
     N: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPED: tl.constexpr,
     SCAN: tl.constexpr,
     INT4: tl.constexpr,
     ASM: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h times w (E, N, C) narrow, by choice (M, N)."""
+    """a times w (E, N, C) narrow, 16 bits a number, by choice (M, N); not GROUPED: M rows and one matrix."""
     wait_for_previous(PDL)
-    expert, choice, row = find_rows(
-        experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tl.program_id(1), E, BM, SCAN
-    )
-    if expert >= 0:
-        _product_tile(
-            h_ptr, w_ptr, scales_ptr, out_ptr, expert, row, choice >= 0, choice, tl.program_id(0) * BN,
-            N, C, BM, BN, GROUPS, INT4, ASM,
-        )  # fmt: skip
-
-
-@triton.jit
-def _fetch_early(
-    w_ptr,
-    scales_ptr,
-    first,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BN: tl.constexpr,
-    INT4: tl.constexpr,
-):
-    """Ask for BN rows of the weight from `first`, and their scales, to come to L2."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     blocks: tl.constexpr = (C + 127) // 128
-    row = tl.minimum(first + tl.arange(0, BN), N - 1)
-    width: tl.constexpr = blocks * 64 if INT4 else C  # bytes
-    LINES: tl.constexpr = triton.next_power_of_2((width + 127) // 128)
-    at = tl.minimum(tl.arange(0, LINES) * 128, width - 1)
-    bytes_ = w_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
-    _prefetch(bytes_ + row[:, None] * width + at[None, :])
-    if INT4:
-        group = tl.minimum(tl.arange(0, triton.next_power_of_2(blocks)), blocks - 1)
-        _prefetch(scales_ptr + group * N + tl.minimum(first, N - 1))
-
-
-@triton.jit
-def _prefetch(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _linear_tile(
-    x_ptr,
-    w_ptr,
-    scales_ptr,
-    out_ptr,
-    block,
-    M,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    INT4: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if EARLY:
-        _fetch_early(w_ptr, scales_ptr, block * BN, N, C, BN, INT4)
-    wait_for_previous(PDL)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    _product_tile(
-        x_ptr, w_ptr, scales_ptr, out_ptr, block * 0, row, row < M, row, block * BN,
-        N, C, BM, BN, GROUPS, INT4, ASM,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M"])
-def narrow_linears_kernel(
-    x_ptr,
-    w0_ptr,
-    w1_ptr,
-    w2_ptr,
-    s0_ptr,
-    s1_ptr,
-    s2_ptr,
-    y0_ptr,
-    y1_ptr,
-    y2_ptr,
-    M,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    INT4: tl.constexpr,
-    ASM: tl.constexpr,
-    PDL: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """x (M, C) times each w (N, C) narrow; none where N is 0."""
-    block = tl.program_id(0)
-    P0: tl.constexpr = (N0 + BN - 1) // BN
-    P1: tl.constexpr = (N1 + BN - 1) // BN
-    if block < P0:
-        _linear_tile(
-            x_ptr, w0_ptr, s0_ptr, y0_ptr, block, M, N0, C, BM, BN, GROUPS, INT4, ASM, PDL, EARLY
-        )  # fmt: skip
-    if N1:  # noqa: SIM102
-        if (block >= P0) & (block < P0 + P1):
-            _linear_tile(
-                x_ptr, w1_ptr, s1_ptr, y1_ptr, block - P0, M, N1, C, BM, BN, GROUPS, INT4, ASM, PDL, EARLY
-            )  # fmt: skip
-    if N2:  # noqa: SIM102
-        if block >= P0 + P1:
-            _linear_tile(
-                x_ptr, w2_ptr, s2_ptr, y2_ptr, block - P0 - P1, M, N2, C, BM, BN, GROUPS, INT4, ASM, PDL,
-                EARLY,
-            )  # fmt: skip
+    first = tl.program_id(0) * BN
+    if GROUPED:
+        expert, choice, row = find_rows(
+            experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tl.program_id(1), E, BM, SCAN
+        )
+    else:
+        expert = tl.program_id(1) * 0
+        row = tl.program_id(1) * BM + tl.arange(0, BM)
+        choice = tl.where(row < M, row, -1)
+    if expert >= 0:
+        kept = choice >= 0
+        y = tl.zeros((BN, BM), tl.float32)
+        x = _load_block(a_ptr, row, kept, 0, C, INT4)
+        scale = _load_scale(scales_ptr, expert, first, 0, N, C, BN, INT4)
+        for k in range(blocks):
+            then = tl.minimum(k + 1, blocks - 1)
+            next_x = _load_block(a_ptr, row, kept, then, C, INT4)
+            next_scale = _load_scale(scales_ptr, expert, first, then, N, C, BN, INT4)
+            y += _narrow_block(w, scale, expert, first, k, x, N, C, BN, dtype, INT4, ASM, TMA)
+            x, scale = next_x, next_scale
+        column = first + tl.arange(0, BN)
+        at = choice.to(tl.int64)[None, :] * N + column[:, None]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=kept[None, :] & (column < N)[:, None])

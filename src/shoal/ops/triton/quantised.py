@@ -10,65 +10,65 @@ H200 for V2-Lite; `benchmarks/kernels quantised` prints what they reach.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.ops.triton import experts, fp8, fp8_linear
 from shoal.ops.triton.expert_plan import MAX_SCAN
-from shoal.ops.triton.launch import programmatic
-from shoal.ops.triton.narrow_streams import (
-    narrow_linears_kernel,
-    narrow_product_kernel,
-    narrow_swiglu_kernel,
-)
+from shoal.ops.triton.narrow_streams import narrow_product_kernel, narrow_swiglu_kernel
 from shoal.ops.triton.permutation import Groups, group_by_expert, sum_choices
 from shoal.ops.triton.quantise import lacks_e4m3
 
 BLOCK = 128
 FEW_A_EXPERT = 48  # rows an expert, on average, up to which weights stream
 FEW_ROWS = 64  # of one matrix
-MAX_WEIGHTS = 3  # of a launch
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Programs of few rows: `bm` rows of x, `bn` of the weight, `groups` of 128 columns a step.
-
-    `groups` and `warps` say in which order a row is summed: they may depend on the weight's shape alone.
-    """
+    """Programs of few rows: `bm` rows of x, `bn` of the weight."""
 
     bm: int
     bn: int
-    groups: int = 4
+    stages: int
     warps: int = 4
-    stages: int = 3
-    early: bool = True  # of linears: ask for the weight while the kernel before still runs
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where the kernels run: by TMA, with instructions of NVIDIA's own, each launch set up early."""
+
+    tma: bool
+    asm: bool
+    pdl: bool
 
 
 def choose_stream(rows: int) -> Stream:
-    """Of experts, for `rows` rows of one, on average."""
-    return Stream(16, 32) if rows <= 12 else Stream(32, 16)
+    """For `rows` rows of one weight, on average."""
+    for most, bm in ((12, 16), (28, 32)):
+        if rows <= most:
+            return Stream(bm, 64, 4)
+    return Stream(64, 64, 3)
 
 
-def choose_tiles(rows: int, columns: int) -> Stream:
-    """Of linears: for `rows` rows, and `columns` of all the weights together."""
-    return Stream(16 if rows <= 16 else 32, 32)
+def _way(x: Tensor, *values: Tensor) -> Way:
+    # TMA wants 16-byte rows and bases; the interpreter knows no assembly.
+    cuda = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    fits = all(v.shape[-1] % 16 == 0 and v.data_ptr() % 16 == 0 for v in values)
+    return Way(cuda and fits, cuda and x.dtype == torch.bfloat16, cuda)
 
 
-def _asm(x: Tensor) -> bool:
-    # The interpreter knows no assembly, and this is for bfloat16.
-    cuda = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return cuda and x.dtype == torch.bfloat16
-
-
-def _words(values: Tensor) -> Tensor:
-    """As the kernels read them: e4m3 in bytes, INT4 in words of four."""
-    return values.view(torch.int16 if values.dtype == torch.uint8 else torch.uint8)
+def _describe(values: Tensor, bn: int, tma: bool) -> Tensor | TensorDescriptor:
+    """(matrices, rows, columns), 16 bits at a time, in tiles of bn rows and one block of columns."""
+    words = values.view(torch.int16)
+    width = BLOCK // 4 if values.dtype == torch.uint8 else BLOCK // 2
+    return TensorDescriptor.from_tensor(words, [1, bn, width]) if tma else words
 
 
 def narrow_mlp(
@@ -80,31 +80,32 @@ def narrow_mlp(
     down_values: Tensor,
     down_scales: Tensor,
     stream: Stream,
+    way: Way,
 ) -> Tensor:
     K, M = experts_TK.shape[1], experts_TK.numel()
     D, (E, _, width) = x_TD.shape[1], gate_up_values.shape[:3]
-    scan, groups, pdl = M <= MAX_SCAN, None, programmatic(x_TD.device)
+    scan, groups = M <= MAX_SCAN, None
     tiles, height = M, M
     where: tuple[Tensor | None, ...] = (None, None, None)
     if not scan:
-        groups = group_by_expert(experts_TK, E, stream.bm, pdl=pdl)
+        groups = group_by_expert(experts_TK, E, stream.bm, pdl=way.pdl)
         tiles, height, where = groups.max_tiles, groups.choices_P.shape[0], _places(groups)
     shared = {
         "E": E,
         "BM": stream.bm,
         "BN": stream.bn,
-        "GROUPS": stream.groups,
         "SCAN": MAX_SCAN if scan else 0,
         "INT4": gate_up_values.dtype == torch.uint8,
-        "ASM": _asm(x_TD),
-        "PDL": pdl,
+        "ASM": way.asm,
+        "TMA": way.tma,
+        "PDL": way.pdl,
         "num_warps": stream.warps,
         "num_stages": stream.stages,
     }
     h = x_TD.new_empty(height, width)
     narrow_swiglu_kernel[(triton.cdiv(width, stream.bn), tiles)](
         x_TD,
-        _words(gate_up_values),
+        _describe(gate_up_values.flatten(0, 1), stream.bn, way.tma),
         gate_up_scales,
         h,
         experts_TK,
@@ -113,13 +114,13 @@ def narrow_mlp(
         K=K,
         D=D,
         F=width,
-        launch_pdl=pdl and not scan,
+        launch_pdl=way.pdl and not scan,
         **shared,
     )
     y_MD = x_TD.new_empty(M, D)
     narrow_product_kernel[(triton.cdiv(D, stream.bn), tiles)](
         h,
-        _words(down_values),
+        _describe(down_values, stream.bn, way.tma),
         down_scales,
         y_MD,
         experts_TK,
@@ -127,49 +128,46 @@ def narrow_mlp(
         M,
         C=width,
         N=D,
-        launch_pdl=pdl,
+        GROUPED=True,
+        launch_pdl=way.pdl,
         **shared,
     )
-    return sum_choices(y_MD, experts_TK, weights_TK, pdl=pdl)
+    return sum_choices(y_MD, experts_TK, weights_TK, pdl=way.pdl)
 
 
 def _places(groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     return groups.choices_P, groups.experts_N, groups.first_tile_E1
 
 
-def narrow_linears(
-    x_MC: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...], stream: Stream
-) -> tuple[Tensor, ...]:
-    """x w^T of each, up to MAX_WEIGHTS, in one launch."""
-    (M, C), sizes = x_MC.shape, [each.shape[0] for each in values]
-    outs = tuple(x_MC.new_empty(M, size) for size in sizes)
-    words, spare, pdl = tuple(map(_words, values)), MAX_WEIGHTS - len(values), programmatic(x_MC.device)
-    n0, n1, n2 = *sizes, *(0,) * spare
-    narrow_linears_kernel[sum(triton.cdiv(size, stream.bn) for size in sizes), triton.cdiv(M, stream.bm)](
-        x_MC,
-        *words,
-        *words[:1] * spare,
-        *scales,
-        *scales[:1] * spare,
-        *outs,
-        *outs[:1] * spare,
+def narrow_linear(x_MK: Tensor, values: Tensor, scales: Tensor, stream: Stream, way: Way) -> Tensor:
+    M, C = x_MK.shape
+    N = values.shape[0]
+    out_MN = x_MK.new_empty(M, N)
+    narrow_product_kernel[(triton.cdiv(N, stream.bn), triton.cdiv(M, stream.bm))](
+        x_MK,
+        _describe(values.unsqueeze(0), stream.bn, way.tma),
+        scales,
+        out_MN,
+        None,
+        None,
+        None,
+        None,
         M,
-        N0=n0,
-        N1=n1,
-        N2=n2,
+        E=1,
         C=C,
+        N=N,
         BM=stream.bm,
         BN=stream.bn,
-        GROUPS=stream.groups,
-        INT4=values[0].dtype == torch.uint8,
-        ASM=_asm(x_MC),
-        PDL=pdl,
-        EARLY=pdl and stream.early,
-        launch_pdl=pdl,
+        GROUPED=False,
+        SCAN=0,
+        INT4=values.dtype == torch.uint8,
+        ASM=way.asm,
+        TMA=way.tma,
+        PDL=False,
         num_warps=stream.warps,
         num_stages=stream.stages,
     )
-    return outs
+    return out_MN
 
 
 @triton.jit
@@ -216,22 +214,20 @@ def dequantise(values: Tensor, scales: Tensor, columns: int) -> Tensor:
     return widen(values, scales, columns, torch.float32)
 
 
-def quantised_linears(
-    x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...], *, invariant: bool = False
-) -> tuple[Tensor, ...]:
-    """x w^T of each, as `ops.quantised.quantised_linears` says."""
+def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, *, invariant: bool = False) -> Tensor:
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    M, int4 = x_MK.shape[0], values[0].dtype == torch.uint8
+    M, int4 = x_MK.shape[0], values.dtype == torch.uint8
+    shape = (*x.shape[:-1], values.shape[0])
     if M == 0:
-        return tuple(x.new_empty(*x.shape[:-1], each.shape[0]) for each in values)
+        return x.new_empty(shape)
     if M <= FEW_ROWS or invariant:
-        stream = choose_tiles(M, sum(each.shape[0] for each in values))
-        ys = narrow_linears(x_MK, values, scales, stream)
-    elif int4:
-        ys = tuple(F.linear(x_MK, widen(*w, x.shape[-1], x.dtype)) for w in zip(values, scales, strict=True))
-    else:
-        ys = tuple(fp8_linear.product_of_rows(x_MK, *w, x.dtype) for w in zip(values, scales, strict=True))
-    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        stream = choose_stream(M)
+        if stream.bm == 16:  # one matrix has few tiles: twice as many programs
+            stream = replace(stream, bn=32)
+        return narrow_linear(x_MK, values, scales, stream, _way(x, values)).view(shape)
+    if int4:
+        return F.linear(x, widen(values, scales, x.shape[-1], x.dtype))
+    return fp8_linear.product_of_rows(x_MK, values, scales, x.dtype).view(shape)
 
 
 def quantised_mlp(
@@ -252,7 +248,7 @@ def quantised_mlp(
     narrow = (gate_up_values, gate_up_scales, down_values, down_scales)
     if invariant or max(MAX_SCAN, FEW_A_EXPERT * E) >= M:
         stream = choose_stream(1 if M <= MAX_SCAN else triton.cdiv(M, E))
-        return narrow_mlp(*rows, *narrow, stream)
+        return narrow_mlp(*rows, *narrow, stream, _way(x_TD, gate_up_values, down_values))
     if gate_up_values.dtype == torch.uint8:
         gate_up = widen(gate_up_values, gate_up_scales, x_TD.shape[1], x_TD.dtype).flatten(1, 2)
         down = widen(down_values, down_scales, gate_up_values.shape[2], x_TD.dtype)
@@ -260,18 +256,12 @@ def quantised_mlp(
     return fp8.layer(*rows, *narrow)[0]
 
 
-def quantised_refusal(x: Tensor, *weights: Tensor) -> str | None:
-    """Why the kernels do not take this call; None if they do."""
+def quantised_refusal(x: Tensor, *arguments: Tensor) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; the kernels take bfloat16 and float16"
-    values = [t for t in weights if t.dtype in (torch.uint8, torch.float8_e4m3fn)]
+    values = [t for t in arguments if t.dtype in (torch.uint8, torch.float8_e4m3fn)]
     if not all(v.is_contiguous() for v in values):
         return "the quantised weights are not contiguous; the kernels do not copy weights"
+    if odd := [v.shape[-1] for v in values if v.shape[-1] % 2]:
+        return f"a quantised weight has {odd[0]} columns; the kernels read two at a time"
     return lacks_e4m3(x)
-
-
-def linears_refusal(x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> str | None:
-    """The same of linears."""
-    if len(values) > MAX_WEIGHTS:
-        return f"{len(values)} weights; a launch takes at most {MAX_WEIGHTS}"
-    return quantised_refusal(x, *values)
