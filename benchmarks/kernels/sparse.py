@@ -49,8 +49,8 @@ class _Step:
         inputs = q, self.weights_TJ * by, *self.narrow_keys
         return index_scores.narrow_index_scores(*inputs, *self.where, plan=plan)
 
-    def choose(self, scores_TN: Tensor, least: int = select.LEAST) -> Tensor:
-        places_TK = select.select_top(scores_TN, TOP_K, least=least)
+    def choose(self, scores_TN: Tensor, chunk: int | None = None) -> Tensor:
+        places_TK = select.select_top(scores_TN, TOP_K, chunk=chunk)
         return select.name_rows(places_TK, self.where[3], self.where[0], PAGE)
 
     def attend(self, slots_TK: Tensor, tiles: sparse.Tiles | None = None) -> Tensor:
@@ -107,7 +107,7 @@ def tiles(batch: int, context: int) -> Iterator[Case]:
     yield step.case(
         "selection", 0.0, 4.0 * batch * context,
         {"ours": partial(step.choose, scores_TN)}
-        | {f"{least} columns": partial(step.choose, scores_TN, least) for least in (2048, 4096, 8192)},
+        | {f"{chunk} columns": partial(step.choose, scores_TN, chunk) for chunk in (2048, 4096, 16384)},
     )  # fmt: skip
     shared = [max(1, programs // batch) for programs in (64, 128, 256)]
     options = [

@@ -3,15 +3,14 @@
     taken = {n : key(n) > least} and of its equals the first,    least = the K-th largest key
 
 A key is the score's bits, turned so that they order as integers: NaN counts as -inf, -0 as 0. The K-th
-largest is found digit by digit, four of 8 bits, by the histogram of what agrees so far; then the columns
-taken are counted, and written, each at its rank. So ties go to the smaller column, and a row depends on
-itself alone. Short rows stay in registers, where the digits are single bits. Of long ones a program each where there are
-many; few are shared out, and after each step the programs of a row wait for one another: there are never
-more than the chip holds at once. Triton's interpreter runs programs one after the other, hence step by step.
+largest is found digit by digit, four of 8 bits, by the histogram of what agrees so far; a last pass writes
+the columns taken, each at its rank. So ties go to the smaller column, and a row depends on itself alone.
+Many rows: a program each. Few: a row is shared out in chunks, a launch a digit, and each reads what all
+counted before it. Short rows stay in registers, where the digits are single bits.
 
-Of the last two digits few agree, and each adds itself; before, a histogram does, some 100 instructions a key
-and warp. Bound: six steps that each wait for what all wrote, a few microseconds apart. As a launch a step,
-seven in all, 128k columns took 31 us on an H200 (2026-11-29); by one program 0.45 ms.
+Of the last two digits few agree, and each adds itself; before, a histogram of the chunk does. Bound: five
+reads of a row, one from memory and four from the L2; with few rows, launches. One program took 0.45 ms for a
+row of 128k on an H200 (2026-11-24), however few the rows: hence the chunks.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.ops.triton.block_rows import sequence_of
-from shoal.ops.triton.expert_plan import num_multiprocessors
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 SHORT = 2048  # columns that one program keeps in registers
-LEAST, MOST = 1024, 2048  # columns that a program has at once, of a longer row
-RESIDENT, REGISTERS = 2, 64  # programs a multiprocessor: half of what it surely holds, by registers a thread
-STEPS = 6  # four digits, counts of what is taken, places
+CHUNK = 8192  # columns that a program has at once, where it has a row
+FEW_CHUNK = 4096  # and where a row is shared out
+MANY = 264  # rows from which each has one program
 
 
 @triton.jit
@@ -69,114 +67,154 @@ def short_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _meet(gate_ptr, programs):
-    """All of a row's programs have come here, and see what the others wrote."""
-    tl.debug_barrier()
-    tl.atomic_add(gate_ptr, 1, sem="release")
-    while tl.atomic_add(gate_ptr, 0, sem="acquire") < programs:
-        pass
-    tl.debug_barrier()
+def _settle(scores_ptr, N, least, room, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """Eight more bits of the K-th largest key, and how many are taken of those that agree so far."""
+    FLIP: tl.constexpr = 128 if SHIFT == 24 else 0  # of the digit with the sign
+    counts = tl.zeros((256,), tl.int32)
+    for start in range(0, N, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        key = _keys(scores_ptr, column, N)
+        same = column < N
+        if SHIFT < 24:
+            same = same & ((key >> (SHIFT + 8)) == (least >> (SHIFT + 8)))
+        counts += tl.histogram(((key >> SHIFT) ^ FLIP) & 255, 256, mask=same)
+    reach = tl.cumsum(counts, 0, reverse=True)
+    chosen = tl.sum((reach >= room).to(tl.int32), 0) - 1
+    room -= tl.sum(tl.where(tl.arange(0, 256) > chosen, counts, 0), 0)
+    return least | ((chosen ^ FLIP) << SHIFT), room
 
 
 @triton.jit
-def _settle(counts, least, room, LEVEL: tl.constexpr):
-    """By the counts of digit LEVEL: the K-th largest key so far, and how many of its equals are taken."""
+def long_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scores_ptr += row * N
+    least = tl.zeros((), tl.int32)
+    room = K + tl.zeros((), tl.int32)
+    least, room = _settle(scores_ptr, N, least, room, 24, BLOCK)
+    least, room = _settle(scores_ptr, N, least, room, 16, BLOCK)
+    least, room = _settle(scores_ptr, N, least, room, 8, BLOCK)
+    least, room = _settle(scores_ptr, N, least, room, 0, BLOCK)
+    taken = tl.zeros((), tl.int32)
+    for start in range(0, N, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        taken, room = _take(_keys(scores_ptr, column, N), least, taken, room, column, out_ptr + row * K, K)
+
+
+@triton.jit
+def _agreed(totals_ptr, counts_ptr, state_ptr, K, LEVEL: tl.constexpr):
+    """After the digit of LEVEL - 1, by what all chunks of a row counted: that digit, the K-th largest key so
+    far, how many of those that agree with it are taken; and how many of this chunk's are above it."""
+    least = tl.zeros((), tl.int32)
+    room = K + tl.zeros((), tl.int32)
+    if LEVEL > 1:
+        least = tl.load(state_ptr)
+        room = tl.load(state_ptr + 1)
     digit = tl.arange(0, 256)
+    counts = tl.load(totals_ptr + digit)
+    own = tl.load(counts_ptr + digit)
     # Fewer than K: all digits are 0, and least below all keys.
     chosen = tl.maximum(tl.sum((tl.cumsum(counts, 0, reverse=True) >= room).to(tl.int32), 0) - 1, 0)
     room -= tl.sum(tl.where(digit > chosen, counts, 0), 0)
-    return least | ((chosen ^ (128 if LEVEL == 0 else 0)) << (24 - 8 * LEVEL)), room
+    least |= (chosen ^ (128 if LEVEL == 1 else 0)) << (32 - 8 * LEVEL)
+    return chosen, least, room, tl.sum(tl.where(digit > chosen, own, 0), 0)
 
 
 @triton.jit
-def clear_kernel(memory_ptr, out_ptr, K, WORDS: tl.constexpr, K_PAD: tl.constexpr, PDL: tl.constexpr):
-    """Zero what the programs of a row share; -1 for its places."""
+def clear_kernel(totals_ptr, out_ptr, K, K_PAD: tl.constexpr, PDL: tl.constexpr):
+    """Zero the totals of a row (4, 256); -1 for its places."""
     wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    word, rank = tl.arange(0, 2048), tl.arange(0, K_PAD)
-    tl.store(memory_ptr + row * WORDS + word, tl.zeros((2048,), tl.int32), mask=word < WORDS)
+    tl.store(totals_ptr + row * 1024 + tl.arange(0, 1024), tl.zeros((1024,), tl.int32))
+    rank = tl.arange(0, K_PAD)
     tl.store(out_ptr + row * K + rank, tl.full((K_PAD,), -1, tl.int64), mask=rank < K)
 
 
 @triton.jit
-def long_kernel(
+def digit_kernel(
     scores_ptr,
-    memory_ptr,
-    out_ptr,
+    totals_ptr,
+    counts_ptr,
+    state_ptr,
+    above_ptr,
+    T,
     N,
+    CHUNKS,
     K,
-    PROGRAMS: tl.constexpr,  # that share a row: a power of two
-    WORDS: tl.constexpr,
+    LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Steps FIRST to LAST of a row. In `memory`, if several share it: counts of the digits (4, 256), gates
-    (8), and of each program how many are above and how many equal (PROGRAMS, 2)."""
-    LOWEST: tl.constexpr = -2139095041  # the key of -inf, which is never taken, and there may be many
+    """Counts of the next digit, of what agrees so far: of a row, (T, 4, 256), and of each chunk, (T, CHUNKS,
+    4, 256). What agrees, (T, 4, 2), and how many of each chunk are above it, (T, CHUNKS)."""
+    SHIFT: tl.constexpr = 24 - 8 * LEVEL
+    FLIP: tl.constexpr = 128 if LEVEL == 0 else 0
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     wait_for_previous(PDL)
-    row = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    mine = tl.program_id(0) % PROGRAMS
-    share = tl.cdiv(tl.cdiv(N, PROGRAMS), BLOCK) * BLOCK
-    begin = mine * share
-    end = tl.minimum(begin + share, N)
-    scores_ptr += row * N
-    memory_ptr += row * WORDS
-    digits = tl.arange(0, 256)
-    least = tl.zeros((), tl.int32)
-    room = K + tl.zeros((), tl.int32)
-    # 1. Four digits of the K-th largest key; those that launches before have counted are read.
-    for level in tl.static_range(4):
-        counts = tl.zeros((256,), tl.int32)
-        if (level >= FIRST) & (level <= LAST):
-            for start in range(begin, end, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                key = _keys(scores_ptr, column, end)
-                same = key > LOWEST
-                if level > 0:
-                    same = same & ((key >> (32 - 8 * level)) == (least >> (32 - 8 * level)))
-                digit = ((key >> (24 - 8 * level)) ^ (128 if level == 0 else 0)) & 255
-                if (level < 2) | (PROGRAMS == 1):
-                    counts += tl.histogram(digit, 256, mask=same)
-                else:
-                    tl.atomic_add(memory_ptr + 256 * level + digit, 1, mask=same, sem="relaxed")
-            if (level < 2) & (PROGRAMS > 1):
-                tl.atomic_add(memory_ptr + 256 * level + digits, counts, mask=counts > 0, sem="relaxed")
-        if level < LAST:
-            if PROGRAMS > 1:
-                if level >= FIRST:
-                    _meet(memory_ptr + 1024 + level, PROGRAMS)
-                counts = tl.load(memory_ptr + 256 * level + digits)
-            least, room = _settle(counts, least, room, level)
-    # 2. How many each program takes, hence where those of this one go.
-    taken = tl.zeros((), tl.int32)
-    if PROGRAMS > 1:
-        kept_ptr = memory_ptr + 1032
-        if (FIRST <= 4) & (LAST >= 4):
-            above = tl.zeros((), tl.int32)
-            equal = tl.zeros((), tl.int32)
-            for start in range(begin, end, BLOCK):
-                key = _keys(scores_ptr, start + tl.arange(0, BLOCK), end)
-                above += tl.sum(((key > least) & (key > LOWEST)).to(tl.int32), 0)
-                equal += tl.sum(((key == least) & (key > LOWEST)).to(tl.int32), 0)
-            tl.store(kept_ptr + 2 * mine, above)
-            tl.store(kept_ptr + 2 * mine + 1, equal)
-            if LAST > 4:
-                _meet(memory_ptr + 1028, PROGRAMS)
-        if LAST == 5:
-            before = tl.arange(0, PROGRAMS)
-            above = tl.sum(tl.load(kept_ptr + 2 * before, mask=before < mine, other=0), 0)
-            equal = tl.sum(tl.load(kept_ptr + 2 * before + 1, mask=before < mine, other=0), 0)
-            taken = above + tl.minimum(equal, room)
-            room -= equal
-    # 3. Their places.
-    if LAST == 5:
-        for start in range(begin, end, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            taken, room = _take(
-                _keys(scores_ptr, column, end), least, taken, room, column, out_ptr + row * K, K
-            )
+    totals_ptr += row * 1024
+    counts_ptr += (row * CHUNKS + chunk) * 1024
+    state_ptr += row * 8
+    column = chunk * BLOCK + tl.arange(0, BLOCK)
+    key = _keys(scores_ptr + row * N, column, N)
+    same = key > -2139095041  # -inf is never taken, and there may be many
+    digit = ((key >> SHIFT) ^ FLIP) & 255
+    if LEVEL > 0:
+        before: tl.constexpr = 256 * (LEVEL - 1)
+        _, least, room, above = _agreed(
+            totals_ptr + before, counts_ptr + before, state_ptr + 2 * (LEVEL - 1), K, LEVEL
+        )
+        same = same & ((key >> (SHIFT + 8)) == (least >> (SHIFT + 8)))
+        if chunk == 0:
+            tl.store(state_ptr + 2 * LEVEL, least)
+            tl.store(state_ptr + 2 * LEVEL + 1, room)
+        above_ptr += row * CHUNKS + chunk
+        if LEVEL > 1:
+            above += tl.load(above_ptr)
+        tl.store(above_ptr, above)
+    place = tl.arange(0, 256)
+    if LEVEL < 2:
+        counts = tl.histogram(digit, 256, mask=same)
+        tl.store(counts_ptr + 256 * LEVEL + place, counts)
+        tl.atomic_add(totals_ptr + 256 * LEVEL + place, counts, mask=counts > 0, sem="relaxed")
+    else:  # few agree by now
+        tl.atomic_add(counts_ptr + 256 * LEVEL + digit, 1, mask=same, sem="relaxed")
+        tl.atomic_add(totals_ptr + 256 * LEVEL + digit, 1, mask=same, sem="relaxed")
+    if (LEVEL == 1) | (LEVEL == 2):
+        tl.store(counts_ptr + 256 * (LEVEL + 1) + place, tl.zeros((256,), tl.int32))
+
+
+@triton.jit
+def chunk_kernel(
+    scores_ptr,
+    totals_ptr,
+    counts_ptr,
+    state_ptr,
+    above_ptr,
+    out_ptr,
+    N,
+    CHUNKS,
+    K,
+    C_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Write what is taken of a chunk, after what is taken of those before."""
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    wait_for_previous(PDL)
+    column = chunk * BLOCK + tl.arange(0, BLOCK)
+    key = _keys(scores_ptr + row * N, column, N)
+    counts_ptr += row * CHUNKS * 1024 + 768
+    chosen, least, room, _ = _agreed(
+        totals_ptr + row * 1024 + 768, counts_ptr + chunk * 1024, state_ptr + row * 8 + 6, K, 4
+    )
+    # Of the chunks before: how many are above, by the first digits and by the last, and how many are equal.
+    c, digit = tl.arange(0, C_PAD), tl.arange(0, 256)
+    earlier = c < chunk
+    above = tl.sum(tl.load(above_ptr + row * CHUNKS + c, mask=earlier, other=0), 0)
+    table = tl.load(counts_ptr + c[:, None] * 1024 + digit[None, :], mask=earlier[:, None], other=0)
+    above += tl.sum(tl.where((digit > chosen)[None, :], table, 0))
+    same = tl.sum(tl.where((digit == chosen)[None, :], table, 0))
+    same = tl.where(least > -2139095041, same, 0)
+    _take(key, least, above + tl.minimum(same, room), room - same, column, out_ptr + row * K, K)
 
 
 def select_top_refusal(scores_TN: Tensor, top_k: int) -> str | None:
@@ -187,35 +225,37 @@ def select_top_refusal(scores_TN: Tensor, top_k: int) -> str | None:
 
 
 @torch.no_grad()
-def select_top(scores_TN: Tensor, top_k: int, *, least: int = LEAST) -> Tensor:
-    """As `ops.api.select_top` says. `least` overrides how many columns a program has."""
+def select_top(scores_TN: Tensor, top_k: int, *, chunk: int | None = None) -> Tensor:
+    """As `ops.api.select_top` says. `chunk` overrides how many columns a program has."""
     T, N = scores_TN.shape
     places_TK = torch.empty(T, top_k, dtype=torch.int64, device=scores_TN.device)
     if not places_TK.numel():
         return places_TK
     scores_TN = scores_TN.contiguous()
-    if N <= SHORT:
+    if N <= SHORT or T >= MANY:
         places_TK.fill_(-1)
-        block = triton.next_power_of_2(max(N, 32))
-        short_kernel[(T,)](scores_TN, places_TK, N, top_k, BLOCK=block, num_warps=1 if block <= 1024 else 4)
+        arguments: tuple[Any, ...] = (scores_TN, places_TK, N, top_k)
+        if N <= SHORT:
+            block = triton.next_power_of_2(max(N, 32))
+            short_kernel[(T,)](*arguments, BLOCK=block, num_warps=1 if block <= 1024 else 4)
+        else:
+            long_kernel[(T,)](*arguments, BLOCK=CHUNK, num_warps=16)
         return places_TK
-    index, pdl = scores_TN.device.index if scores_TN.is_cuda else None, programmatic(scores_TN.device)
-    programs = max(1, min(triton.cdiv(N, least), RESIDENT * num_multiprocessors(index) // T))
-    programs = 1 << programs.bit_length() - 1  # few to compile
-    words = 1032 + 2 * programs if programs > 1 else 0
-    memory = torch.empty(T * words, dtype=torch.int32, device=scores_TN.device)
-    early = {"PDL": pdl, "launch_pdl": pdl}
-    clear_kernel[(T,)](
-        memory, places_TK, top_k, WORDS=words, K_PAD=triton.next_power_of_2(top_k), num_warps=8, **early
+    size = chunk or FEW_CHUNK
+    chunks, pdl = triton.cdiv(N, size), programmatic(scores_TN.device)
+    totals, counts, state, above = (
+        torch.empty(T, width, dtype=torch.int32, device=scores_TN.device)
+        for width in (1024, chunks * 1024, 8, chunks)
     )
-    block = min(MOST, triton.next_power_of_2(triton.cdiv(N, programs)))
-    at_once = scores_TN.is_cuda or programs == 1
-    steps = [(0, STEPS - 1)] if at_once else [(step, step) for step in range(STEPS)]
-    for first, last in steps:
-        long_kernel[(T * programs,)](
-            scores_TN, memory, places_TK, N, top_k, PROGRAMS=programs, WORDS=words, BLOCK=block,
-            FIRST=first, LAST=last, num_warps=max(4, block // 256), maxnreg=REGISTERS, **early,
-        )  # fmt: skip
+    early = {"PDL": pdl, "launch_pdl": pdl}
+    words: dict[str, Any] = {"BLOCK": size, "num_warps": max(4, size // 512), **early}
+    clear_kernel[(T,)](totals, places_TK, top_k, K_PAD=triton.next_power_of_2(top_k), **early)
+    arguments = (scores_TN, totals, counts, state, above)
+    for level in range(4):
+        digit_kernel[(chunks, T)](*arguments, T, N, chunks, top_k, LEVEL=level, **words)
+    chunk_kernel[(chunks, T)](
+        *arguments, places_TK, N, chunks, top_k, C_PAD=triton.next_power_of_2(chunks), **words
+    )
     return places_TK
 
 
