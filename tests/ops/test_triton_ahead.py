@@ -10,6 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
 
 from shoal.ops import api as ops
 
@@ -17,24 +19,26 @@ pytestmark = pytest.mark.gpu
 
 
 @triton.jit
-def _fill(ptr, VALUE: tl.constexpr):  # noqa: ANN001, ANN202
+def _fill_kernel(ptr, VALUE: tl.constexpr):  # noqa: ANN001, ANN202
     tl.store(ptr + tl.arange(0, 16), VALUE)
+
+
+def _fill(memory: Tensor, value: Any) -> None:
+    _fill_kernel[(1,)](memory, VALUE=value)
 
 
 def test_a_rehearsal_runs_nothing_and_compiles_what_it_met(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = torch.zeros(16, dtype=torch.int32, device="cuda")
     with ops.rehearsing() as rehearsal, rehearsal.attempt():
-        _fill[(1,)](memory, VALUE=3)
+        _fill(memory, 3)
         memory += 1
     assert not memory.any()
     compiled: list[Any] = []
-    monkeypatch.setattr(
-        triton.knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told) or False
-    )
-    _fill[(1,)](memory, VALUE=3)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **told: compiled.append(told) or False)
+    _fill(memory, 3)
     assert compiled == []
     assert memory.tolist() == [3] * 16
-    _fill[(1,)](memory, VALUE=4)
+    _fill(memory, 4)
     assert len(compiled) == 1
 
 
@@ -44,7 +48,7 @@ def test_a_part_that_fails_harms_no_other() -> None:
         with rehearsal.attempt():
             memory.tolist()  # waits, which no recording can
         with rehearsal.attempt():
-            _fill[(1,)](memory, VALUE=5)
+            _fill(memory, 5)
     assert not memory.any()
-    _fill[(1,)](memory, VALUE=5)
+    _fill(memory, 5)
     assert memory.tolist() == [5] * 16
