@@ -86,6 +86,7 @@ def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[lis
     for settings in (
         SETTINGS,  # graphs, pieces and overlap are the default here
         replace(SETTINGS, buckets=(), lengths=(), overlap=False),
+        replace(SETTINGS, decode_steps=8),
         *several,
         replace(SETTINGS, page_size=4, num_pages=24, max_batch_tokens=40),  # with preemption
     ):
@@ -93,6 +94,23 @@ def test_graphs_and_overlap_say_what_the_cpu_says(family: str, prompts: list[lis
         for _ in range(2):  # the second time from the prefix cache
             assert_same(engine.generate(prompts, params), expected)
         assert engine.pool.num_free == settings.num_pages
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_bursts_in_graphs_give_the_same_bits(family: str, overlap: bool, prompts: list[list[int]]) -> None:
+    """By fixed sums, however many steps are launched in a row; again with few pages."""
+    device, params = on_gpu(build(family)), wishes(routing=True)
+    with dispatch.batch_invariant():
+        expected = Engine(device, replace(SETTINGS, overlap=overlap)).generate(prompts, params)
+        for settings in (SETTINGS, replace(SETTINGS, page_size=4, num_pages=24, max_batch_tokens=40)):
+            for steps in (3, 8):
+                engine = Engine(device, replace(settings, overlap=overlap, decode_steps=steps))
+                engine.warm_up()
+                found = engine.generate(prompts, params)
+                assert_same(found, expected)
+                assert [each.logprobs for each in found] == [each.logprobs for each in expected]
+                assert engine.pool.num_free == settings.num_pages
 
 
 def test_narrow_index_keys_are_served_alike_in_graphs(prompts: list[list[int]]) -> None:
@@ -150,7 +168,8 @@ def test_nothing_is_compiled_once_it_is_warm() -> None:
 
     model = Transformer(tiny("deepseek-v3"), device="cuda", dtype=torch.bfloat16)
     model.init_weights(torch.Generator("cuda").manual_seed(0))
-    engine = Engine(model.eval(), replace(SETTINGS, num_pages=512, max_batch_tokens=256))
+    settings = replace(SETTINGS, num_pages=512, max_batch_tokens=256, decode_steps=4)
+    engine = Engine(model.eval(), settings)
     engine.warm_up()
     compiled: list[str] = []
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from shoal.batch import Batch
-from shoal.engine.runner import Runner, Span, count_page_bytes
+from shoal.engine.cache import count_page_bytes
+from shoal.engine.runner import Runner, Span
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import SamplingParams, Sequence
 from shoal.model.transformer import Transformer

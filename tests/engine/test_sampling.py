@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.engine.sampling import Draw, History, sample, uniform
+from shoal.engine.sampling import Draw, History, sample, uniform, uniforms
 from shoal.engine.sequence import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -51,6 +52,14 @@ def literal_support(logits_V: Tensor, params: SamplingParams) -> set[int]:
         kept.append(token)
         reached += probs[token]
     return {token for token in kept if probs[token] >= params.min_p * probs[ranked[0]]}
+
+
+def test_numbers_made_together_are_those_made_alone() -> None:
+    draw = random.Random(0)
+    seeds = [0, 1, 2**63, 2**64 - 1, *(draw.getrandbits(64) for _ in range(200))]
+    positions = np.array([[draw.randrange(2**20) for _ in seeds] for _ in range(3)])
+    expected = [[uniform(*each) for each in zip(seeds, row, strict=True)] for row in positions.tolist()]
+    assert uniforms(seeds, positions).tolist() == expected
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:

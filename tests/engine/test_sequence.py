@@ -45,9 +45,11 @@ def test_more_tokens_at_least_than_at_most_are_refused() -> None:
 def test_a_sequence_ends_by_a_stop_token_or_by_length() -> None:
     def finish(*tokens: int) -> str | None:
         sequence = Sequence([1, 2], SamplingParams(), stop_ids=frozenset({9}), max_len=5)
+        together = Sequence([1, 2], SamplingParams(), stop_ids=frozenset({9}), max_len=5)
         for token in tokens:
             assert sequence.finish is None
-            sequence.append(token)
+            assert sequence.take([token]) == [token]
+        assert together.take([*tokens, 9, 3, 9]) == list(tokens) + ([] if sequence.finish else [9])
         return sequence.finish
 
     assert finish(3, 4) is None
@@ -61,7 +63,7 @@ def test_stop_tokens_are_banned_until_the_least_number_is_there() -> None:
     banned = []
     for _ in range(4):
         banned.append(sequence.banned_ids)
-        sequence.append(0)
+        sequence.take([0])
     assert banned == [{9}, {9}, set(), set()]
 
 

@@ -121,7 +121,9 @@ class RolloutConfig:
     `keep_sampling`, what top-k and top-p let be drawn is kept as the policy's support (V3.2). `extra_rounds`
     more samplings replace groups whose rewards are all equal (DAPO's dynamic sampling; 0: they stay, and
     teach nothing). `batch_invariant` runs the whole stage in that mode: on a CPU, engine and trainer then
-    give each token the same log-probability, bit for bit, at a price in speed (benchmarks/invariance.py).
+    give each token the same log-probability, bit for bit, at a price in speed (benchmarks/invariance.py). Up
+    to `decode_steps` tokens of each answer are drawn before the engine looks at them: what it draws after an
+    answer's end is lost, what it does between steps is shared.
     """
 
     questions: int = 32
@@ -136,9 +138,10 @@ class RolloutConfig:
     extra_rounds: int = 0
     cache_bytes: int = 1 << 30
     max_sequences: int = 256
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("questions", "max_tokens", "cache_bytes", "max_sequences"):
+        for name in ("questions", "max_tokens", "cache_bytes", "max_sequences", "decode_steps"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")
         require(self.group >= 2, f"group is {self.group}; an answer is compared with others, so at least 2")

@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
     max_context_len: int
     has_prefix: bool
     chunks: tuple[Chunk, ...] = ()  # a bucket has none: a graph holds no lengths
+    ends_S: Tensor | None = None  # int64: where later steps of a burst end (burst.py)
 
 
 class Row(NamedTuple):
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     codes: list[int]
     start: int
     pages: list[int]
+    end: int = 0  # of a burst: the position after the last that it computes
 
 
 Outputs = tuple[Tensor, ...]
@@ -60,7 +62,7 @@ class Bucket:
         self.size, self.tokens, self.page_size, self._scratch = size, tokens, page_size, scratch
         self._width = -(-contexts // page_size)
         self._slab = staging.Slab(self._arrays([]), device)
-        codes_T, positions_T, slots_T, contexts_S, table_SB = self._slab.arrays
+        codes_T, positions_T, slots_T, contexts_S, table_SB, ends_S = self._slab.arrays
         self.inputs = Inputs(
             codes_T=codes_T,
             positions_T=positions_T,
@@ -72,20 +74,23 @@ class Bucket:
             max_seqlen=tokens,
             max_context_len=contexts,
             has_prefix=True,
+            ends_S=ends_S,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Outputs = ()
 
     def run(self, rows: list[Row], forward: Forward) -> Outputs:
         """The forward pass of these rows and padding. On CUDA the outputs are overwritten by the next run."""
-        if not self.inputs.codes_T.is_cuda:
-            self._slab.fill(self._arrays(rows))
-            return forward(self.inputs)
-        if self._graph is None:
+        if self._graph is None and self.inputs.codes_T.is_cuda:
             forward(self.pad())  # whatever is done the first time only
             self.capture(forward)
-        assert self._graph is not None
         self._slab.fill(self._arrays(rows))
+        return self.again(forward)
+
+    def again(self, forward: Forward) -> Outputs:
+        """The same of what now stands in `inputs`."""
+        if self._graph is None:
+            return forward(self.inputs)
         self._graph.replay()
         return self._outputs
 
@@ -112,15 +117,16 @@ class Bucket:
         codes = np.zeros((size, tokens), np.int64)
         starts = np.zeros(size, np.int64)
         table = np.full((size, self._width), self._scratch, np.int32)
-        for place, (new, start, pages) in enumerate(rows):
-            codes[place], starts[place] = new, start
+        ends = np.ones(size, np.int64)
+        for place, (new, start, pages, end) in enumerate(rows):
+            codes[place], starts[place], ends[place] = new, start, end
             table[place, : len(pages)] = pages[: self._width]
         positions = starts[:, None] + np.arange(tokens)
         slots = (
             np.take_along_axis(table, positions // page, axis=1).astype(np.int64) * page + positions % page
         )
         contexts = (starts + tokens).astype(np.int32)
-        return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table]
+        return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table, ends]
 
 
 @cache

@@ -14,27 +14,25 @@ The same `Transformer` may be in training elsewhere: call `forget_prefixes` when
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from itertools import islice, takewhile
 from time import monotonic, perf_counter
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shoal.engine import grammar, ledger, offline, pieces, sampling, scoring, staging, warm
+from shoal.engine import burst, drawing, ledger, offline, pieces, sampling, scoring, staging, warm
 from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes
-from shoal.engine.events import Completion, Event, Routed
-from shoal.engine.flight import Flight, collect_routed, open_routed, score_prompts, take_scores
+from shoal.engine.desk import Desk
+from shoal.engine.events import Completion, Event
+from shoal.engine.flight import Drawing, Flight, collect_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
 from shoal.engine.order import Affinity, Arrival, Order
 from shoal.engine.runner import Runner, Step
-from shoal.engine.sampling import Draw, History, Sample
 from shoal.engine.scheduler import Pick, Scheduler
-from shoal.engine.sequence import FinishReason, SamplingParams, Sequence
+from shoal.engine.sequence import SamplingParams
 from shoal.engine.settings import EngineSettings
 from shoal.engine.speculation import Drafter, Governor, Seen
 from shoal.engine.stats import Stats
@@ -115,31 +113,28 @@ class Engine:
         pays = on_cuda and not settings.speculate and not self._offloaded  # who waits for gates wins nothing
         self._overlaps = settings.overlap or (settings.overlap is None and pays)
         self.admission = Admission(self.config, self.ledger.longest, settings.seed, vocabulary)
-        self._live: dict[int, Sequence] = {}
+        self._desk = Desk(self.scheduler, self.runner, self._order)
         self._num_requests = 0
         self._flight: Flight | None = None
-        self._ended: list[Event] = []  # told by the next step
-        self._generated = self._steps = 0
+        self._steps = 0
         self._step_seconds = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs, or an end is still to be told: `step` until none is."""
-        return bool(self._live or self._ended)
+        return self._desk.busy
 
     def add(self, ids: list[int], params: SamplingParams) -> int:
         """Queue a request and name it. One that could never be served is refused."""
         request = self._num_requests
-        sequence = self.admission.admit(request, ids, params)
-        self.scheduler.add(sequence)
-        self._live[request] = sequence
+        self._desk.add(self.admission.admit(request, ids, params))
         self._num_requests += 1
         return request
 
     def cancel(self, request: int) -> bool:
         """Drop a request and free its pages; its last event, "cancelled", comes with the next step. False if
         there is none: it may just have finished."""
-        return self._drop(request, tell=True) is not None
+        return self._desk.cancel(request)
 
     def step(self) -> list[Event]:
         """Run the model once, and tell what requests got; nothing if nothing lives.
@@ -148,7 +143,7 @@ class Engine:
         numbers ends with an error; the others go on.
         """
         start = perf_counter()
-        events, self._ended = self._ended, []
+        events = [] if self._flight is not None else self._desk.deliver()
         if self._flight is not None and self._must_wait():
             events += self._land()
         flight = self._launch()
@@ -157,6 +152,8 @@ class Engine:
         self._flight = flight
         if flight is not None and (not self._overlaps or self._must_wait()):
             events += self._land()
+        if self._flight is None:
+            events += self._desk.deliver()
         seconds = perf_counter() - start
         self._step_seconds += seconds
         if (
@@ -174,7 +171,7 @@ class Engine:
         that nothing is compiled while requests are served. On a CPU there is nothing of the kind. `tell` is
         told what begins."""
         if self.busy:
-            raise ValueError(f"{len(self._live)} requests are being served; warm up before the first")
+            raise ValueError(f"{len(self._desk.live)} requests are being served; warm up before the first")
         if self.runner.device.type != "cuda":
             return
         most = min(self.settings.max_batch_tokens, self.ledger.longest)
@@ -196,7 +193,7 @@ class Engine:
             prompt_positions=scheduler.num_positions_admitted,
             prompt_positions_cached=scheduler.num_positions_remembered,
             preemptions=scheduler.num_preemptions,
-            generated=self._generated,
+            generated=self._desk.generated,
             steps=self._steps,
             step_seconds=self._step_seconds,
             drafted=() if drafter is None else drafter.count(drafter.drafted),
@@ -253,8 +250,16 @@ class Engine:
         picks = self.scheduler.schedule(num_drafts=num_drafts)
         if not picks:
             return None
+        steps = 1
+        if self.settings.decode_steps > 1 and burst.can_follow(picks):
+            steps = self.scheduler.extend(picks, self.settings.decode_steps)
+        ends = [pick.start + pick.num_tokens for pick in picks]
+        if steps > 1:
+            ends = [pick.start + min(steps, pick.sequence.room) for pick in picks]
+        spans = [self.runner.span(pick) for pick in picks]
         try:
-            step = self.runner.run([self.runner.span(pick) for pick in picks])
+            step = self.runner.run(spans, ends if steps > 1 else None)
+            samples = self._draw(picks, step, steps)
         except torch.OutOfMemoryError as error:
             tokens = sum(pick.num_tokens for pick in picks)
             raise ValueError(
@@ -262,19 +267,35 @@ class Engine:
                 f"{self.settings.max_batch_tokens} to {max(tokens // 2, 1)}, or memory from "
                 f"{self.settings.memory} to {0.9 * self.settings.memory:.2f}"
             ) from error
-        drawn = [pick for pick in picks if pick.samples]
-        samples = self._draw(drawn, picks, step) if drawn else None
         scores = score_prompts(self.runner, picks, step)
         read = [pick.sequence for pick in picks if pick.reads_all]
-        routed = collect_routed(self.runner.records, picks)
+        routed = collect_routed(self.runner.records, picks, ends)
         starts = [pick.sequence.num_computed for pick in picks]
         now = monotonic()
         for pick in picks:
             if pick.sequence.began is None:
                 pick.sequence.began = now
-        self.scheduler.launch(picks)
-        self._steps += 1
+        flown = self.scheduler.launch(picks, steps)
+        self._steps += steps
+        drawn = [
+            Drawing(pick, count, max(steps, 1 + pick.num_drafts))
+            for pick, count in zip(picks, flown, strict=True)
+            if count
+        ]
         return Flight(picks, starts, step, drawn, samples, scores, read, routed)
+
+    def _draw(self, picks: list[Pick], step: Step, steps: int) -> staging.Parcel | None:
+        """Draw what the picks want, leave the last tokens for the next step, send all of them home."""
+        sequences = [pick.sequence for pick in picks if pick.samples]
+        if not sequences:
+            return None
+        if steps > 1:
+            drawn = drawing.draw_burst(self.runner, picks, step, steps)
+        else:
+            drawn = drawing.draw(self.runner, picks, step)
+        if self._overlaps:
+            self.runner.keep(drawn.tokens_S1.flatten(1)[:, -1], sequences)
+        return staging.Parcel(drawn.pack().flatten(0, -2))
 
     def _count(self, what: Literal["queries", "hits"]) -> int | None:
         """Of all layers' slots, since the engine began."""
@@ -286,56 +307,31 @@ class Engine:
         """Whether guessing ahead pays, for as many as decode now."""
         return self._governor.decide(sum(sequence.num_pending == 1 for sequence in self.scheduler.running))
 
-    def _draw(self, drawn: list[Pick], picks: list[Pick], step: Step) -> staging.Parcel:
-        """Draw the next token of each pick that wants one, and one after each draft; leave the tokens for the
-        next step; send them home."""
-        sequences = [pick.sequence for pick in drawn for _ in range(1 + pick.num_drafts)]
-        rows = [at for at, pick in enumerate(picks) if pick.samples for _ in range(1 + pick.num_drafts)]
-        places = [place for pick in drawn for place in range(1 + pick.num_drafts)]
-        draws = [
-            Draw(each.params, each.seed, each.length + place, each.bans(each.length + place))
-            for each, place in zip(sequences, places, strict=True)
-        ]
-
-        def history(wanted: list[int], length: int) -> Tensor:
-            return self.runner.records.ids(step.table_SB, [rows[row] for row in wanted], length)
-
-        prompts = [each.num_prompt for each in sequences]
-        matchers = [each.matcher for each in sequences]
-        allowed_SV = grammar.allow(matchers, self.config.vocab_size, self.runner.device)
-        result = sampling.draw(step.logits_MV, draws, History(history, prompts), allowed_SV)
-        if self._overlaps:
-            self.runner.keep(result.tokens_S1.squeeze(1), sequences)
-        return staging.Parcel(result.pack())
-
     # ------------------------------------------------------------------------------------------------
     # A step comes in
 
     def _land(self) -> list[Event]:
         flight, self._flight = self._flight, None
         assert flight is not None
-        events: list[Event] = []
+        desk, drafter = self._desk, self._drafter
+        events = desk.deliver()
         for sequence, start, packed in flight.scores:
             take_scores(sequence, start, packed.open())
         for sequence in flight.read:
-            if sequence.request in self._live:
-                sequence.finish = "length"
-                routed = open_routed(flight.routed.get(sequence.request), sequence.num_prompt)
-                events.append(
-                    self._tell(sequence, None, "length", pages=sequence.pages, first=True, routed=routed)
-                )
-                self._drop(sequence.request)
+            events += desk.read(sequence, flight.routed.get(sequence.request))
         if flight.samples is not None:
-            counts = [
-                pick.sequence.params.logprobs for pick in flight.drawn for _ in range(1 + pick.num_drafts)
-            ]
-            samples = iter(sampling.read(flight.samples.open(), counts))
-            for pick in flight.drawn:
-                drawn = list(islice(samples, 1 + pick.num_drafts))
-                if pick.sequence.request in self._live:
-                    events += self._take(pick, drawn, flight.routed.get(pick.sequence.request))
-        if self._drafter is not None:
-            self._draft(self._drafter, flight)
+            counts = [pick.sequence.params.logprobs for pick, _, rows in flight.drawn for _ in range(rows)]
+            samples, end = sampling.read(flight.samples.open(), counts), 0
+            for pick, flown, rows in flight.drawn:
+                start, end = end, end + rows
+                request, stand = pick.sequence.request, flown
+                if drafter is not None and request in desk.live:
+                    stand = drafter.verify(pick.sequence, samples.tokens[start:end])
+                drawn = samples.part(start, start + stand)
+                events += desk.take(pick, drawn, flown, flight.routed.get(request))
+        desk.send()
+        if drafter is not None:
+            self._draft(drafter, flight)
         return events
 
     def _draft(self, drafter: Drafter, flight: Flight) -> None:
@@ -349,88 +345,3 @@ class Engine:
             row += pick.num_tokens
         if seen:
             drafter.draft(seen, flight.step.hidden_TD, drafter.num_drafts if self._guesses() else 0)
-
-    def _take(
-        self, pick: Pick, samples: list[Sample], parcel: tuple[int, staging.Parcel] | None
-    ) -> list[Event]:
-        """A sequence gets the tokens that were drawn for it."""
-        sequence = pick.sequence
-        if self._drafter is not None:
-            samples = samples[: self._drafter.verify(sequence, [sample.token for sample in samples])]
-        samples = list(takewhile(lambda sample: math.isfinite(sample.logprob), samples))
-        if not samples:
-            dtype = self.runner.model.head_weight().dtype
-            return [self._break(sequence, f"are not finite; the weights are broken, or overflow {dtype}")]
-        # Nothing is guessed ahead where there is a grammar: there is one token.
-        if sequence.matcher is not None and not sequence.matcher.accept(samples[0].token):
-            return [self._break(sequence, "are of no use: no token of the vocabulary can go on its grammar")]
-        first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
-        taken = self.scheduler.commit(sequence, [sample.token for sample in samples])
-        known = len(sequence.ids) - 1  # a guess that was wrong went through experts that the text does not
-        routed = open_routed(parcel, known)
-        if pick.num_drafts:
-            sequence.num_routed = min(sequence.num_routed, known)
-        events = []
-        for place, sample in enumerate(samples[: len(taken)]):
-            finish = sequence.finish if place == len(taken) - 1 else None
-            events.append(
-                self._tell(
-                    sequence,
-                    sample,
-                    finish,
-                    pages=pages,
-                    first=first and not place,
-                    routed=None if place else routed,
-                )
-            )
-        self._generated += len(taken)
-        if sequence.finish:
-            self._order.learn(sequence, lambda: self.runner.records.experts(pages, known))
-            del self._live[sequence.request]
-        return events
-
-    def _break(self, sequence: Sequence, why: str) -> Event:
-        """A request ends that nothing can be drawn for; nobody finds what its pages hold."""
-        self.scheduler.forget(sequence)
-        self._drop(sequence.request)
-        error = f"request {sequence.request}: the logits of token {len(sequence.ids)} {why}"
-        return self._tell(sequence, None, "error", error=error)
-
-    def _drop(self, request: int, *, tell: bool = False) -> Sequence | None:
-        sequence = self._live.pop(request, None)
-        if sequence is not None:
-            if tell:
-                self._ended.append(self._tell(sequence, None, "cancelled", pages=sequence.pages))
-            self.scheduler.remove(sequence)
-        return sequence
-
-    def _tell(
-        self,
-        sequence: Sequence,
-        drawn: Sample | None,
-        finish: FinishReason | None,
-        *,
-        pages: list[int] | None = None,  # those it has, or had
-        first: bool = False,
-        error: str | None = None,
-        routed: Routed | None = None,
-    ) -> Event:
-        routing = None
-        if finish and pages and sequence.params.routing:
-            known = min(len(sequence.ids) - 1, sequence.num_computed) if sequence.pages else None
-            routing = self.runner.records.experts(pages, len(sequence.ids) - 1 if known is None else known)
-        told = first and sequence.params.prompt_logprobs is not None
-        return Event(
-            request=sequence.request,
-            token=None if drawn is None else drawn.token,
-            logprob=None if drawn is None else drawn.logprob,
-            top=() if drawn is None else drawn.top,
-            finish=finish,
-            cached=sequence.cached or 0,
-            began=sequence.began,
-            prompt_logprobs=tuple(score.logprob for score in sequence.scores) if told else None,
-            prompt_tops=tuple(score.top for score in sequence.scores) if told else None,
-            routing=routing,
-            error=error,
-            routed=routed,
-        )

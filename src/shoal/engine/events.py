@@ -8,6 +8,7 @@ Shape letters: N positions, L layers that route, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,8 +24,7 @@ class Routed:
     weights: Tensor | None  # (N, L, K) float16, where the engine keeps them
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A request got a token, or ended, or both.
 
     `token` and `logprob` are None where it ended without one: it was cancelled, its logits are not numbers
@@ -40,9 +40,9 @@ class Event:
     began: float | None = None  # when its first step was launched, by time.monotonic(); None: it had none
     prompt_logprobs: tuple[float, ...] | None = None  # on the first: of each prompt token but the first
     prompt_tops: tuple[Top, ...] | None = None
-    routing: Tensor | None = field(default=None, compare=False)  # on the last: (positions - 1, L, K) int16
+    routing: Tensor | None = None  # on the last: (positions - 1, L, K) int16
     error: str | None = None
-    routed: Routed | None = field(default=None, compare=False)  # positions before its token, not told yet
+    routed: Routed | None = None  # positions before its token, not told yet
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ was wrong, or a prompt that lost its pages, has to be gone through again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,25 +25,33 @@ from shoal.engine.sequence import Scored, Sequence
 Scores = list[tuple[Sequence, int, staging.Parcel]]  # of prompts, from a position on
 
 
+class Drawing(NamedTuple):
+    """A pick that gets tokens."""
+
+    pick: Pick
+    flown: int  # how many the scheduler counts on
+    rows: int  # drawn, one after the other; guesses that may fall are among them
+
+
 @dataclass(frozen=True, eq=False)
 class Flight:
-    """A step on its way: who gets what when it comes."""
+    """A step on its way, or several of the same decodes: who gets what when it comes."""
 
     picks: list[Pick]
     starts: list[int]  # the position of each pick's first token
     step: Step
-    drawn: list[Pick]  # those that get tokens, in the order of the rows
-    samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`
+    drawn: list[Drawing]  # those that get tokens, in the order of the rows
+    samples: staging.Parcel | None  # of those, `sampling.Drawn.pack`, row after row
     scores: Scores
     read: list[Sequence]  # prompts that wanted no more than to be read
     routed: dict[int, tuple[int, staging.Parcel]]  # by request: where its positions from one on were sent
 
 
-def score_prompts(
-    runner: Runner, picks: list[Pick], step: Step
-) -> list[tuple[Sequence, int, staging.Parcel]]:
+def score_prompts(runner: Runner, picks: list[Pick], step: Step) -> Scores:
     """Log-probabilities of the prompt tokens that follow those in this step, where they are wanted."""
-    scores = []
+    scores: Scores = []
+    if all(pick.sequence.params.prompt_logprobs is None for pick in picks):
+        return scores
     row = 0
     for pick in picks:
         sequence, start = pick.sequence, pick.sequence.num_computed
@@ -66,17 +75,18 @@ def take_scores(sequence: Sequence, start: int, packed: Tensor) -> None:
         sequence.scores.append(Scored(logprob, tuple(top)))
 
 
-def collect_routed(records: Records, picks: list[Pick]) -> dict[int, tuple[int, staging.Parcel]]:
-    """Send home where positions were sent that have not been told, of those that get a token and ask."""
+def collect_routed(
+    records: Records, picks: list[Pick], ends: list[int]
+) -> dict[int, tuple[int, staging.Parcel]]:
+    """Send home where positions were sent that have not been told, up to `ends`, of those that get a token
+    and ask."""
     parcels = {}
-    for pick in picks:
+    for pick, end in zip(picks, ends, strict=True):
         sequence, start = pick.sequence, pick.sequence.num_routed
-        end = sequence.num_computed + pick.num_tokens
-        wanted = sequence.params.routing_from is not None and (pick.samples or pick.reads_all)
-        if wanted and start < end:
-            parcel = staging.Parcel(records.routed(sequence.pages, start, end))
-            parcels[sequence.request] = start, parcel
-            sequence.num_routed = end
+        if sequence.params.routing_from is None or not (pick.samples or pick.reads_all) or start >= end:
+            continue
+        parcels[sequence.request] = start, staging.Parcel(records.gather([(sequence.pages, start, end)]))
+        sequence.num_routed = end
     return parcels
 
 

@@ -19,9 +19,9 @@ import torch
 from shoal.config.cost import forward_bytes, step_bytes
 from shoal.config.model import ModelConfig
 from shoal.engine.buckets import default_contexts
+from shoal.engine.cache import count_page_bytes
 from shoal.engine.pieces import attended_width
 from shoal.engine.records import count_record_bytes
-from shoal.engine.runner import count_page_bytes
 from shoal.engine.settings import EngineSettings
 from shoal.engine.team import Team
 from shoal.model.offloaded import host_bytes, rounds_bytes

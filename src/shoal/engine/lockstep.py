@@ -95,7 +95,7 @@ class Place:
             compiled.result()
             self._here[engine.add(ids, params)] = number
         calls = engine.runner.calls
-        events = [replace(event, request=self._here[event.request]) for event in engine.step()]
+        events = [event._replace(request=self._here[event.request]) for event in engine.step()]
         if engine.runner.calls == calls:
             engine.runner.rest()
         assert engine.runner.calls == calls + 1, "a beat is one call of the model"

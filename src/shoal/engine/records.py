@@ -102,17 +102,17 @@ class Records:
 
     def experts(self, pages: list[int], length: int) -> Tensor:
         """The experts (N, L, K) of the first `length` positions of a sequence, int16 on the host."""
-        assert self._experts is not None
-        table_1B = torch.tensor([pages], device=self._experts.device)
-        return self._gather(self._experts, table_1B)[0, :length].cpu()
+        return self.gather([(pages, 0, length)])[0].cpu()
 
-    def routed(self, pages: list[int], start: int, end: int) -> Tensor:
-        """Positions `start` to `end` of a sequence, on the device: experts (1, N, L, K) int16, or experts and
-        the bits of their weights (2, N, L, K)."""
+    def gather(self, parts: list[tuple[list[int], int, int]]) -> Tensor:
+        """Of sequences by their pages, positions from one to another, all end to end, on the device: experts
+        (1, N, L, K) int16, or experts and the bits of their weights (2, N, L, K)."""
         assert self._experts is not None
-        places = np.arange(start, end)
-        slots = np.array(pages)[places // self.page_size] * self.page_size + places % self.page_size
-        (slots_N,) = staging.send([slots], self._experts.device)
+        size, slots = self.page_size, []
+        for pages, start, end in parts:
+            places = np.arange(start, end)
+            slots.append(np.array(pages, np.int64)[places // size] * size + places % size)
+        (slots_N,) = staging.send([np.concatenate(slots)], self._experts.device)
         kept = [self._experts] if self._weights is None else [self._experts, self._weights.view(torch.int16)]
         return torch.stack([rows.index_select(0, slots_N) for rows in kept])
 

@@ -1,9 +1,7 @@
 """Runner: from the scheduler's picks to logits, by one call of the model.
 
-It owns the cache: for each layer a tensor of pages (bytes, where it is in FP8), the same page number for a
-sequence in all of them. It turns the picks into a Batch with its KVView, everything the step needs in one
-transfer to the device, and calls the very `Transformer` that was trained. What a page holds past the end of
-its sequence is never read, so pages are not cleared.
+It owns the cache (cache.py). It turns the picks into a Batch with its KVView, everything the step needs in
+one transfer to the device, and calls the very `Transformer` that was trained.
 
 A step may be launched before the ids it continues have reached the host: such an id is written as a place in
 `tokens`, the table on the device where sampling leaves them. Steps of nothing but decodes are padded to a
@@ -16,7 +14,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,10 +26,10 @@ import torch
 from torch import Tensor
 
 from shoal.batch import Batch, Between, Chunk, KVView
-from shoal.config.cost import IndexKeys, cache_row_bytes, fp8_cache_shape, index_key_bytes
-from shoal.config.model import MLAConfig, ModelConfig
-from shoal.engine import staging
-from shoal.engine.buckets import Buckets, Inputs, Row
+from shoal.config.cost import IndexKeys
+from shoal.engine import burst, staging
+from shoal.engine.buckets import Bucket, Buckets, Inputs, Row
+from shoal.engine.cache import make_cache
 from shoal.engine.pieces import Pieces
 from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
@@ -42,34 +39,8 @@ from shoal.engine.team import Alone, Team
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
-from shoal.ops.quantised import FP8, check_index
 
 _SCORED_AT_ONCE = 256  # rows whose logits over the vocabulary are held at a time
-
-
-def count_page_bytes(
-    config: ModelConfig,
-    page_size: int,
-    dtype: torch.dtype,
-    *,
-    mtp: bool = False,
-    index_keys: IndexKeys = "wide",
-    cache_dtype: CacheDtype = "auto",
-) -> int:
-    """Bytes of one page in all layers, with `mtp` in the first prediction module too."""
-    if cache_dtype == "fp8":
-        row = math.prod(fp8_cache_shape(config, index_keys)) + index_key_bytes(config, index_keys)
-    else:
-        row = cache_row_bytes(config, dtype.itemsize, index_keys)
-    return (config.num_hidden_layers + mtp) * page_size * row
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU of memory that the system clears, and gives, when it is first written: a large cache costs
-    what is used of it."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class Span(NamedTuple):
@@ -112,25 +83,12 @@ class Runner:
         team: Team | None = None,
     ) -> None:
         config, head = model.config, model.head_weight()
-        layers, rows = config.num_hidden_layers + (num_drafts > 0), (num_pages + 1, page_size)
-        shape, dtype = (*rows, *config.attention.cache_shape), head.dtype
-        if cache_dtype == "fp8":
-            shape, dtype = (*rows, *fp8_cache_shape(config, index_keys)), torch.uint8
-        self.index_keys: tuple[tuple[Tensor, Tensor], ...] = ()
-        if index_keys == "fp8":
-            assert isinstance(config.attention, MLAConfig) and config.attention.indexer is not None
-            keys = config.attention.indexer.index_head_dim
-            check_index(keys)
-            if cache_dtype == "auto":
-                shape = (*rows, config.attention.latent_dim)
-            self.index_keys = tuple(
-                (_zeros((*rows, keys), FP8, head.device), _zeros(rows, torch.float32, head.device))
-                for _ in range(layers)
-            )
         self.model, self.device, self.page_size = model, head.device, page_size
         self.team = team or Alone()
         self.calls = 0  # of the model, by `run` and `rest`
-        self.pages = tuple(_zeros(shape, dtype, head.device) for _ in range(layers))
+        self.pages, self.index_keys = make_cache(
+            config, (num_pages + 1, page_size), head, num_drafts > 0, index_keys, cache_dtype
+        )
         self.records = Records(config, num_pages, page_size, head.device, weights=record_weights)
         self._width = 1 + num_drafts
         self.tokens = torch.zeros(max_sequences * self._width, dtype=torch.int64, device=head.device)
@@ -139,7 +97,9 @@ class Runner:
             rows = max(buckets) * self._width
             self._logits = torch.empty(rows, config.vocab_size, dtype=head.dtype, device=head.device)
         self.buckets = Buckets(buckets, contexts, page_size, scratch=num_pages, device=head.device)
-        self.pieces = Pieces(lengths, config, num_pages * page_size, head.dtype, head.device)
+        self._last: tuple[Inputs, Bucket | None, int] | None = None  # what `again` repeats, for how many rows
+        self.pad_slot = num_pages * page_size  # the first of the page that takes what padding writes
+        self.pieces = Pieces(lengths, config, self.pad_slot, head.dtype, head.device)
 
     def place(self, sequence: Sequence, guess: int = 0) -> int:
         """Where `tokens` has the last token of a running sequence, or its `guess`-th draft, from 1."""
@@ -154,10 +114,16 @@ class Runner:
         codes += [-1 - self.place(sequence, guess) for guess in range(1, pick.num_drafts + 1)]
         return Span(sequence.pages, start, codes, 1 + pick.num_drafts if pick.samples else 0)
 
-    def run(self, spans: list[Span]) -> Step:
-        """The spans through the model. Launches only: the host goes on at once."""
-        self.team.tell("run", spans)
-        return self._run(spans)
+    def run(self, spans: list[Span], ends: list[int] | None = None) -> Step:
+        """The spans through the model. Launches only: the host goes on at once. With `ends`, a position each,
+        the decodes may go on by `again` up to there."""
+        self.team.tell("run", spans, ends)
+        return self._run(spans, ends)
+
+    def again(self, tokens_S: Tensor) -> Step:
+        """The same sequences one position further, with the tokens just drawn."""
+        self.team.tell("again", None)
+        return self._again(tokens_S)
 
     @torch.inference_mode()
     def rest(self) -> None:
@@ -172,14 +138,14 @@ class Runner:
     @torch.inference_mode()
     def follow(self) -> None:
         """Do what the first of the team does, until its end."""
-        calls = {"run": self._run, "capture": self._capture, "score": self._score}
+        calls = {"run": self._run, "again": self._again, "capture": self._capture, "score": self._score}
         calls |= {"try_out": self._try_out}
         calls |= {"project": self._project, "predict": self._predict}
         while (told := self.team.hear()) is not None:
             calls[told[0]](*told[1:])
 
     @torch.inference_mode()
-    def _run(self, spans: list[Span]) -> Step:
+    def _run(self, spans: list[Span], ends: list[int] | None = None) -> Step:
         if self.model.training:
             raise ValueError(
                 "the model is in training mode, where experts may drop tokens; call model.eval() first"
@@ -187,19 +153,43 @@ class Runner:
         self.calls += 1
         bucket, tokens = None, spans[0].num_drawn
         if all(len(span.codes) == span.num_drawn == tokens for span in spans):
-            bucket = self.buckets.find(len(spans), tokens, max(span.start for span in spans) + tokens)
+            longest = max(ends) if ends else max(span.start for span in spans) + tokens
+            bucket = self.buckets.find(len(spans), tokens, longest)
         if bucket is None:
-            inputs = self.inputs(spans)
-            length = None if ops.is_batch_invariant() else self.pieces.find(len(inputs.codes_T))
-            if length is None:
-                return Step(*self._forward(inputs), inputs.table_SB)
-            batch = self.batch(inputs)
-            hidden_TD = self.pieces.run(batch, length, self._between)
-            return Step(self.model.logits(hidden_TD, batch), hidden_TD, inputs.table_SB)
-        rows = [Row(span.codes, span.start, span.pages) for span in spans]
-        logits_MV, hidden_TD = bucket.run(rows, self._forward_padded)
-        used = len(rows) * tokens
-        return Step(logits_MV[:used], hidden_TD[:used], bucket.inputs.table_SB[: len(rows)])
+            inputs = self.inputs(spans, ends)
+            step = self._run_unpadded(inputs)
+        else:
+            inputs, last = bucket.inputs, ends or [1] * len(spans)
+            rows = [
+                Row(span.codes, span.start, span.pages, end) for span, end in zip(spans, last, strict=True)
+            ]
+            step = self._cut(bucket.run(rows, self._forward_padded), bucket, len(spans))
+        self._last = (inputs, bucket, len(spans)) if ends else None
+        return step
+
+    @torch.inference_mode()
+    def _again(self, tokens_S: Tensor | None) -> Step:
+        assert self._last is not None
+        self.calls += 1
+        inputs, bucket, used = self._last
+        burst.advance(inputs, tokens_S, self.page_size, self.pad_slot)
+        if bucket is None:
+            return self._run_unpadded(inputs._replace(has_prefix=True))
+        return self._cut(bucket.again(self._forward_padded), bucket, used)
+
+    def _run_unpadded(self, inputs: Inputs) -> Step:
+        length = None if ops.is_batch_invariant() else self.pieces.find(len(inputs.codes_T))
+        if length is None:
+            return Step(*self._forward(inputs), inputs.table_SB)
+        batch = self.batch(inputs)
+        hidden_TD = self.pieces.run(batch, length, self._between)
+        return Step(self.model.logits(hidden_TD, batch), hidden_TD, inputs.table_SB)
+
+    def _cut(self, outputs: tuple[Tensor, ...], bucket: Bucket, used: int) -> Step:
+        """Of a padded step the rows that sequences fill."""
+        logits_MV, hidden_TD = outputs
+        rows = used * bucket.tokens
+        return Step(logits_MV[:rows], hidden_TD[:rows], bucket.inputs.table_SB[:used])
 
     @torch.inference_mode()
     def keep(self, tokens_S: Tensor, sequences: list[Sequence], guess: int = 0) -> None:
@@ -362,14 +352,14 @@ class Runner:
             last_S=inputs.last_M,
         )
 
-    def inputs(self, spans: list[Span]) -> Inputs:
-        """Spans laid end to end, on the device in one transfer."""
+    def inputs(self, spans: list[Span], lasts: list[int] | None = None) -> Inputs:
+        """Spans laid end to end, on the device in one transfer; `lasts` are the ends of a burst."""
         size = self.page_size
         starts = np.array([span.start for span in spans])
         lengths = np.array([len(span.codes) for span in spans])
         ends = starts + lengths
         bounds = np.concatenate(([0], lengths.cumsum()))
-        total, longest = int(bounds[-1]), int(ends.max())
+        total, longest = int(bounds[-1]), int(max(lasts) if lasts else ends.max())
         codes = np.array([code for span in spans for code in span.codes], np.int64)
         table = np.zeros((len(spans), -(-longest // size)), np.int32)
         for at, span in enumerate(spans):
@@ -388,10 +378,11 @@ class Runner:
                 bounds.astype(np.int32),
                 ends.astype(np.int32),
                 table,
+                *([np.array(lasts)] if lasts else []),
             ],
             self.device,
         )
-        codes_T, positions_T, slots_T, last_M, cu_seqlens_S1, contexts_S, table_SB = placed
+        codes_T, positions_T, slots_T, last_M, cu_seqlens_S1, contexts_S, table_SB, *ends_S = placed
         return Inputs(
             codes_T=codes_T,
             positions_T=positions_T,
@@ -408,6 +399,7 @@ class Runner:
                 for at, new in enumerate(lengths)
                 if new > 1
             ),
+            ends_S=ends_S[0] if ends_S else None,
         )
 
     def _between(self, rows_3T: Tensor, between: Between) -> Tensor:

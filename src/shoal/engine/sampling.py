@@ -14,7 +14,7 @@ Shape letters: S rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +53,8 @@ class Drawn(NamedTuple):
     top_logprobs_SK: Tensor
 
     def pack(self) -> Tensor:
-        """All of it as float64, which holds every id exactly: (S, 2 + 2K)."""
-        return torch.cat([column.double() for column in self if column.shape[1]], dim=1)
+        """All of it as float64, which holds every id exactly: (..., 2 + 2K)."""
+        return torch.cat([column.double() for column in self if column.shape[-1]], dim=-1)
 
 
 class Sample(NamedTuple):
@@ -63,15 +63,28 @@ class Sample(NamedTuple):
     top: Top  # the `params.logprobs` most probable tokens
 
 
-def read(packed: Tensor, counts: list[int]) -> list[Sample]:
-    """What `Drawn.pack` gave, on the host."""
+class Samples(NamedTuple):
+    """What was drawn, on the host: columns of as many rows."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    tops: list[Top] | None  # None where no row asked for any
+
+    def part(self, start: int, end: int) -> Samples:
+        tops = None if self.tops is None else self.tops[start:end]
+        return Samples(self.tokens[start:end], self.logprobs[start:end], tops)
+
+
+def read(packed: Tensor, counts: Sequence[int]) -> Samples:
+    """What `Drawn.pack` gave, on the host; `counts` are the `params.logprobs` of its rows."""
+    columns = packed.numpy()
+    tokens, logprobs = columns[:, 0].astype(np.int64).tolist(), columns[:, 1].tolist()
     most = (packed.shape[1] - 2) // 2
-    samples = []
-    for count, (token, logprob, *tops) in zip(counts, packed.tolist(), strict=True):
-        ids = map(int, tops[:count])
-        top = tuple(zip(ids, tops[most : most + count], strict=True))
-        samples.append(Sample(int(token), logprob, top))
-    return samples
+    if not most:
+        return Samples(tokens, logprobs, None)
+    ids, best = columns[:, 2 : 2 + most].astype(np.int64).tolist(), columns[:, 2 + most :].tolist()
+    tops = [tuple(zip(*row, strict=True))[:count] for *row, count in zip(ids, best, counts, strict=True)]
+    return Samples(tokens, logprobs, tops)
 
 
 def _mix(bits: int) -> int:
@@ -92,15 +105,76 @@ def uniform(seed: int, position: int) -> float:
     return (hash_pair(seed, position) >> 12) * 2.0**-52
 
 
+def uniforms(seeds: Sequence[int], positions: np.ndarray) -> np.ndarray:
+    """`uniform` of each seed (S,) at each of its positions (..., S)."""
+    bits = _mix_all(_mix_all(np.array(seeds, np.uint64)) ^ positions.astype(np.uint64))
+    return (bits >> np.uint64(12)) * 2.0**-52
+
+
+def _mix_all(bits: np.ndarray) -> np.ndarray:
+    """`_mix` of each."""
+    bits = bits + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class Wishes:
+    """How rows are sampled, once or several times at positions that follow: to the device in one transfer."""
+
+    def __init__(self, draws: list[Draw], device: torch.device, times: int = 1) -> None:
+        params = [draw.params for draw in draws]
+        hot = [row for row, p in enumerate(params) if p.temperature > 0]
+        # A CPU need not draw the others: they are taken in two calls instead of twenty.
+        spares = device.type != "cuda" and not ops.is_batch_invariant()
+        self._hot = hot if spares else list(range(len(draws)))
+        self._cold = [row for row, p in enumerate(params) if p.temperature == 0] if spares else []
+        self._columns: list[Tensor] = []
+        if self._hot:
+            at_KS = np.arange(times)[:, None] + np.array([draw.position for draw in draws])
+            self._columns = staging.send(
+                [
+                    np.array([p.temperature for p in params], np.float32),
+                    np.array([p.top_k or 0 for p in params], np.int32),
+                    np.array([p.top_p for p in params], np.float64),
+                    np.array([p.min_p for p in params], np.float32),
+                    *uniforms([draw.seed for draw in draws], at_KS),  # each aligned, as kernels expect
+                ],
+                device,
+            )
+
+    def choose(self, logits_SV: Tensor, scores_SV: Tensor | None = None, time: int = 0) -> ops.Sampled:
+        """A token for each row by `ops.sample`, from the scores if there are any."""
+        if not self._hot:
+            return _take_best(logits_SV, scores_SV)
+        columns, uniforms = self._columns[:4], self._columns[4:]
+        drawn = ops.sample(logits_SV, *columns, uniforms[time], scores_SV=scores_SV)
+        if not self._cold:
+            return drawn
+        # By the same sums as where all rows are: a row's bits are its own.
+        rows_S = torch.tensor(self._cold)
+        best = _take_best(logits_SV[rows_S], None if scores_SV is None else scores_SV[rows_S])
+        both = zip(drawn, best, strict=True)
+        return ops.Sampled(*(all_S.index_copy(0, rows_S, some_S) for all_S, some_S in both))
+
+
 def draw(
-    logits_SV: Tensor, draws: list[Draw], history: History | None = None, allowed_SV: Tensor | None = None
+    logits_SV: Tensor,
+    draws: list[Draw],
+    history: History | None = None,
+    allowed_SV: Tensor | None = None,
+    *,
+    wishes: Wishes | None = None,
+    time: int = 0,
 ) -> Drawn:
-    """One token for each row. Launches only, on CUDA. `allowed_SV` are the tokens that grammars leave."""
+    """One token for each row. Launches only, on CUDA. `allowed_SV` are the tokens that grammars leave;
+    `wishes` may be there for several times."""
     scores_SV = _bend(logits_SV, draws, history)
     if allowed_SV is not None:
         scores_SV = logits_SV.float() if scores_SV is None else scores_SV
         scores_SV = scores_SV.masked_fill(~allowed_SV, -math.inf)
-    tokens_S1, logprobs_S1 = (row.unsqueeze(1) for row in choose(logits_SV, draws, scores_SV))
+    drawn = (wishes or Wishes(draws, logits_SV.device)).choose(logits_SV, scores_SV, time)
+    tokens_S1, logprobs_S1 = (row.unsqueeze(1) for row in drawn)
     best, ids = logprobs_S1[:, :0], tokens_S1[:, :0]
     if most := max((draw.params.logprobs for draw in draws), default=0):
         best, ids = logits_SV.float().topk(most, dim=-1)
@@ -108,38 +182,21 @@ def draw(
     return Drawn(tokens_S1, logprobs_S1, ids, best)
 
 
+def bends(draw: Draw) -> bool:
+    """Whether the logits are not what is drawn from."""
+    return bool(draw.params.penalises or draw.params.logit_bias or draw.banned_ids)
+
+
 def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None) -> list[Sample]:
     """One token for each row, on the host."""
     packed = draw(logits_SV, draws, history).pack()
-    return read(packed.cpu(), [draw.params.logprobs for draw in draws])
+    tokens, logprobs, tops = read(packed.cpu(), [draw.params.logprobs for draw in draws])
+    return [Sample(*row) for row in zip(tokens, logprobs, tops or [()] * len(tokens), strict=True)]
 
 
 def choose(logits_SV: Tensor, draws: list[Draw], scores_SV: Tensor | None = None) -> ops.Sampled:
     """A token for each row by `ops.sample`, from the scores if there are any."""
-    params = [draw.params for draw in draws]
-    greedy: list[int] = []  # rows that a CPU need not draw: in two calls instead of twenty
-    if not logits_SV.is_cuda and not ops.is_batch_invariant():
-        greedy = [row for row, p in enumerate(params) if p.temperature == 0]
-    if len(greedy) == len(params):
-        return _take_best(logits_SV, scores_SV)
-    columns = staging.send(
-        [
-            np.array([p.temperature for p in params], np.float32),
-            np.array([p.top_k or 0 for p in params], np.int32),
-            np.array([p.top_p for p in params], np.float64),
-            np.array([p.min_p for p in params], np.float32),
-            np.array([uniform(d.seed, d.position) if d.params.temperature else 0.0 for d in draws]),
-        ],
-        logits_SV.device,
-    )
-    drawn = ops.sample(logits_SV, *columns, scores_SV=scores_SV)
-    if not greedy:
-        return drawn
-    # By the same sums as where all rows are: a row's bits are its own.
-    rows_S = torch.tensor(greedy)
-    best = _take_best(logits_SV[rows_S], None if scores_SV is None else scores_SV[rows_S])
-    both = zip(drawn, best, strict=True)
-    return ops.Sampled(*(all_S.index_copy(0, rows_S, some_S) for all_S, some_S in both))
+    return Wishes(draws, logits_SV.device).choose(logits_SV, scores_SV)
 
 
 def _take_best(logits_SV: Tensor, scores_SV: Tensor | None) -> ops.Sampled:

@@ -85,7 +85,7 @@ class Scheduler:
         """The next step, with at most `num_drafts` guesses a sequence. Empty only when nothing is left to do
         before what is on its way has arrived."""
         # 1. Every running sequence gets pages for its ids, the first in turn before the others.
-        for sequence in sorted(self.running, key=_turn):
+        for sequence in sorted((s for s in self.running if self._missing(s)), key=_turn):
             self._make_room(sequence)
         while self._must_make_way():
             self._preempt(max(self.running, key=_turn))
@@ -103,30 +103,52 @@ class Scheduler:
         assert picks or self.running or not self.waiting, "sequences wait although none runs"
         return picks
 
+    def extend(self, picks: list[Pick], most: int) -> int:
+        """Pages ahead, for as many steps of these decodes in a row as there are pages for, at most `most`:
+        their number. Nobody gives way for them."""
+        size, rooms = self.pool.page_size, [pick.sequence.room for pick in picks]
+        steps = min(most, max(rooms))
+        while steps > 1:
+            missing = [
+                -(-(pick.sequence.length + min(steps, room) - 1) // size) - len(pick.sequence.pages)
+                for pick, room in zip(picks, rooms, strict=True)
+            ]
+            if sum(count for count in missing if count > 0) <= self.pool.num_free:
+                for pick, count in zip(picks, missing, strict=True):
+                    if count > 0:
+                        pick.sequence.pages += self.pool.take(count)
+                return steps
+            steps //= 2
+        return 1
+
     def is_short(self) -> bool:
         """Whether the next step has to take the place of a running sequence from it."""
         missing = sum(self._missing(sequence) for sequence in self.running)
         return missing > self.pool.num_free or self._must_make_way(promised=missing)
 
-    def launch(self, picks: list[Pick]) -> None:
-        """The step is on its way to the device: whatever is launched after it finds it done."""
+    def launch(self, picks: list[Pick], steps: int = 1) -> list[int]:
+        """The step is on its way to the device, or so many in a row: whatever is launched after finds it
+        done. How many tokens of each pick will come home."""
+        flown = []
         for pick in picks:
-            sequence, samples = pick.sequence, pick.samples
-            sequence.num_computed += pick.num_new
-            sequence.num_flying += samples
+            sequence, count = pick.sequence, 0
+            if pick.samples:
+                count = min(steps, sequence.room)
+            sequence.num_computed += pick.num_new + max(count - 1, 0)
+            sequence.num_flying += count
             self._keep_full_pages(sequence)
+            flown.append(count)
+        return flown
 
-    def commit(self, sequence: Sequence, tokens: list[int]) -> list[int]:
-        """These tokens were drawn for a sequence, one after the other: those it takes before it finishes."""
-        taken: list[int] = []
-        sequence.num_flying -= 1  # the next step's token may be on its way already
-        for token in tokens:
-            sequence.append(token)
-            taken.append(token)
-            if sequence.finish:
-                break
+    def commit(self, sequence: Sequence, tokens: list[int], flown: int = 1) -> list[int]:
+        """These tokens were drawn for a sequence, one after the other: those it takes before it finishes.
+        `flown` is what `launch` said; guesses that stand come beside."""
+        sequence.num_flying -= flown  # later steps' tokens may be on their way already
+        taken = sequence.take(tokens)
         if sequence.pages:
-            sequence.num_computed += len(taken) - 1
+            sequence.num_computed += len(taken) - flown
+            if sequence.finish:  # what was computed for later tokens is of no use
+                sequence.num_computed = min(sequence.num_computed, len(sequence.ids) - 1)
             self._keep_full_pages(sequence)
         if sequence.finish:
             self.remove(sequence)

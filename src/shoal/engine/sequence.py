@@ -2,8 +2,8 @@
 
 A sequence is its token ids, the pages that hold their keys and values, and how many positions those pages
 hold so far. There is no phase: a prompt being read in chunks, a token being decoded, a sequence computed
-again after it lost its pages are all ids whose positions are not computed yet. The last id may still be on
-its way from the device (`num_flying`): it counts, though the host does not know it.
+again after it lost its pages are all ids whose positions are not computed yet. The last ids may still be on
+their way from the device (`num_flying`): they count, though the host does not know them.
 
 The law: `num_computed <= length`, and a token is sampled exactly when the two would meet.
 """
@@ -138,7 +138,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # while it runs; written by the scheduler
     row: int = -1  # its place among those that run
     num_computed: int = 0  # positions whose keys and values lie in the pages, or will when the step is done
-    num_flying: int = 0  # tokens drawn on the device that have not reached the host: at most 1 between steps
+    num_flying: int = 0  # tokens drawn on the device that have not reached the host
     num_routed: int = 0  # positions whose experts were told, or are on their way
     num_drafts: int = 0  # tokens guessed ahead, on the device
     num_kept: int = 0  # pages, from the first, that the pool knows the contents of
@@ -180,9 +180,13 @@ class Sequence:
         too_early = position - self.num_prompt < self.params.min_tokens
         return self.stop_ids if too_early else frozenset()
 
-    def append(self, token: int) -> None:
-        self.ids.append(token)
-        if token in self.stop_ids:
-            self.finish = "stop"
-        elif len(self.ids) >= self.max_len:
+    def take(self, tokens: list[int]) -> list[int]:
+        """Those of them that come before the end, which may be one of them."""
+        tokens = tokens[: self.max_len - len(self.ids)]
+        if not self.stop_ids.isdisjoint(tokens):
+            last = next(at for at, token in enumerate(tokens) if token in self.stop_ids)
+            tokens, self.finish = tokens[: last + 1], "stop"
+        self.ids += tokens
+        if self.finish is None and len(self.ids) >= self.max_len:
             self.finish = "length"
+        return tokens

@@ -25,9 +25,11 @@ class EngineSettings:
     `buckets` are the sizes to which steps of nothing but decodes are padded, () none; on CUDA each replays a
     graph, and None chooses them there. `lengths` are the numbers of tokens to which other steps are padded,
     () none; on CUDA each replays graphs between its attentions (engine/pieces.py), and None chooses them
-    there. `overlap` launches a step before the last one's tokens have come; None does so on CUDA. `speculate`
-    guesses so many tokens ahead with the model's prediction module, which needs each step's tokens on the
-    host: it rules out `overlap`. `record_weights` keeps the weights of the routed
+    there. `overlap` launches a step before the last one's tokens have come; None does so on CUDA. Up to
+    `decode_steps` steps are launched in a row where all that run decode (engine/burst.py): the tokens of a
+    request then come so many at a time, and who arrives waits for the last of them, but the host works that
+    much less often. `speculate` guesses so many tokens ahead with the model's prediction module, which needs
+    each step's tokens on the host: it rules out `overlap`. `record_weights` keeps the weights of the routed
     experts beside their ids, two bytes a choice more, for requests that ask where they were sent. `affinity`
     admits requests that are likely to use the same experts together, past one that waits up to so many times;
     0 goes by arrival. `index_keys` fp8 keeps the keys of a sparse attention's indexer in a byte an element,
@@ -47,6 +49,7 @@ class EngineSettings:
     buckets: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     overlap: bool | None = None
+    decode_steps: int = 1
     speculate: int = 0
     record_weights: bool = False
     affinity: int = 0
@@ -59,7 +62,9 @@ class EngineSettings:
                 f"cache_dtype (--kv-cache-dtype) is {self.cache_dtype!r}; it must be one of "
                 f"{', '.join(get_args(CacheDtype))}"
             )
-        for name in ("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences"):
+        for name in (
+            *("page_size", "num_pages", "cache_bytes", "max_batch_tokens", "max_sequences", "decode_steps"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -86,6 +91,11 @@ class EngineSettings:
             raise ValueError(
                 f"overlap is True and speculate is {self.speculate}, but guesses need the last step's tokens "
                 f"on the host; leave one of them out"
+            )
+        if self.speculate and self.decode_steps > 1:
+            raise ValueError(
+                f"decode_steps is {self.decode_steps} and speculate is {self.speculate}, but guesses need "
+                f"each step's tokens on the host; set decode_steps to 1, or speculate to 0"
             )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be between 0 and 2**64 - 1")

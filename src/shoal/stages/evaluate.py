@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -183,7 +183,7 @@ class _Reader:
             if not self.stopped:
                 self.text += self._stops.push(self._stream.flush())
                 self.text += "" if self.stopped else self._stops.flush()
-            event = event if event.finish is not None else replace(event, finish="stop")
+            event = event if event.finish is not None else event._replace(finish="stop")
         self.events.append(event)
 
 

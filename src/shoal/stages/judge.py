@@ -10,6 +10,7 @@ The worker is this file run as a program. It loads rewards.py and what the named
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -19,8 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from typing import IO, Any, Literal, Self
 Fault = Literal["raised", "hung", "not a number", "left processes", "died"]
 READY = "ready"  # the worker's first word
 START_SECONDS = 60.0  # for its imports
+AHEAD_BYTES = 1 << 15  # of questions that wait for the worker: half of what a pipe holds
 
 
 @dataclass(frozen=True)
@@ -70,29 +72,40 @@ class Judge:
 
     def score(self, answers: Sequence[str], problems: Sequence[Mapping[str, Any]]) -> list[Score]:
         """One score an answer, in order."""
-        return [self._score(text, problem) for text, problem in zip(answers, problems, strict=True)]
-
-    def _score(self, text: str, problem: Mapping[str, Any]) -> Score:
-        parts: dict[str, float] = {}
-        faults: dict[str, Fault] = {}
-        for name in chosen(problem, self.rewards):
-            value, fault, message = self._ask(name, text, problem)
+        asked = [
+            (at, {"reward": name, "text": text, "problem": problem})
+            for at, (text, problem) in enumerate(zip(answers, problems, strict=True))
+            for name in chosen(problem, self.rewards)
+        ]
+        parts: list[dict[str, float]] = [{} for _ in answers]
+        faults: list[dict[str, Fault]] = [{} for _ in answers]
+        replies = self._ask([question for _, question in asked])
+        for (at, question), (value, fault, message) in zip(asked, replies, strict=True):
+            name = question["reward"]
             if fault is not None:
-                faults[name] = fault
+                faults[at][name] = fault
                 self.faults[fault] += 1
                 self.examples.setdefault(fault, f"{name}: {message}")
-            parts[name] = value
-        total = sum(self.rewards[name] * value for name, value in parts.items())
-        return Score(total, parts, faults)
+            parts[at][name] = value
+        totals = [sum(self.rewards[name] * value for name, value in own.items()) for own in parts]
+        return [Score(*each) for each in zip(totals, parts, faults, strict=True)]
 
-    def _ask(self, name: str, text: str, problem: Mapping[str, Any]) -> tuple[float, Fault | None, str]:
-        worker = self._worker = self._worker or _Worker(list(self.rewards))
-        reply = worker.ask({"reward": name, "text": text, "problem": problem}, self.seconds)
-        if isinstance(reply, str):  # it hung or died
-            self._stop()
-            fault: Fault = "hung" if reply == "hung" else "died"
-            return 0.0, fault, f"no answer in {self.seconds:g} s" if fault == "hung" else "its process ended"
-        return reply["value"], reply.get("fault"), reply.get("message", "")
+    def _ask(self, questions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, Fault | None, str]]:
+        """The replies, in order. The next questions are sent while the worker thinks about one."""
+        sent = 0
+        for at in range(len(questions)):
+            if self._worker is None:
+                self._worker, sent = _Worker(list(self.rewards)), at
+            while sent < len(questions) and self._worker.send(questions[sent]):
+                sent += 1
+            reply = self._worker.reply(self.seconds)
+            if isinstance(reply, str):  # it hung or died
+                self._stop()
+                fault: Fault = "hung" if reply == "hung" else "died"
+                told = f"no answer in {self.seconds:g} s" if fault == "hung" else "its process ended"
+                yield 0.0, fault, told
+            else:
+                yield reply["value"], reply.get("fault"), reply.get("message", "")
 
     def _stop(self) -> None:
         if self._worker is not None:
@@ -107,7 +120,7 @@ def chosen(problem: Mapping[str, Any], rewards: Iterable[str]) -> list[str]:
 
 
 class _Worker:
-    """The other process, seen from here: a line of JSON to it, a line back."""
+    """The other process, seen from here: lines of JSON to it, a line back for each."""
 
     def __init__(self, rewards: list[str]) -> None:
         source = str(Path(__file__).parents[2])  # `-P` and this: found as we were, whatever the folder
@@ -123,19 +136,27 @@ class _Worker:
         self._to: IO[bytes] = self._process.stdin
         self._from = self._process.stdout.fileno()
         self._rest = b""
+        self._ahead: deque[int] = deque()  # bytes of each question that has no reply yet
         first = self._read(START_SECONDS)
         if first != READY:
             self.kill()
             told = first["error"] if isinstance(first, dict) else f"its process {first}"
             raise ValueError(f"the rewards {', '.join(rewards)} cannot be used: {told}")
 
-    def ask(self, question: Mapping[str, Any], seconds: float) -> Any:
-        """The reply, or "hung", or "died"."""
-        try:
-            self._to.write(json.dumps(question).encode() + b"\n")
+    def send(self, question: Mapping[str, Any]) -> bool:
+        """Whether it was sent: no more at a time than the pipe holds, or one that hangs would stop us too."""
+        line = json.dumps(question).encode() + b"\n"
+        if self._ahead and sum(self._ahead) + len(line) > AHEAD_BYTES:
+            return False
+        self._ahead.append(len(line))
+        with contextlib.suppress(BrokenPipeError):  # it has died: the reply will say so
+            self._to.write(line)
             self._to.flush()
-        except BrokenPipeError:
-            return "died"
+        return True
+
+    def reply(self, seconds: float) -> Any:
+        """To the first question without one; or "hung", or "died"."""
+        self._ahead.popleft()
         return self._read(seconds)
 
     def _read(self, seconds: float) -> Any:
@@ -165,8 +186,10 @@ class _Worker:
 
 def serve() -> None:
     """Answer questions until there are no more. Standard output is the answers' alone."""
-    answers = os.fdopen(os.dup(1), "w")
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a reward prints is not an answer
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)  # and the next question is nothing for it to read
 
     def tell(reply: Any) -> None:
         answers.write(json.dumps(reply) + "\n")
@@ -179,7 +202,7 @@ def serve() -> None:
         return
     tell(READY)
     us = os.getpid()
-    for line in sys.stdin:
+    for line in questions:
         question = json.loads(line)
         reply = _judge(rewards[question["reward"]], question["text"], question["problem"])
         if os.getpid() != us:  # a reward forked, and this is the fork: there is one answer, and it is not its

@@ -17,8 +17,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from shoal.config.tune import GRPOConfig, RolloutConfig
 from shoal.data.text import Tokenizer
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.engine.sampling import hash_pair
-from shoal.model.transformer import Transformer
+from shoal.model.transformer import Output, Transformer
 from shoal.stages.appraise import PREFERENCE, Appraiser
 from shoal.stages.judge import Judge, Score, chosen
 from shoal.train import policy
@@ -94,6 +96,7 @@ class Rollout:
                 cache_bytes=settings.cache_bytes,
                 max_sequences=settings.max_sequences,
                 max_batch_tokens=max(2048, settings.max_sequences),
+                decode_steps=settings.decode_steps,
             ),
         )
         self.hand_over_seconds = 0.0  # between the trainer's last step and the engine's first
@@ -214,56 +217,64 @@ def to_batch(
     episodes: Sequence[Episode], shares: Sequence[float], settings: RolloutConfig, device: torch.device
 ) -> PolicyBatch:
     """Answers laid end to end. The last token of each is predicted and never read, so it has no row."""
-    ids: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    values: list[float] = []
-    sampled: list[float] = []
-    bounds = [0]
-    kept: list[list[int]] = []
-    for episode, share in zip(episodes, shares, strict=True):
-        prompt, answer = list(episode.question.ids), list(episode.completion.ids)
-        before = len(prompt) - 1  # rows that predict a token of the prompt
-        ids += (prompt + answer)[:-1]
-        targets += (prompt + answer)[1:]
-        weights += [0.0] * before + [share] * len(answer)
-        values += [0.0] * before + [episode.advantage] * len(answer)
-        sampled += [0.0] * before + list(episode.completion.logprobs)
-        bounds.append(len(ids))
-        if settings.keep_sampling:
-            kept += [[target] for target in prompt[1:]]
-            tops = zip(answer, episode.completion.tops, strict=True)
-            kept += [_support(token, top, settings) for token, top in tops]
-    lengths = torch.tensor(bounds).diff()
-    routing = [episode.completion.routing for episode in episodes]
+    answers = [episode.completion for episode in episodes]
+    prompt_S = np.array([len(episode.question.ids) for episode in episodes])
+    answer_S = np.array([len(answer.ids) for answer in answers])
+    # 1. All tokens of all; each is read but the last of a sequence, and predicted but the first.
+    texts = [ids for episode in episodes for ids in (episode.question.ids, episode.completion.ids)]
+    tokens, ends_S = _flat(texts, np.int64), (prompt_S + answer_S).cumsum()
+    rows_S = prompt_S + answer_S - 1
+    bounds_S1 = np.concatenate(([0], rows_S.cumsum()))
+    ids_T = np.delete(tokens, ends_S - 1)
+    targets_T = np.delete(tokens, ends_S - prompt_S - answer_S)
+    positions_T = np.arange(len(ids_T)) - bounds_S1[:-1].repeat(rows_S)
+    # 2. What is said of answers alone is 0 at the rows that predict a prompt.
+    drawn_T = positions_T >= (prompt_S - 1).repeat(rows_S)
+    advantage_S = np.array([episode.advantage for episode in episodes])
+    sampled_T = np.zeros(len(ids_T))
+    sampled_T[drawn_T] = _flat([answer.logprobs for answer in answers], np.float64)
+
+    def place(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(array).to(dtype).to(device)
+
+    routing = [answer.routing for answer in answers if answer.routing is not None]
     return PolicyBatch(
-        ids_T=torch.tensor(ids, device=device),
-        positions_T=torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device),
-        cu_seqlens_S1=torch.tensor(bounds, dtype=torch.int32, device=device),
-        max_seqlen=int(lengths.max()),
-        targets_T=torch.tensor(targets, device=device),
-        weights_T=torch.tensor(weights, device=device),
-        routing=None
-        if any(record is None for record in routing)
-        else torch.cat([record for record in routing if record is not None]).long().to(device),
-        advantages_T=torch.tensor(values, device=device),
-        sampled_T=torch.tensor(sampled, device=device),
-        answers_T=torch.arange(len(episodes)).repeat_interleave(lengths).to(device),
-        kept_TK=_pad(kept, device) if settings.keep_sampling else None,
+        ids_T=place(ids_T, torch.int64),
+        positions_T=place(positions_T, torch.int64),
+        cu_seqlens_S1=place(bounds_S1, torch.int32),
+        max_seqlen=int(rows_S.max()),
+        targets_T=place(targets_T, torch.int64),
+        weights_T=place(np.where(drawn_T, np.array(shares).repeat(rows_S), 0.0), torch.float32),
+        routing=torch.cat(routing).to(device).long() if len(routing) == len(answers) else None,
+        advantages_T=place(np.where(drawn_T, advantage_S.repeat(rows_S), 0.0), torch.float32),
+        sampled_T=place(sampled_T, torch.float32),
+        answers_T=place(np.arange(len(episodes)).repeat(rows_S), torch.int64),
+        kept_TK=place(_support(answers, targets_T, drawn_T, settings), torch.int64)
+        if settings.keep_sampling
+        else None,
     )
 
 
-def _support(token: int, top: Sequence[tuple[int, float]], settings: RolloutConfig) -> list[int]:
-    """What could be drawn of what top-k left, `top`: the fewest that reach top_p. `token` is one of them."""
-    logprobs = torch.tensor([logprob for _, logprob in top], dtype=torch.float64)
-    probs = (logprobs / settings.temperature).softmax(0)
-    needed = int((probs.cumsum(0) - probs < settings.top_p).sum())
-    return list(dict.fromkeys([*(candidate for candidate, _ in top[:needed]), token]))
+def _flat(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), dtype, sum(map(len, rows)))
 
 
-def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)
+def _support(
+    answers: Sequence[Completion], targets_T: np.ndarray, drawn_T: np.ndarray, settings: RolloutConfig
+) -> np.ndarray:
+    """(T, K): what could be drawn of what top-k left, the fewest that reach top_p, then what was drawn, if it
+    is none of them; -1 past those. Of a prompt its token alone."""
+    best_AK2 = np.array([top for answer in answers for top in answer.tops])
+    ids_AK, logprobs_AK = best_AK2[..., 0].astype(np.int64), torch.from_numpy(best_AK2[..., 1])
+    probs_AK = (logprobs_AK / settings.temperature).softmax(-1)
+    inside_AK = (probs_AK.cumsum(-1) - probs_AK < settings.top_p).numpy()
+    known_A = (inside_AK & (ids_AK == targets_T[drawn_T][:, None])).any(-1)
+    kept_TK = np.full((len(targets_T), ids_AK.shape[1] + 1), -1)
+    kept_TK[drawn_T, :-1] = np.where(inside_AK, ids_AK, -1)
+    kept_TK[:, -1] = targets_T
+    kept_TK[np.flatnonzero(drawn_T)[known_A], -1] = -1
+    kept_TK = np.take_along_axis(kept_TK, (kept_TK < 0).argsort(-1, kind="stable"), -1)
+    return kept_TK[:, : (kept_TK >= 0).sum(-1).max()]
 
 
 @torch.no_grad()
@@ -292,8 +303,11 @@ def follow_teacher(batch: PolicyBatch) -> PolicyBatch:
 
 def answer_log_probs(model: Transformer, batch: PolicyBatch, temperature: float) -> Tensor:
     """(T,): log-probability of each sampled token, 0 at the others."""
+    return _log_probs(model, model(batch).hidden_TD / temperature, batch)
+
+
+def _log_probs(model: Transformer, hidden_TD: Tensor, batch: PolicyBatch) -> Tensor:
     assert batch.targets_T is not None and batch.weights_T is not None
-    hidden_TD = model(batch).hidden_TD / temperature
     if batch.kept_TK is None:
         logp_T = policy.log_probs(hidden_TD, model.head_weight(), batch.targets_T)
     else:
@@ -305,21 +319,22 @@ def answer_log_probs(model: Transformer, batch: PolicyBatch, temperature: float)
 def measure_gap(model: Transformer, batch: PolicyBatch) -> Gap:
     """Engine against trainer, at temperature 1 and over all tokens, which is what the engine reports."""
     assert batch.sampled_T is not None and batch.weights_T is not None
-    plain = replace(batch, kept_TK=None)
-    sampled_T = batch.weights_T != 0
-    ours_T = answer_log_probs(model, plain, 1.0)
-    gap_T = (ours_T - batch.sampled_T)[sampled_T].abs()
-    routing = replayed = 0.0
+    out = model(batch)
+    ours_T = _log_probs(model, out.hidden_TD, replace(batch, kept_TK=None))
+    gap_T = torch.where(batch.weights_T != 0, ours_T - batch.sampled_T, 0.0).abs()
+    told = [gap_T.sum() / batch.weights_T.count_nonzero(), gap_T.max()]
     if batch.routing is not None:
-        routing = _differing(model(replace(plain, routing=None)), batch.routing)
-        replayed = _differing(model(plain), batch.routing)
-    return Gap(float(gap_T.mean()), float(gap_T.max()), routing, replayed)
+        own = model(replace(batch, routing=None))
+        told += [_differing(own, batch.routing), _differing(out, batch.routing)]
+    mean, most, *routing = torch.stack(told).tolist()
+    return Gap(mean, most, *(routing or (0.0, 0.0)))
 
 
-def _differing(output: Any, record_TLK: Tensor) -> float:
+def _differing(output: Output, record_TLK: Tensor) -> Tensor:
+    """The share of choices that are not on record."""
     chosen_TLK = torch.stack([layer.experts_TK for layer in output.routing], 1)
     same_TLK = (chosen_TLK.unsqueeze(-1) == record_TLK.unsqueeze(-2)).any(-1)
-    return 1 - float(same_TLK.float().mean())
+    return 1 - same_TLK.float().mean()
 
 
 def batches_of(

@@ -127,6 +127,8 @@ def check_shared(config: ModelConfig, processes: int, settings: EngineSettings) 
     why = "engines that share experts out step together, and eagerly"
     if settings.speculate:
         raise ValueError(f"speculate is {settings.speculate}, but {why}; set it to 0, or data_parallel to 1")
+    if settings.decode_steps > 1:
+        raise ValueError(f"decode_steps is {settings.decode_steps}, but {why}; leave it at 1")
     for name in ("buckets", "lengths"):
         if sizes := getattr(settings, name):
             raise ValueError(f"{name} are {sizes}, but {why}; leave them out")
