@@ -43,6 +43,7 @@ class Result:
     share: float  # of wall-clock, in kernels (on a CPU: in torch's ops)
     hand_over_ms: float
     drawn: float  # tokens a second, prompts included, over whole rounds
+    round_tokens: float  # drawn in a round, prompts included
 
 
 class Watch:
@@ -118,6 +119,7 @@ def measure(
         share=watch.share(),
         hand_over_ms=1e3 * max(line["timing"]["hand-over"] for line in lines),
         drawn=sum(line["drawn"] for line in lines) / watch.seconds,
+        round_tokens=sum(line["drawn"] for line in lines) / rounds,
     )
 
 
@@ -154,6 +156,8 @@ def main() -> None:
     print(f"{kind:24} {told.share:15.1%}    wanted {SHARE:.0%} in kernels of an H200")
     print(f"{'hand-over':24} {told.hand_over_ms:12,.3f} ms    wanted {HAND_OVER_MS:.0f}")
     print(f"{'tokens drawn':24} {told.drawn:12,.0f} /s")
+    idle = (1 - told.share) * told.seconds
+    print(f"{'not in kernels':24} {1e6 * idle / told.round_tokens:12,.2f} us a token")
 
 
 if __name__ == "__main__":

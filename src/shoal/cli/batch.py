@@ -61,6 +61,7 @@ def batch(
         cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
         max_sequences=max_sequences,
         affinity=affinity,
+        decode_steps=8,  # nobody reads along
         cache_dtype=kv_cache_dtype,
     )
     process = EngineProcess(Opening(folder, settings, device, dtype, check_quant(quant), offload=offload))

@@ -23,11 +23,8 @@ from shoal.engine.scheduler import Pick
 
 
 def can_follow(picks: list[Pick]) -> bool:
-    """Whether other steps of these picks may follow without the host."""
-    return all(
-        pick.num_new == 1 and not pick.num_drafts and pick.samples and pick.sequence.matcher is None
-        for pick in picks
-    )
+    """Whether other steps of these picks, of which all get a token, may follow without the host."""
+    return all(num_new == 1 and sequence.matcher is None for sequence, num_new, _ in picks)
 
 
 def advance(inputs: Inputs, tokens_S: Tensor | None, page_size: int, scratch: int) -> None:

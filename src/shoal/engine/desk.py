@@ -11,25 +11,16 @@ tokens costs the host little more than the tokens.
 from __future__ import annotations
 
 import math
-from itertools import repeat
 from typing import NamedTuple
 
 from shoal.engine import staging
-from shoal.engine.events import Event, Routed
+from shoal.engine.events import Portion
 from shoal.engine.flight import open_routed
 from shoal.engine.order import Order
 from shoal.engine.runner import Runner
 from shoal.engine.sampling import Samples
 from shoal.engine.scheduler import Pick, Scheduler
-from shoal.engine.sequence import FinishReason, Sequence
-
-
-class _Leaving(NamedTuple):
-    """The last event of a request whose record is still in its pages."""
-
-    event: Event
-    pages: list[int]
-    known: int  # positions
+from shoal.engine.sequence import FinishReason, Scored, Sequence
 
 
 class Desk:
@@ -37,7 +28,7 @@ class Desk:
         self._scheduler, self._runner, self._order = scheduler, runner, order
         self.live: dict[int, Sequence] = {}
         self.generated = 0
-        self._ended: list[Event] = []
+        self._ended: list[Portion] = []
         self._leaving: list[_Leaving] = []
         self._sent: list[tuple[list[_Leaving], staging.Parcel]] = []
 
@@ -56,21 +47,21 @@ class Desk:
         if sequence is None:
             return False
         known = min(len(sequence.ids) - 1, sequence.num_computed)
-        self._ended += self._leave(self._event(sequence, "cancelled"), sequence, sequence.pages, known)
+        self._ended += self._leave(_end(sequence, "cancelled"), sequence, sequence.pages, known)
         self.send()
         self._drop(sequence)
         return True
 
-    def deliver(self) -> list[Event]:
+    def deliver(self) -> list[Portion]:
         """Ends that have not been told. Waits for the records that were sent."""
-        events, sent = self._ended, self._sent
+        told, sent = self._ended, self._sent
         self._ended, self._sent = [], []
         for leaving, parcel in sent:
             experts = parcel.open()[0].split([each.known for each in leaving])
-            events += [
-                each.event._replace(routing=rows.clone()) for each, rows in zip(leaving, experts, strict=True)
+            told += [
+                each.last._replace(routing=rows.clone()) for each, rows in zip(leaving, experts, strict=True)
             ]
-        return events
+        return told
 
     def send(self) -> None:
         """Send home the records of those that have ended, before their pages are written again."""
@@ -79,87 +70,89 @@ class Desk:
             rows = self._runner.records.gather([(each.pages, 0, each.known) for each in leaving])
             self._sent.append((leaving, staging.Parcel(rows)))
 
-    def read(self, sequence: Sequence, sent: tuple[int, staging.Parcel] | None) -> list[Event]:
+    def read(self, sequence: Sequence, sent: tuple[int, staging.Parcel] | None) -> list[Portion]:
         """A prompt has been read that wanted no more."""
         if sequence.request not in self.live:
             return []
-        routed = open_routed(sent, sequence.num_prompt)
-        event = _with_prompt(self._event(sequence, "length", routed=routed), sequence)
-        events = self._leave(event, sequence, sequence.pages, sequence.num_prompt - 1)
+        last = _end(sequence, "length")._replace(
+            prompt=_scores(sequence), routed=open_routed(sent, sequence.num_prompt)
+        )
+        told = self._leave(last, sequence, sequence.pages, sequence.num_prompt - 1)
         self._drop(sequence)
-        return events
+        return told
 
     def take(
         self, pick: Pick, drawn: Samples, flown: int, sent: tuple[int, staging.Parcel] | None
-    ) -> list[Event]:
+    ) -> list[Portion]:
         """A sequence gets the tokens that were drawn for it, and stand; `flown` as for `Scheduler.commit`."""
-        sequence, tokens = pick.sequence, drawn.tokens
-        if sequence.request not in self.live:
-            return []
-        if not all(map(math.isfinite, drawn.logprobs)):
-            tokens = tokens[: next(at for at, value in enumerate(drawn.logprobs) if not math.isfinite(value))]
+        sequence = pick.sequence
+        tokens, logprobs, tops = drawn
+        if not all(map(math.isfinite, logprobs)):
+            tokens = tokens[: next(at for at, value in enumerate(logprobs) if not math.isfinite(value))]
+        if not tokens:
+            return [self._break_nonfinite(sequence)]
         # Nothing is drawn ahead where there is a grammar: there is one token.
-        if tokens and sequence.matcher is not None and not sequence.matcher.accept(tokens[0]):
+        if sequence.matcher is not None and not sequence.matcher.accept(tokens[0]):
             return [self._break(sequence, "are of no use: no token of the vocabulary can go on its grammar")]
-        first, pages = len(sequence.ids) == sequence.num_prompt, sequence.pages
-        taken = self._scheduler.commit(sequence, tokens, flown) if tokens else []
-        self.generated += len(taken)
-        request, cached, began = sequence.request, sequence.cached or 0, sequence.began
-        events = [
-            Event(request, token, logprob, top, None, cached, began)
-            for token, logprob, top in zip(taken, drawn.logprobs, drawn.tops or repeat(()), strict=False)
-        ]
+        prompt = _scores(sequence) if len(sequence.ids) == sequence.num_prompt else None
+        request, pages = sequence.request, sequence.pages
+        taken = self._scheduler.commit(sequence, tokens, flown)
+        count = len(taken)
+        self.generated += count
+        if count < len(logprobs):
+            logprobs, tops = logprobs[:count], None if tops is None else tops[:count]
         known = len(sequence.ids) - 1  # a guess that was wrong went through experts that the text does not
-        if taken and first:
-            events[0] = _with_prompt(events[0], sequence)
-        if taken and sent is not None:
-            events[0] = events[0]._replace(routed=open_routed(sent, known))
         if pick.num_drafts:
             sequence.num_routed = min(sequence.num_routed, known)
-        if sequence.finish:
+        routed = None if sent is None else open_routed(sent, known)
+        finish, cached = sequence.finish, sequence.cached or 0
+        portion = Portion(
+            *(request, taken, logprobs, tops, finish, cached, sequence.began, prompt), routed=routed
+        )
+        if finish is not None:
             del self.live[request]
             self._order.learn(sequence, lambda: self._runner.records.experts(pages, known))
-            events += self._leave(events.pop()._replace(finish=sequence.finish), sequence, pages, known)
-        elif len(tokens) < len(drawn.tokens):
-            dtype = self._runner.model.head_weight().dtype
-            why = f"are not finite; the weights are broken, or overflow {dtype}"
-            events.append(self._break(sequence, why))
-        return events
+            return self._leave(portion, sequence, pages, known)
+        if len(tokens) < len(drawn.tokens):
+            return [portion, self._break_nonfinite(sequence)]
+        return [portion]
 
-    def _leave(self, event: Event, sequence: Sequence, pages: list[int], known: int) -> list[Event]:
-        """The last event of a request, unless it has to wait for a record."""
+    def _leave(self, last: Portion, sequence: Sequence, pages: list[int], known: int) -> list[Portion]:
+        """The last of a request, unless it has to wait for a record."""
         if not sequence.params.routing or not pages:
-            return [event]
-        self._leaving.append(_Leaving(event, pages, known))
+            return [last]
+        self._leaving.append(_Leaving(last, pages, known))
         return []
 
-    def _break(self, sequence: Sequence, why: str) -> Event:
+    def _break_nonfinite(self, sequence: Sequence) -> Portion:
+        dtype = self._runner.model.head_weight().dtype
+        return self._break(sequence, f"are not finite; the weights are broken, or overflow {dtype}")
+
+    def _break(self, sequence: Sequence, why: str) -> Portion:
         """A request ends that nothing can be drawn for; nobody finds what its pages hold."""
         self._scheduler.forget(sequence)
         self._drop(sequence)
         error = f"request {sequence.request}: the logits of token {len(sequence.ids)} {why}"
-        return self._event(sequence, "error", error=error)
-
-    def _event(
-        self,
-        sequence: Sequence,
-        finish: FinishReason,
-        *,
-        error: str | None = None,
-        routed: Routed | None = None,
-    ) -> Event:
-        """An end without a token."""
-        cached, began = sequence.cached or 0, sequence.began
-        return Event(sequence.request, None, None, (), finish, cached, began, error=error, routed=routed)
+        return _end(sequence, "error")._replace(error=error)
 
     def _drop(self, sequence: Sequence) -> None:
         del self.live[sequence.request]
         self._scheduler.remove(sequence)
 
 
-def _with_prompt(event: Event, sequence: Sequence) -> Event:
-    """The first event of a request also has what was asked of its prompt."""
-    if sequence.params.prompt_logprobs is None:
-        return event
-    logprobs = tuple(score.logprob for score in sequence.scores)
-    return event._replace(prompt_logprobs=logprobs, prompt_tops=tuple(score.top for score in sequence.scores))
+class _Leaving(NamedTuple):
+    """The last portion of a request whose record is still in its pages."""
+
+    last: Portion
+    pages: list[int]
+    known: int  # positions
+
+
+def _end(sequence: Sequence, finish: FinishReason) -> Portion:
+    """An end without a token."""
+    return Portion(sequence.request, [], [], None, finish, sequence.cached or 0, sequence.began)
+
+
+def _scores(sequence: Sequence) -> list[Scored] | None:
+    """Of its prompt, where they were asked for."""
+    return None if sequence.params.prompt_logprobs is None else list(sequence.scores)

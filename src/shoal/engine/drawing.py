@@ -37,13 +37,13 @@ def draw_burst(runner: Runner, picks: list[Pick], step: Step, steps: int) -> Dra
     """So many tokens of each pick, one step after the other: rows (S, steps)."""
     sequences = [pick.sequence for pick in picks]
     draws = [_draw(sequence, 0) for sequence in sequences]
-    wishes, bends = Wishes(draws, runner.device, steps), any(map(sampling.bends, draws))
+    wishes = Wishes(draws, runner.device, steps)
     history = _history(runner, step, sequences, list(range(len(picks))))
     drawn: list[Drawn] = []
     for time in range(steps):
         if time:
             step = runner.again(drawn[-1].tokens_S1.squeeze(1))
-            if bends:
+            if wishes.bends:
                 draws = [_draw(sequence, time) for sequence in sequences]
         drawn.append(sampling.draw(step.logits_MV, draws, history, wishes=wishes, time=time))
     return Drawn(*(torch.stack(columns, dim=1) for columns in zip(*drawn, strict=True)))

@@ -26,7 +26,7 @@ from shoal.engine.admission import Admission
 from shoal.engine.blocks import BlockPool
 from shoal.engine.buckets import default_contexts, default_sizes
 from shoal.engine.desk import Desk
-from shoal.engine.events import Completion, Event
+from shoal.engine.events import Completion, Event, Portion
 from shoal.engine.flight import Drawing, Flight, collect_routed, score_prompts, take_scores
 from shoal.engine.grammar import Vocabulary
 from shoal.engine.order import Affinity, Arrival, Order
@@ -137,23 +137,27 @@ class Engine:
         return self._desk.cancel(request)
 
     def step(self) -> list[Event]:
-        """Run the model once, and tell what requests got; nothing if nothing lives.
+        """Run the model once, or `decode_steps` times, and tell what requests got; nothing if nothing lives.
 
         With `overlap` what is told is mostly what the step before gave. A request whose logits are not
         numbers ends with an error; the others go on.
         """
+        return [event for portion in self.run_step() for event in portion.events()]
+
+    def run_step(self) -> list[Portion]:
+        """`step`, with what each request got in one."""
         start = perf_counter()
-        events = [] if self._flight is not None else self._desk.deliver()
+        told = [] if self._flight is not None else self._desk.deliver()
         if self._flight is not None and self._must_wait():
-            events += self._land()
+            told += self._land()
         flight = self._launch()
         if self._flight is not None:
-            events += self._land()
+            told += self._land()
         self._flight = flight
         if flight is not None and (not self._overlaps or self._must_wait()):
-            events += self._land()
+            told += self._land()
         if self._flight is None:
-            events += self._desk.deliver()
+            told += self._desk.deliver()
         seconds = perf_counter() - start
         self._step_seconds += seconds
         if (
@@ -161,10 +165,9 @@ class Engine:
             and flight is not None
             and all(pick.num_new == 1 for pick in flight.picks)
         ):
-            self._governor.observe(
-                len(flight.picks), seconds, sum(event.token is not None for event in events)
-            )
-        return events
+            tokens = sum(len(portion.tokens) for portion in told)
+            self._governor.observe(len(flight.picks), seconds, tokens)
+        return told
 
     def warm_up(self, tell: Callable[[str], None] = lambda what: None) -> None:
         """Do now what would be done the first time only: on CUDA graphs are recorded and kernels compiled, so
@@ -250,16 +253,23 @@ class Engine:
         picks = self.scheduler.schedule(num_drafts=num_drafts)
         if not picks:
             return None
-        steps = 1
-        if self.settings.decode_steps > 1 and burst.can_follow(picks):
-            steps = self.scheduler.extend(picks, self.settings.decode_steps)
-        ends = [pick.start + pick.num_tokens for pick in picks]
-        if steps > 1:
-            ends = [pick.start + min(steps, pick.sequence.room) for pick in picks]
+        counts = [int(pick.samples) for pick in picks]  # tokens that each will get
+        if self.settings.decode_steps > 1 and all(counts) and burst.can_follow(picks):
+            counts = self.scheduler.extend(picks, self.settings.decode_steps)
+        steps, starts = max(*counts, 1), [pick.sequence.num_computed for pick in picks]
+        ends = [
+            start + max(pick.num_tokens, count)
+            for start, pick, count in zip(starts, picks, counts, strict=True)
+        ]
+        drawn = [
+            Drawing(pick, count, max(steps, 1 + pick.num_drafts))
+            for pick, count in zip(picks, counts, strict=True)
+            if count
+        ]
         spans = [self.runner.span(pick) for pick in picks]
         try:
             step = self.runner.run(spans, ends if steps > 1 else None)
-            samples = self._draw(picks, step, steps)
+            samples = self._draw(picks, drawn, step, steps)
         except torch.OutOfMemoryError as error:
             tokens = sum(pick.num_tokens for pick in picks)
             raise ValueError(
@@ -268,33 +278,31 @@ class Engine:
                 f"{self.settings.memory} to {0.9 * self.settings.memory:.2f}"
             ) from error
         scores = score_prompts(self.runner, picks, step)
-        read = [pick.sequence for pick in picks if pick.reads_all]
+        read = [
+            pick.sequence for pick, count in zip(picks, counts, strict=True) if not count and pick.reads_all
+        ]
         routed = collect_routed(self.runner.records, picks, ends)
-        starts = [pick.sequence.num_computed for pick in picks]
         now = monotonic()
         for pick in picks:
             if pick.sequence.began is None:
                 pick.sequence.began = now
-        flown = self.scheduler.launch(picks, steps)
+        self.scheduler.launch(picks, counts)
         self._steps += steps
-        drawn = [
-            Drawing(pick, count, max(steps, 1 + pick.num_drafts))
-            for pick, count in zip(picks, flown, strict=True)
-            if count
-        ]
         return Flight(picks, starts, step, drawn, samples, scores, read, routed)
 
-    def _draw(self, picks: list[Pick], step: Step, steps: int) -> staging.Parcel | None:
+    def _draw(
+        self, picks: list[Pick], wanting: list[Drawing], step: Step, steps: int
+    ) -> staging.Parcel | None:
         """Draw what the picks want, leave the last tokens for the next step, send all of them home."""
-        sequences = [pick.sequence for pick in picks if pick.samples]
-        if not sequences:
+        if not wanting:
             return None
         if steps > 1:
             drawn = drawing.draw_burst(self.runner, picks, step, steps)
         else:
             drawn = drawing.draw(self.runner, picks, step)
         if self._overlaps:
-            self.runner.keep(drawn.tokens_S1.flatten(1)[:, -1], sequences)
+            tokens_S = drawn.tokens_S1.flatten(1)[:, -1]
+            self.runner.keep(tokens_S, [pick.sequence for pick, *_ in wanting])
         return staging.Parcel(drawn.pack().flatten(0, -2))
 
     def _count(self, what: Literal["queries", "hits"]) -> int | None:
@@ -310,29 +318,32 @@ class Engine:
     # ------------------------------------------------------------------------------------------------
     # A step comes in
 
-    def _land(self) -> list[Event]:
+    def _land(self) -> list[Portion]:
         flight, self._flight = self._flight, None
         assert flight is not None
         desk, drafter = self._desk, self._drafter
-        events = desk.deliver()
+        told = desk.deliver()
         for sequence, start, packed in flight.scores:
             take_scores(sequence, start, packed.open())
         for sequence in flight.read:
-            events += desk.read(sequence, flight.routed.get(sequence.request))
+            told += desk.read(sequence, flight.routed.get(sequence.request))
         if flight.samples is not None:
-            counts = [pick.sequence.params.logprobs for pick, _, rows in flight.drawn for _ in range(rows)]
-            samples, end = sampling.read(flight.samples.open(), counts), 0
+            tops = (pick.sequence.params.logprobs for pick, _, rows in flight.drawn for _ in range(rows))
+            samples, end = sampling.read(flight.samples.open(), tops), 0
             for pick, flown, rows in flight.drawn:
                 start, end = end, end + rows
-                request, stand = pick.sequence.request, flown
-                if drafter is not None and request in desk.live:
+                request = pick.sequence.request
+                if request not in desk.live:
+                    continue
+                stand = flown
+                if drafter is not None:
                     stand = drafter.verify(pick.sequence, samples.tokens[start:end])
                 drawn = samples.part(start, start + stand)
-                events += desk.take(pick, drawn, flown, flight.routed.get(request))
+                told += desk.take(pick, drawn, flown, flight.routed.get(request))
         desk.send()
         if drafter is not None:
             self._draft(drafter, flight)
-        return events
+        return told
 
     def _draft(self, drafter: Drafter, flight: Flight) -> None:
         """Guess on from what a step has computed for those that still run."""

@@ -1,4 +1,4 @@
-"""Event and Completion: what a request is told, token by token or at its end.
+"""Event, Portion and Completion: what a request is told, token by token, step by step or at its end.
 
 They are frozen and hold no text: the ids are the caller's to read, and stop strings the caller's to find.
 
@@ -8,11 +8,12 @@ Shape letters: N positions, L layers that route, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 from torch import Tensor
 
-from shoal.engine.sequence import FinishReason, Top
+from shoal.engine.sequence import FinishReason, Scored, Top
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,39 @@ class Event(NamedTuple):
     routed: Routed | None = None  # positions before its token, not told yet
 
 
+class Portion(NamedTuple):
+    """What a request gets in a step, or in several that were launched together: tokens, its end, or both."""
+
+    request: int
+    tokens: list[int]
+    logprobs: list[float]
+    tops: list[Top] | None  # None where nobody asked for any
+    finish: FinishReason | None
+    cached: int
+    began: float | None
+    prompt: list[Scored] | None = None  # with the first, where it was asked for
+    routing: Tensor | None = None
+    error: str | None = None
+    routed: Routed | None = None
+
+    def events(self) -> list[Event]:
+        """The same token by token."""
+        known = self.cached, self.began
+        tops = self.tops or repeat(())
+        rows = zip(self.tokens, self.logprobs, tops, strict=False)
+        events = [Event(self.request, *row, None, *known) for row in rows]
+        if not events:
+            events = [Event(self.request, None, None, (), None, *known)]
+        if self.prompt is not None or self.routed is not None:
+            logprobs = tops = None
+            if self.prompt is not None:
+                logprobs, tops = tuple(zip(*self.prompt, strict=True)) or ((), ())
+            events[0] = events[0]._replace(prompt_logprobs=logprobs, prompt_tops=tops, routed=self.routed)
+        if self.finish is not None:
+            events[-1] = events[-1]._replace(finish=self.finish, routing=self.routing, error=self.error)
+        return events
+
+
 @dataclass(frozen=True)
 class Completion:
     """All that a request got. The token that stopped it is the last of the ids."""
@@ -57,6 +91,36 @@ class Completion:
     prompt_logprobs: tuple[float, ...] | None = None
     prompt_tops: tuple[Top, ...] | None = None
     routing: Tensor | None = field(default=None, compare=False)
+
+
+class Gathered:
+    """What a request has got so far."""
+
+    def __init__(self) -> None:
+        self._first: Portion | None = None
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._tops: list[Top] = []
+
+    def add(self, portion: Portion) -> Completion | None:
+        """All of it, once it is whole."""
+        first = self._first = self._first or portion
+        self._tokens += portion.tokens
+        self._logprobs += portion.logprobs
+        self._tops += portion.tops or [()] * len(portion.tokens)
+        if portion.finish is None:
+            return None
+        scores = None if first.prompt is None else tuple(zip(*first.prompt, strict=True)) or ((), ())
+        return Completion(
+            ids=tuple(self._tokens),
+            logprobs=tuple(self._logprobs),
+            tops=tuple(self._tops),
+            finish=portion.finish,
+            cached=first.cached,
+            prompt_logprobs=None if scores is None else scores[0],
+            prompt_tops=None if scores is None else scores[1],
+            routing=portion.routing,
+        )
 
 
 def complete(events: list[Event]) -> Completion:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.engine import offline
 from shoal.engine.engine import Engine
-from shoal.engine.events import Completion, Event
+from shoal.engine.events import Completion, Event, Portion
 from shoal.engine.sampling import hash_pair
 from shoal.engine.sequence import SamplingParams
 from shoal.engine.stats import Stats
@@ -83,8 +83,9 @@ class Place:
             }
             calls[call](*given)
 
-    def beat(self, orders: list[Order]) -> list[tuple[list[Event], bool]] | None:
-        """One step of all. On the first process: the events of each, and whether it has more to do."""
+    def beat(self, orders: list[Order]) -> list[tuple[list[Portion], bool]] | None:
+        """One step of all. On the first process: what each one's requests got, and whether it has more to
+        do."""
         order, engine = orders[self.line.rank], self.engine
         for number, ids, params in order.add:
             self._add(number, ids, params)
@@ -95,13 +96,13 @@ class Place:
             compiled.result()
             self._here[engine.add(ids, params)] = number
         calls = engine.runner.calls
-        events = [event._replace(request=self._here[event.request]) for event in engine.step()]
+        told = [each._replace(request=self._here[each.request]) for each in engine.run_step()]
         if engine.runner.calls == calls:
             engine.runner.rest()
         assert engine.runner.calls == calls + 1, "a beat is one call of the model"
-        ended = {event.request for event in events if event.finish is not None}
+        ended = {portion.request for portion in told if portion.finish is not None}
         self._here = {own: number for own, number in self._here.items() if number not in ended}
-        return self.line.collect((events, engine.busy or bool(self._compiling)))
+        return self.line.collect((told, engine.busy or bool(self._compiling)))
 
     def rest(self, calls: int) -> None:
         """The first process calls the model so often for itself."""
@@ -174,16 +175,20 @@ class Lockstep:
 
     def step(self) -> list[Event]:
         """As `Engine.step`: each process runs the model once."""
+        return [event for portion in self.run_step() for event in portion.events()]
+
+    def run_step(self) -> list[Portion]:
+        """As `Engine.run_step`."""
         orders, self._orders = self._orders, self._no_orders()
         self._line.tell("beat", orders)
-        told = self._place.beat(orders)
-        assert told is not None
-        events = [event for own, _ in told for event in own]
-        for event in events:
-            if event.finish is not None:
-                del self._where[event.request]
-        self._busy = any(busy for _, busy in told)
-        return events
+        each = self._place.beat(orders)
+        assert each is not None
+        told = [portion for own, _ in each for portion in own]
+        for portion in told:
+            if portion.finish is not None:
+                del self._where[portion.request]
+        self._busy = any(busy for _, busy in each)
+        return told
 
     def warm_up(self, tell: Callable[[str], None] = lambda what: None) -> None:
         self._line.tell("warm_up")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from shoal.engine.events import Completion, Event, complete
+from shoal.engine.events import Completion, Gathered, Portion
 from shoal.engine.sequence import SamplingParams
 
 
@@ -21,7 +21,7 @@ class Steps(Protocol):
 
     def cancel(self, request: int) -> bool: ...
 
-    def step(self) -> list[Event]: ...
+    def run_step(self) -> list[Portion]: ...
 
 
 def generate(
@@ -38,19 +38,23 @@ def generate(
         )
     if engine.busy:
         raise ValueError("requests are being served; use add and step beside them")
-    events: dict[int, list[Event]] = {}
+    living: dict[int, Gathered] = {}
+    done: dict[int, Completion | None] = {}  # in the order of the prompts
     try:
         for ids, wish in zip(prompts, each, strict=True):
-            events[engine.add(ids, wish)] = []
+            request = engine.add(ids, wish)
+            living[request], done[request] = Gathered(), None
         while engine.busy:
-            for event in engine.step():
-                if event.error is not None:
-                    raise FloatingPointError(event.error)
-                events[event.request].append(event)
+            for portion in engine.run_step():
+                if portion.error is not None:
+                    raise FloatingPointError(portion.error)
+                if (whole := living[portion.request].add(portion)) is not None:
+                    done[portion.request] = whole
+                    del living[portion.request]
     except BaseException:
-        for request in events:
+        for request in living:
             engine.cancel(request)
         while engine.busy:
-            engine.step()
+            engine.run_step()
         raise
-    return [complete(of_request) for of_request in events.values()]
+    return [completion for completion in done.values() if completion is not None]

@@ -14,7 +14,7 @@ Shape letters: S rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +75,7 @@ class Samples(NamedTuple):
         return Samples(self.tokens[start:end], self.logprobs[start:end], tops)
 
 
-def read(packed: Tensor, counts: Sequence[int]) -> Samples:
+def read(packed: Tensor, counts: Iterable[int]) -> Samples:
     """What `Drawn.pack` gave, on the host; `counts` are the `params.logprobs` of its rows."""
     columns = packed.numpy()
     tokens, logprobs = columns[:, 0].astype(np.int64).tolist(), columns[:, 1].tolist()
@@ -124,6 +124,7 @@ class Wishes:
 
     def __init__(self, draws: list[Draw], device: torch.device, times: int = 1) -> None:
         params = [draw.params for draw in draws]
+        self.bends, self.most = any(map(bends, draws)), max((p.logprobs for p in params), default=0)
         hot = [row for row, p in enumerate(params) if p.temperature > 0]
         # A CPU need not draw the others: they are taken in two calls instead of twenty.
         spares = device.type != "cuda" and not ops.is_batch_invariant()
@@ -147,8 +148,8 @@ class Wishes:
         """A token for each row by `ops.sample`, from the scores if there are any."""
         if not self._hot:
             return _take_best(logits_SV, scores_SV)
-        columns, uniforms = self._columns[:4], self._columns[4:]
-        drawn = ops.sample(logits_SV, *columns, uniforms[time], scores_SV=scores_SV)
+        columns = [*self._columns[:4], self._columns[4 + time]]
+        drawn = ops.sample(logits_SV, *columns, scores_SV=scores_SV)
         if not self._cold:
             return drawn
         # By the same sums as where all rows are: a row's bits are its own.
@@ -169,15 +170,16 @@ def draw(
 ) -> Drawn:
     """One token for each row. Launches only, on CUDA. `allowed_SV` are the tokens that grammars leave;
     `wishes` may be there for several times."""
-    scores_SV = _bend(logits_SV, draws, history)
+    wishes = wishes or Wishes(draws, logits_SV.device)
+    scores_SV = _bend(logits_SV, draws, history) if wishes.bends else None
     if allowed_SV is not None:
         scores_SV = logits_SV.float() if scores_SV is None else scores_SV
         scores_SV = scores_SV.masked_fill(~allowed_SV, -math.inf)
-    drawn = (wishes or Wishes(draws, logits_SV.device)).choose(logits_SV, scores_SV, time)
+    drawn = wishes.choose(logits_SV, scores_SV, time)
     tokens_S1, logprobs_S1 = (row.unsqueeze(1) for row in drawn)
     best, ids = logprobs_S1[:, :0], tokens_S1[:, :0]
-    if most := max((draw.params.logprobs for draw in draws), default=0):
-        best, ids = logits_SV.float().topk(most, dim=-1)
+    if wishes.most:
+        best, ids = logits_SV.float().topk(wishes.most, dim=-1)
         best = best - (logits_SV.gather(1, tokens_S1).float() - logprobs_S1)  # less the log of the total
     return Drawn(tokens_S1, logprobs_S1, ids, best)
 

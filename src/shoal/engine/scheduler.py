@@ -85,17 +85,18 @@ class Scheduler:
         """The next step, with at most `num_drafts` guesses a sequence. Empty only when nothing is left to do
         before what is on its way has arrived."""
         # 1. Every running sequence gets pages for its ids, the first in turn before the others.
-        for sequence in sorted((s for s in self.running if self._missing(s)), key=_turn):
+        for sequence in sorted(self._outgrown(), key=_turn):
             self._make_room(sequence)
         while self._must_make_way():
             self._preempt(max(self.running, key=_turn))
         # 2. Those that decode.
-        picks = [Pick(sequence, 1) for sequence in self.running if sequence.num_pending == 1]
+        pending = [(sequence, sequence.num_pending) for sequence in self.running]
+        picks = [Pick(sequence, 1) for sequence, count in pending if count == 1]
         if num_drafts and len(picks) * (1 + num_drafts) <= self.max_batch_tokens:
             picks = [Pick(pick.sequence, 1, self._count_drafts(pick.sequence, num_drafts)) for pick in picks]
         # 3. Prompts, for as long as the budget lasts.
         budget = self.max_batch_tokens - sum(pick.num_tokens for pick in picks)
-        prompts = self._prompts()
+        prompts = self._prompts([sequence for sequence, count in pending if count > 1])
         while budget and (sequence := next(prompts, None)):
             num_new = min(sequence.num_pending, budget)
             picks.append(Pick(sequence, num_new))
@@ -103,46 +104,42 @@ class Scheduler:
         assert picks or self.running or not self.waiting, "sequences wait although none runs"
         return picks
 
-    def extend(self, picks: list[Pick], most: int) -> int:
-        """Pages ahead, for as many steps of these decodes in a row as there are pages for, at most `most`:
-        their number. Nobody gives way for them."""
+    def extend(self, picks: list[Pick], most: int) -> list[int]:
+        """Pages ahead, for at most `most` steps of these decodes in a row, fewer where pages are short: how
+        many tokens of each will be drawn. Nobody gives way for them."""
         size, rooms = self.pool.page_size, [pick.sequence.room for pick in picks]
         steps = min(most, max(rooms))
-        while steps > 1:
-            missing = [
-                -(-(pick.sequence.length + min(steps, room) - 1) // size) - len(pick.sequence.pages)
-                for pick, room in zip(picks, rooms, strict=True)
-            ]
-            if sum(count for count in missing if count > 0) <= self.pool.num_free:
-                for pick, count in zip(picks, missing, strict=True):
-                    if count > 0:
-                        pick.sequence.pages += self.pool.take(count)
-                return steps
+        while True:
+            counts = [min(steps, room) for room in rooms]
+            missing = {
+                at: pages
+                for at, (pick, count) in enumerate(zip(picks, counts, strict=True))
+                if (pages := -(-(pick.sequence.num_computed + count) // size) - len(pick.sequence.pages)) > 0
+            }
+            if sum(missing.values()) <= self.pool.num_free:
+                for at, pages in missing.items():
+                    picks[at].sequence.pages += self.pool.take(pages)
+                return counts
             steps //= 2
-        return 1
 
     def is_short(self) -> bool:
         """Whether the next step has to take the place of a running sequence from it."""
-        missing = sum(self._missing(sequence) for sequence in self.running)
+        missing = sum(map(self._missing, self._outgrown()))
         return missing > self.pool.num_free or self._must_make_way(promised=missing)
 
-    def launch(self, picks: list[Pick], steps: int = 1) -> list[int]:
-        """The step is on its way to the device, or so many in a row: whatever is launched after finds it
-        done. How many tokens of each pick will come home."""
-        flown = []
-        for pick in picks:
-            sequence, count = pick.sequence, 0
-            if pick.samples:
-                count = min(steps, sequence.room)
-            sequence.num_computed += pick.num_new + max(count - 1, 0)
+    def launch(self, picks: list[Pick], counts: list[int] | None = None) -> None:
+        """The step is on its way to the device, or several: whatever is launched after finds it done. So many
+        tokens of each will come home, or one of each that is up to its last id."""
+        counts = [int(pick.samples) for pick in picks] if counts is None else counts
+        for pick, count in zip(picks, counts, strict=True):
+            sequence = pick.sequence
+            sequence.num_computed += max(pick.num_new, count)
             sequence.num_flying += count
             self._keep_full_pages(sequence)
-            flown.append(count)
-        return flown
 
     def commit(self, sequence: Sequence, tokens: list[int], flown: int = 1) -> list[int]:
         """These tokens were drawn for a sequence, one after the other: those it takes before it finishes.
-        `flown` is what `launch` said; guesses that stand come beside."""
+        `flown` is what `launch` was told; guesses that stand come beside."""
         sequence.num_flying -= flown  # later steps' tokens may be on their way already
         taken = sequence.take(tokens)
         if sequence.pages:
@@ -171,9 +168,9 @@ class Scheduler:
         for page in sequence.pages:
             self.pool.forget(page)
 
-    def _prompts(self) -> Iterator[Sequence]:
+    def _prompts(self, begun: list[Sequence]) -> Iterator[Sequence]:
         """In turn: those begun, and those that wait, each admitted when it is asked for."""
-        begun = sorted((s for s in self.running if s.num_pending > 1), key=_turn, reverse=True)
+        begun = sorted(begun, key=_turn, reverse=True)
         while begun or self.waiting:
             if begun and not (self.waiting and _turn(self.waiting[0]) < _turn(begun[-1])):
                 yield begun.pop()
@@ -183,6 +180,11 @@ class Scheduler:
                 yield begun.pop()
             else:
                 return
+
+    def _outgrown(self) -> list[Sequence]:
+        """Running sequences with more ids than their pages hold."""
+        size = self.pool.page_size
+        return [s for s in self.running if len(s.pages) * size < len(s.ids) + s.num_flying]
 
     def _missing(self, sequence: Sequence) -> int:
         """Pages that a running sequence has yet to be given for its ids."""
@@ -252,8 +254,8 @@ class Scheduler:
         return True
 
     def _keep_full_pages(self, sequence: Sequence) -> None:
-        size, known = self.pool.page_size, min(sequence.num_computed, len(sequence.ids))
-        while (end := (sequence.num_kept + 1) * size) <= known:
+        size = self.pool.page_size
+        while (end := (sequence.num_kept + 1) * size) <= sequence.num_computed and end <= len(sequence.ids):
             page, ids = sequence.pages[sequence.num_kept], tuple(sequence.ids[end - size : end])
             sequence.node = self.pool.keep(page, sequence.node, ids)
             sequence.num_kept += 1

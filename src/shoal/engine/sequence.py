@@ -135,6 +135,7 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     max_len: int = sys.maxsize  # the sequence is finished when it has this many ids
     num_prompt: int = field(init=False)
+    num_needed: int = field(init=False)  # ids that go through the model: the last one of all need not
     pages: list[int] = field(default_factory=list)  # while it runs; written by the scheduler
     row: int = -1  # its place among those that run
     num_computed: int = 0  # positions whose keys and values lie in the pages, or will when the step is done
@@ -153,6 +154,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.ids)
+        self.num_needed = self.max_len - 1 if self.max_len > self.num_prompt else self.num_prompt
 
     @property
     def length(self) -> int:
@@ -161,14 +163,13 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Ids that have yet to go through the model. The last one of all need not."""
-        needed = self.max_len - 1 if self.max_len > self.num_prompt else self.num_prompt
-        return min(self.length, needed) - self.num_computed
+        """Ids that have yet to go through the model."""
+        return min(len(self.ids) + self.num_flying, self.num_needed) - self.num_computed
 
     @property
     def room(self) -> int:
         """How many ids more it may have."""
-        return self.max_len - self.length
+        return self.max_len - len(self.ids) - self.num_flying
 
     @property
     def banned_ids(self) -> frozenset[int]:

@@ -62,7 +62,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self.engine = open_engines(
             folder,
-            settings or EngineSettings(),
+            settings or EngineSettings(decode_steps=1 if expert_parallel else 8),
             Degrees(tensor_parallel, data_parallel, expert_parallel),
             device=device,
             dtype=dtype,
