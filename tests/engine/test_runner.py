@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from shoal.batch import Batch
 from shoal.engine.cache import count_page_bytes
-from shoal.engine.runner import Runner, Span
+from shoal.engine.runner import Runner
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import SamplingParams, Sequence
+from shoal.engine.spans import Span
 from shoal.model.transformer import Transformer
 from tests.engine.conftest import TOLERANCE, Uncached
 

@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.batch import Batch, Between, Chunk, KVView
+from shoal.batch import Batch, Between, KVView
 from shoal.config.cost import IndexKeys
 from shoal.engine import burst, staging
 from shoal.engine.buckets import Bucket, Buckets, Inputs, Row
@@ -35,21 +34,13 @@ from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.engine.settings import CacheDtype
+from shoal.engine.spans import Span, lay_out
 from shoal.engine.team import Alone, Team
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import api as ops
 
 _SCORED_AT_ONCE = 256  # rows whose logits over the vocabulary are held at a time
-
-
-class Span(NamedTuple):
-    """Tokens of one sequence that go through the model: the next of a pick, or those of a draft."""
-
-    pages: list[int]
-    start: int  # the position of the first
-    codes: list[int]  # ids, or places of `tokens`
-    num_drawn: int  # of how many, from the last, the next token is wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,54 +344,7 @@ class Runner:
         )
 
     def inputs(self, spans: list[Span], lasts: list[int] | None = None) -> Inputs:
-        """Spans laid end to end, on the device in one transfer; `lasts` are the ends of a burst."""
-        size = self.page_size
-        starts = np.array([span.start for span in spans])
-        lengths = np.array([len(span.codes) for span in spans])
-        ends = starts + lengths
-        bounds = np.concatenate(([0], lengths.cumsum()))
-        total, longest = int(bounds[-1]), int(max(lasts) if lasts else ends.max())
-        codes = np.array([code for span in spans for code in span.codes], np.int64)
-        table = np.zeros((len(spans), -(-longest // size)), np.int32)
-        for at, span in enumerate(spans):
-            table[at, : len(span.pages)] = span.pages[: table.shape[1]]
-        rows = np.arange(total)
-        positions = rows - np.repeat(bounds[:-1] - starts, lengths)
-        pages = table[np.repeat(np.arange(len(spans)), lengths), positions // size]
-        slots = pages.astype(np.int64) * size + positions % size
-        (last,) = (rows >= np.repeat(bounds[1:] - [span.num_drawn for span in spans], lengths)).nonzero()
-        placed = staging.send(
-            [
-                codes,
-                positions,
-                slots,
-                last,
-                bounds.astype(np.int32),
-                ends.astype(np.int32),
-                table,
-                *([np.array(lasts)] if lasts else []),
-            ],
-            self.device,
-        )
-        codes_T, positions_T, slots_T, last_M, cu_seqlens_S1, contexts_S, table_SB, *ends_S = placed
-        return Inputs(
-            codes_T=codes_T,
-            positions_T=positions_T,
-            slots_T=slots_T,
-            last_M=None if len(last) == total else last_M,  # every row, when all are decodes
-            cu_seqlens_S1=cu_seqlens_S1,
-            contexts_S=contexts_S,
-            table_SB=table_SB,
-            max_seqlen=int(lengths.max()),
-            max_context_len=longest,
-            has_prefix=any(span.start for span in spans),
-            chunks=tuple(
-                Chunk(at, int(bounds[at]), int(new), int(ends[at]))
-                for at, new in enumerate(lengths)
-                if new > 1
-            ),
-            ends_S=ends_S[0] if ends_S else None,
-        )
+        return lay_out(spans, lasts, self.page_size, self.device)
 
     def _between(self, rows_3T: Tensor, between: Between) -> Tensor:
         """Hidden states of padded rows, whose attention is asked for."""

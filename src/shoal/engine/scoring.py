@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from shoal.engine.blocks import BlockPool
-from shoal.engine.runner import Runner, Span
+from shoal.engine.runner import Runner
+from shoal.engine.spans import Span
 
 
 def score(

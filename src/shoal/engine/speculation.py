@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from shoal.engine import sampling, staging
-from shoal.engine.runner import Runner, Span
+from shoal.engine.runner import Runner
 from shoal.engine.sampling import Draw
 from shoal.engine.sequence import Sequence
+from shoal.engine.spans import Span
 
 
 class Seen(NamedTuple):

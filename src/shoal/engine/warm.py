@@ -14,9 +14,10 @@ import torch
 
 from shoal.engine import sampling
 from shoal.engine.blocks import BlockPool
-from shoal.engine.runner import Runner, Span
+from shoal.engine.runner import Runner
 from shoal.engine.sampling import Draw, History
 from shoal.engine.sequence import SamplingParams
+from shoal.engine.spans import Span
 from shoal.engine.team import Alone
 from shoal.ops import api as ops
 
