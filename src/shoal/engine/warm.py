@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from shoal.engine import sampling
+from shoal.engine import burst, sampling
 from shoal.engine.blocks import BlockPool
 from shoal.engine.runner import Runner
 from shoal.engine.sampling import Draw, History
@@ -64,7 +64,7 @@ def _steps(pages: list[int], most: int, max_sequences: int) -> Iterator[list[Spa
 
 
 def _sample(runner: Runner, spans: list[Span]) -> None:
-    """Two tokens, in each way to sample."""
+    """Two tokens, in each way to sample, and what stands between two steps of a burst."""
     rows, vocabulary = len(spans), runner.model.config.vocab_size
     logits_MV = torch.zeros(rows, vocabulary, dtype=runner.model.head_weight().dtype, device=runner.device)
     table_SB = runner.inputs(spans).table_SB
@@ -76,7 +76,9 @@ def _sample(runner: Runner, spans: list[Span]) -> None:
         SamplingParams(frequency_penalty=1.0),
         SamplingParams(temperature=0, repetition_penalty=1.1),
     ):
-        sampling.draw(logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
+        drawn = sampling.draw(logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
+        decodes = runner.inputs([Span(spans[0].pages, 0, [0], 1)] * rows, [2] * rows)
+        burst.advance(decodes, drawn.tokens_S1.squeeze(1), runner.page_size, runner.pad_slot)
 
 
 def warm_lengths(most: int) -> list[int]:
