@@ -12,42 +12,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.batch import Chunk
-from shoal.engine import staging
-
-
-class Inputs(NamedTuple):
-    """All that a step reads but the cache: on the device, but for what is an int, a bool or a Chunk."""
-
-    codes_T: Tensor  # int64: an id, or -1 - its place in the table of tokens
-    positions_T: Tensor  # int64
-    slots_T: Tensor  # int64
-    last_M: Tensor | None  # int64: rows to draw from; None for all
-    cu_seqlens_S1: Tensor  # int32
-    contexts_S: Tensor  # int32
-    table_SB: Tensor  # int32
-    max_seqlen: int
-    max_context_len: int
-    has_prefix: bool
-    chunks: tuple[Chunk, ...] = ()  # a bucket has none: a graph holds no lengths
-    ends_S: Tensor | None = None  # int64: where later steps of a burst end (burst.py)
-
-
-class Row(NamedTuple):
-    """A decoding sequence's next tokens: its last one, and drafts to verify."""
-
-    codes: list[int]
-    start: int
-    pages: list[int]
-    end: int = 0  # of a burst: the position after the last that it computes
-
+from shoal.engine import burst, staging
+from shoal.engine.spans import Inputs, Span, fill_table
 
 Outputs = tuple[Tensor, ...]
 Forward = Callable[[Inputs], Outputs]
@@ -77,14 +50,15 @@ class Bucket:
             ends_S=ends_S,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._onward: torch.cuda.CUDAGraph | None = None
         self._outputs: Outputs = ()
 
-    def run(self, rows: list[Row], forward: Forward) -> Outputs:
-        """The forward pass of these rows and padding. On CUDA the outputs are overwritten by the next run."""
+    def run(self, spans: list[Span], ends: list[int] | None, forward: Forward) -> Outputs:
+        """The forward pass of these and padding. On CUDA the outputs are overwritten by the next run."""
         if self._graph is None and self.inputs.codes_T.is_cuda:
             forward(self.pad())  # whatever is done the first time only
             self.capture(forward)
-        self._slab.fill(self._arrays(rows))
+        self._slab.fill(self._arrays(spans, ends))
         return self.again(forward)
 
     def again(self, forward: Forward) -> Outputs:
@@ -94,6 +68,18 @@ class Bucket:
         self._graph.replay()
         return self._outputs
 
+    def advance(self, tokens_S: Tensor | None) -> None:
+        """`burst.advance`, by a graph from the second time on."""
+        burst.hand(self.inputs, tokens_S)
+        if self._onward is not None:
+            self._onward.replay()
+            return
+        scratch = self._scratch * self.page_size
+        burst.advance(self.inputs, self.page_size, scratch)
+        if self.inputs.codes_T.is_cuda:
+            onward = partial(burst.advance, self.inputs, self.page_size, scratch)
+            self._onward, _ = _record(onward, _small_pool())
+
     def pad(self) -> Inputs:
         """Padding alone."""
         self._slab.fill(self._arrays([]))
@@ -102,37 +88,49 @@ class Bucket:
     def capture(self, forward: Forward, pool: Any = None) -> Any:
         """Record the graph, with padding alone, and name the pool its memory came from."""
         self.pad()
-        torch.cuda.synchronize(self.inputs.codes_T.device)
-        graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which gives all that is cached back to the system each time, for 60 ms.
-        with torch.cuda.stream(_stream()):
-            graph.capture_begin(pool or torch.cuda.graph_pool_handle())
-            self._outputs = forward(self.inputs)
-            graph.capture_end()
-        self._graph = graph
-        return graph.pool()
+        self._graph, self._outputs = _record(partial(forward, self.inputs), pool)
+        return self._graph.pool()
 
-    def _arrays(self, rows: list[Row]) -> list[np.ndarray]:
-        size, tokens, page = self.size, self.tokens, self.page_size
-        codes = np.zeros((size, tokens), np.int64)
-        starts = np.zeros(size, np.int64)
+    def _arrays(self, spans: list[Span], ends: list[int] | None = None) -> list[np.ndarray]:
+        size, tokens, page, used = self.size, self.tokens, self.page_size, len(spans)
+        codes, starts = np.zeros((size, tokens), np.int64), np.zeros(size, np.int64)
+        lasts = np.ones(size, np.int64)
         table = np.full((size, self._width), self._scratch, np.int32)
-        ends = np.ones(size, np.int64)
-        for place, (new, start, pages, end) in enumerate(rows):
-            codes[place], starts[place], ends[place] = new, start, end
-            table[place, : len(pages)] = pages[: self._width]
+        if used:
+            codes[:used] = [span.codes for span in spans]
+            starts[:used] = [span.start for span in spans]
+            lasts[:used] = starts[:used] + tokens if ends is None else ends
+            fill_table(table, spans)
         positions = starts[:, None] + np.arange(tokens)
         slots = (
             np.take_along_axis(table, positions // page, axis=1).astype(np.int64) * page + positions % page
         )
         contexts = (starts + tokens).astype(np.int32)
-        return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table, ends]
+        return [codes.ravel(), positions.ravel(), slots.ravel(), contexts, table, lasts]
+
+
+def _record(what: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what is launched, and what it gave. Nothing is computed."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # Not by torch.cuda.graph, which gives all that is cached back to the system each time, for 60 ms.
+    with torch.cuda.stream(_stream()):
+        graph.capture_begin(pool or torch.cuda.graph_pool_handle())
+        outputs = what()
+        graph.capture_end()
+    return graph, outputs
 
 
 @cache
 def _stream() -> torch.cuda.Stream:
     """Of all recordings: graphs that share a pool share it."""
     return torch.cuda.Stream()
+
+
+@cache
+def _small_pool() -> Any:
+    """Of what stands between the steps of bursts: each has a few numbers a row."""
+    return torch.cuda.graph_pool_handle()
 
 
 class Buckets:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.engine.buckets import Inputs
 from shoal.engine.scheduler import Pick
+from shoal.engine.spans import Inputs
 
 
 def can_follow(picks: list[Pick]) -> bool:
@@ -27,12 +27,16 @@ def can_follow(picks: list[Pick]) -> bool:
     return all(num_new == 1 and sequence.matcher is None for sequence, num_new, _ in picks)
 
 
-def advance(inputs: Inputs, tokens_S: Tensor | None, page_size: int, scratch: int) -> None:
-    """In place: each row one position further, with the token that was drawn for it (None: it is somewhere
-    else). One that is at its end stays there and writes to the slot `scratch`."""
-    assert inputs.ends_S is not None
+def hand(inputs: Inputs, tokens_S: Tensor | None) -> None:
+    """The tokens that were drawn go through the model next (None: they are somewhere else)."""
     if tokens_S is not None:
         inputs.codes_T[: len(tokens_S)].copy_(tokens_S)
+
+
+def advance(inputs: Inputs, page_size: int, scratch: int) -> None:
+    """In place: each row one position further. One that is at its end stays there and writes to the slot
+    `scratch`."""
+    assert inputs.ends_S is not None
     last_S, positions_S = inputs.ends_S - 1, inputs.positions_T
     ended_S = positions_S >= last_S
     torch.minimum(positions_S + 1, last_S, out=positions_S)

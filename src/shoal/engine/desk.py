@@ -11,6 +11,7 @@ tokens costs the host little more than the tokens.
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from typing import NamedTuple
 
 from shoal.engine import staging
@@ -86,9 +87,14 @@ class Desk:
     ) -> list[Portion]:
         """A sequence gets the tokens that were drawn for it, and stand; `flown` as for `Scheduler.commit`."""
         sequence = pick.sequence
-        tokens, logprobs, tops = drawn
-        if not all(map(math.isfinite, logprobs)):
-            tokens = tokens[: next(at for at, value in enumerate(logprobs) if not math.isfinite(value))]
+        tokens, logprobs, tops, finite = drawn
+        if not finite:
+            tokens = [
+                token
+                for token, _ in takewhile(
+                    lambda row: math.isfinite(row[1]), zip(tokens, logprobs, strict=True)
+                )
+            ]
         if not tokens:
             return [self._break_nonfinite(sequence)]
         # Nothing is drawn ahead where there is a grammar: there is one token.

@@ -27,14 +27,14 @@ from torch import Tensor
 from shoal.batch import Batch, Between, KVView
 from shoal.config.cost import IndexKeys
 from shoal.engine import burst, staging
-from shoal.engine.buckets import Bucket, Buckets, Inputs, Row
+from shoal.engine.buckets import Bucket, Buckets
 from shoal.engine.cache import make_cache
 from shoal.engine.pieces import Pieces
 from shoal.engine.records import Records
 from shoal.engine.scheduler import Pick
 from shoal.engine.sequence import Sequence
 from shoal.engine.settings import CacheDtype
-from shoal.engine.spans import Span, lay_out
+from shoal.engine.spans import Inputs, Span, lay_out
 from shoal.engine.team import Alone, Team
 from shoal.model.moe import MoE
 from shoal.model.transformer import Transformer
@@ -150,11 +150,8 @@ class Runner:
             inputs = self.inputs(spans, ends)
             step = self._run_unpadded(inputs)
         else:
-            inputs, last = bucket.inputs, ends or [1] * len(spans)
-            rows = [
-                Row(span.codes, span.start, span.pages, end) for span, end in zip(spans, last, strict=True)
-            ]
-            step = self._cut(bucket.run(rows, self._forward_padded), bucket, len(spans))
+            inputs = bucket.inputs
+            step = self._cut(bucket.run(spans, ends, self._forward_padded), bucket, len(spans))
         self._last = (inputs, bucket, len(spans)) if ends else None
         return step
 
@@ -163,9 +160,11 @@ class Runner:
         assert self._last is not None
         self.calls += 1
         inputs, bucket, used = self._last
-        burst.advance(inputs, tokens_S, self.page_size, self.pad_slot)
         if bucket is None:
+            burst.hand(inputs, tokens_S)
+            burst.advance(inputs, self.page_size, self.pad_slot)
             return self._run_unpadded(inputs._replace(has_prefix=True))
+        bucket.advance(tokens_S)
         return self._cut(bucket.again(self._forward_padded), bucket, used)
 
     def _run_unpadded(self, inputs: Inputs) -> Step:

@@ -69,22 +69,23 @@ class Samples(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     tops: list[Top] | None  # None where no row asked for any
+    finite: bool  # all log-probabilities of the step
 
     def part(self, start: int, end: int) -> Samples:
         tops = None if self.tops is None else self.tops[start:end]
-        return Samples(self.tokens[start:end], self.logprobs[start:end], tops)
+        return Samples(self.tokens[start:end], self.logprobs[start:end], tops, self.finite)
 
 
 def read(packed: Tensor, counts: Iterable[int]) -> Samples:
     """What `Drawn.pack` gave, on the host; `counts` are the `params.logprobs` of its rows."""
     columns = packed.numpy()
     tokens, logprobs = columns[:, 0].astype(np.int64).tolist(), columns[:, 1].tolist()
-    most = (packed.shape[1] - 2) // 2
+    most, finite = (packed.shape[1] - 2) // 2, bool(np.isfinite(columns[:, 1]).all())
     if not most:
-        return Samples(tokens, logprobs, None)
+        return Samples(tokens, logprobs, None, finite)
     ids, best = columns[:, 2 : 2 + most].astype(np.int64).tolist(), columns[:, 2 + most :].tolist()
     tops = [tuple(zip(*row, strict=True))[:count] for *row, count in zip(ids, best, counts, strict=True)]
-    return Samples(tokens, logprobs, tops)
+    return Samples(tokens, logprobs, tops, finite)
 
 
 def _mix(bits: int) -> int:
@@ -192,7 +193,7 @@ def bends(draw: Draw) -> bool:
 def sample(logits_SV: Tensor, draws: list[Draw], history: History | None = None) -> list[Sample]:
     """One token for each row, on the host."""
     packed = draw(logits_SV, draws, history).pack()
-    tokens, logprobs, tops = read(packed.cpu(), [draw.params.logprobs for draw in draws])
+    tokens, logprobs, tops, _ = read(packed.cpu(), [draw.params.logprobs for draw in draws])
     return [Sample(*row) for row in zip(tokens, logprobs, tops or [()] * len(tokens), strict=True)]
 
 

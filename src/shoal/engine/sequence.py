@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from shoal.engine.grammar import Grammar, Matcher
@@ -113,10 +114,13 @@ class SamplingParams:
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")
 
-    @property
+    @cached_property
     def penalises(self) -> bool:
         """Whether the ids before a token change its distribution."""
         return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 class Scored(NamedTuple):
@@ -178,8 +182,7 @@ class Sequence:
 
     def bans(self, position: int) -> frozenset[int]:
         """Ids that may not be drawn at a position."""
-        too_early = position - self.num_prompt < self.params.min_tokens
-        return self.stop_ids if too_early else frozenset()
+        return self.stop_ids if position - self.num_prompt < self.params.min_tokens else _NONE
 
     def take(self, tokens: list[int]) -> list[int]:
         """Those of them that come before the end, which may be one of them."""

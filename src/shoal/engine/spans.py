@@ -1,18 +1,36 @@
-"""Span: tokens of one sequence that go through the model in a step. A step's spans are laid end to end.
+"""Span: tokens of one sequence that go through the model in a step. Inputs: those of a step, laid end to end.
 
 The law: everything that a step needs of the host goes to the device in one transfer.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shoal.batch import Chunk
 from shoal.engine import staging
-from shoal.engine.buckets import Inputs
+
+
+class Inputs(NamedTuple):
+    """All that a step reads but the cache: on the device, but for what is an int, a bool or a Chunk."""
+
+    codes_T: Tensor  # int64: an id, or -1 - its place in the table of tokens
+    positions_T: Tensor  # int64
+    slots_T: Tensor  # int64
+    last_M: Tensor | None  # int64: rows to draw from; None for all
+    cu_seqlens_S1: Tensor  # int32
+    contexts_S: Tensor  # int32
+    table_SB: Tensor  # int32
+    max_seqlen: int
+    max_context_len: int
+    has_prefix: bool
+    chunks: tuple[Chunk, ...] = ()  # a bucket has none: a graph holds no lengths
+    ends_S: Tensor | None = None  # int64: where later steps of a burst end (burst.py)
 
 
 class Span(NamedTuple):
@@ -33,8 +51,7 @@ def lay_out(spans: list[Span], lasts: list[int] | None, page_size: int, device: 
     total, longest = int(bounds[-1]), int(max(lasts) if lasts else ends.max())
     codes = np.array([code for span in spans for code in span.codes], np.int64)
     table = np.zeros((len(spans), -(-longest // page_size)), np.int32)
-    for at, span in enumerate(spans):
-        table[at, : len(span.pages)] = span.pages[: table.shape[1]]
+    fill_table(table, spans)
     rows = np.arange(total)
     positions = rows - np.repeat(bounds[:-1] - starts, lengths)
     pages = table[np.repeat(np.arange(len(spans)), lengths), positions // page_size]
@@ -70,3 +87,12 @@ def lay_out(spans: list[Span], lasts: list[int] | None, page_size: int, device: 
         ),
         ends_S=ends_S[0] if ends_S else None,
     )
+
+
+def fill_table(table_SB: np.ndarray, spans: list[Span]) -> None:
+    """The pages of each in its row, as many as there is room for."""
+    width = table_SB.shape[1]
+    rows = [span.pages[:width] for span in spans]
+    counts = np.array([len(row) for row in rows])
+    inside = np.arange(width) < counts[:, None]
+    table_SB[: len(rows)][inside] = list(chain.from_iterable(rows))

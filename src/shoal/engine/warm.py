@@ -78,7 +78,8 @@ def _sample(runner: Runner, spans: list[Span]) -> None:
     ):
         drawn = sampling.draw(logits_MV, [Draw(wish, 0, 2), Draw(wish, 1, 2)], said)
         decodes = runner.inputs([Span(spans[0].pages, 0, [0], 1)] * rows, [2] * rows)
-        burst.advance(decodes, drawn.tokens_S1.squeeze(1), runner.page_size, runner.pad_slot)
+        burst.hand(decodes, drawn.tokens_S1.squeeze(1))
+        burst.advance(decodes, runner.page_size, runner.pad_slot)
 
 
 def warm_lengths(most: int) -> list[int]:
