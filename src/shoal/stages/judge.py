@@ -234,8 +234,12 @@ def _find(name: str) -> Any:
 
 def _children(pid: int) -> list[int]:
     """Living children and finished ones that nobody waited for, where the kernel tells (Linux)."""
-    listing = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(child) for child in listing.read_text().split()] if listing.exists() else []
+    try:
+        listing = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY)
+    except FileNotFoundError:
+        return []
+    with os.fdopen(listing) as opened:
+        return [int(child) for child in opened.read().split()]
 
 
 if __name__ == "__main__":
