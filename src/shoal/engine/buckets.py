@@ -30,7 +30,14 @@ class Bucket:
     """`size` sequences of `tokens` new tokens each, their contexts no longer than `contexts`."""
 
     def __init__(
-        self, size: int, tokens: int, contexts: int, page_size: int, scratch: int, device: torch.device
+        self,
+        size: int,
+        tokens: int,
+        contexts: int,
+        page_size: int,
+        scratch: int,
+        device: torch.device,
+        small_pool: Any = None,  # of graphs that hold a few numbers a row
     ) -> None:
         self.size, self.tokens, self.page_size, self._scratch = size, tokens, page_size, scratch
         self._width = -(-contexts // page_size)
@@ -49,6 +56,7 @@ class Bucket:
             has_prefix=True,
             ends_S=ends_S,
         )
+        self._small_pool = small_pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._onward: torch.cuda.CUDAGraph | None = None
         self._outputs: Outputs = ()
@@ -78,7 +86,7 @@ class Bucket:
         burst.advance(self.inputs, self.page_size, scratch)
         if self.inputs.codes_T.is_cuda:
             onward = partial(burst.advance, self.inputs, self.page_size, scratch)
-            self._onward, _ = _record(onward, _small_pool())
+            self._onward, _ = _record(onward, self._small_pool)
 
     def pad(self) -> Inputs:
         """Padding alone."""
@@ -127,12 +135,6 @@ def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-@cache
-def _small_pool() -> Any:
-    """Of what stands between the steps of bursts: each has a few numbers a row."""
-    return torch.cuda.graph_pool_handle()
-
-
 class Buckets:
     """All the shapes: every size with every bound of the context."""
 
@@ -146,6 +148,7 @@ class Buckets:
     ) -> None:
         self.sizes, self.contexts = tuple(sorted(sizes)), tuple(sorted(contexts))
         self._page_size, self._scratch, self._device = page_size, scratch, device
+        self._small_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._made: dict[tuple[int, int, int], Bucket] = {}
 
     def find(self, size: int, tokens: int, context: int) -> Bucket | None:
@@ -169,7 +172,8 @@ class Buckets:
     def _get(self, size: int, tokens: int, context: int) -> Bucket:
         key = size, tokens, context
         if key not in self._made:
-            self._made[key] = Bucket(*key, self._page_size, self._scratch, self._device)
+            place = self._page_size, self._scratch, self._device, self._small_pool
+            self._made[key] = Bucket(*key, *place)
         return self._made[key]
 
 
