@@ -7,6 +7,7 @@ bit; in the other, where a request that has ended leaves a product with fewer ro
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -55,24 +56,33 @@ def turns(engine: Engine, prompts: list[list[int]]) -> list[tuple[Any, ...]]:
     return [everything(done) for done in (*first, *engine.generate(longer, params))]
 
 
-@pytest.mark.parametrize("family", ["deepseek-v3", "qwen3-30b-a3b"])
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("buckets", [(), (1, 3, 8)])
+@pytest.mark.parametrize(
+    ("family", "overlap", "buckets", "steps"),
+    [
+        ("deepseek-v3", False, (1, 3, 8), 8),
+        ("deepseek-v3", True, (), 5),
+        ("qwen3-30b-a3b", True, (1, 3, 8), 8),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in product(
+                ["deepseek-v3", "qwen3-30b-a3b"], [False, True], [(), (1, 3, 8)], [2, 3, 8, 16]
+            )
+        ),
+    ],
+)
 def test_bursts_give_the_same_bits(
-    family: str, overlap: bool, buckets: tuple[int, ...], prompts: list[list[int]]
+    family: str, overlap: bool, buckets: tuple[int, ...], steps: int, prompts: list[list[int]]
 ) -> None:
     model = build(family)
     with dispatch.batch_invariant():
         step_by_step = Engine(model, replace(PLAIN, overlap=overlap))
         expected = turns(step_by_step, prompts)
-        for steps in (2, 8) if buckets else (5,):
-            settings = replace(PLAIN, overlap=overlap, buckets=buckets, decode_steps=steps)
-            engine = Engine(model, settings)
-            assert turns(engine, prompts) == expected
-            assert engine.pool.num_free == PLAIN.num_pages
-            told, before = engine.stats(), step_by_step.stats()
-            assert told.generated == before.generated
-            assert told.prompt_positions_cached == before.prompt_positions_cached > 0
+        engine = Engine(model, replace(PLAIN, overlap=overlap, buckets=buckets, decode_steps=steps))
+        assert turns(engine, prompts) == expected
+    assert engine.pool.num_free == PLAIN.num_pages
+    told, before = engine.stats(), step_by_step.stats()
+    assert told.generated == before.generated
+    assert told.prompt_positions_cached == before.prompt_positions_cached > 0
 
 
 def test_bursts_of_every_kind_of_attention(model: Transformer, prompts: list[list[int]]) -> None:
