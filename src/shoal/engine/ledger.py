@@ -29,6 +29,7 @@ from shoal.model.quantised import scratch_bytes
 from shoal.model.transformer import Transformer
 
 _GIB = 2**30
+SMALL_BYTES = 2**21  # PyTorch's least piece of memory: what stands between the steps of bursts is less
 WORKSPACE_BYTES = 2**25  # of cuBLAS's on a stream (Hopper): for eager steps, and for the capture of graphs
 
 
@@ -204,7 +205,9 @@ def of_engine(
         graph_sizes=graph_sizes,
         longest_graph=longest_graph,
         graphs_a_size=len(default_contexts(config.max_position_embeddings)) * (1 + (settings.speculate > 0)),
-        scratch=scratch_bytes(model, head.dtype.itemsize) + rounds_bytes(model, settings.max_batch_tokens),
+        scratch=scratch_bytes(model, head.dtype.itemsize)
+        + rounds_bytes(model, settings.max_batch_tokens)
+        + (SMALL_BYTES if settings.decode_steps > 1 and graph_sizes else 0),
     )
     ledger = draft(num_pages=num_pages)
     least = ledger.num_pages if team is None else team.least(ledger.num_pages)

@@ -165,10 +165,18 @@ class Rounds:
         sampled = time.perf_counter()
         order = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, DEALING), step) >> 1)
         steps = rollout.batches_of(groups, config, order, self.device)
-        gap = rollout.measure_gap(self.model, steps[0][0])
+        first = steps[0][0]
+        with torch.no_grad():
+            out = self.model(first)
+        gap = rollout.measure_gap(self.model, first, out)
         temperature = config.rollout.temperature
         steps = [
-            [rollout.look_back(self.model, batch, temperature, self.reference) for batch in batches]
+            [
+                rollout.look_back(
+                    self.model, batch, temperature, self.reference, out if batch is first else None
+                )
+                for batch in batches
+            ]
             for batches in steps
         ]
         if config.teacher is not None:

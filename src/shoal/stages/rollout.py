@@ -279,10 +279,16 @@ def _support(
 
 @torch.no_grad()
 def look_back(
-    model: Transformer, batch: PolicyBatch, temperature: float, reference: Transformer | None
+    model: Transformer,
+    batch: PolicyBatch,
+    temperature: float,
+    reference: Transformer | None,
+    out: Output | None = None,
 ) -> PolicyBatch:
-    """The batch with the log-probabilities that the trainer, and the reference, give its answers."""
-    old_T = answer_log_probs(model, batch, temperature)
+    """The batch with the log-probabilities that the trainer, and the reference, give its answers. `out` as in
+    `measure_gap`."""
+    out = out or model(batch)
+    old_T = _log_probs(model, out.hidden_TD / temperature, batch)
     # The reference routes as it likes: the record is of the policy's experts, not of its.
     reference_T = (
         None if reference is None else answer_log_probs(reference, replace(batch, routing=None), temperature)
@@ -316,10 +322,11 @@ def _log_probs(model: Transformer, hidden_TD: Tensor, batch: PolicyBatch) -> Ten
 
 
 @torch.no_grad()
-def measure_gap(model: Transformer, batch: PolicyBatch) -> Gap:
-    """Engine against trainer, at temperature 1 and over all tokens, which is what the engine reports."""
+def measure_gap(model: Transformer, batch: PolicyBatch, out: Output | None = None) -> Gap:
+    """Engine against trainer, at temperature 1 and over all tokens, which is what the engine reports.
+    `out` is what the model gives, if that is known."""
     assert batch.sampled_T is not None and batch.weights_T is not None
-    out = model(batch)
+    out = out or model(batch)
     ours_T = _log_probs(model, out.hidden_TD, replace(batch, kept_TK=None))
     gap_T = torch.where(batch.weights_T != 0, ours_T - batch.sampled_T, 0.0).abs()
     told = [gap_T.sum() / batch.weights_T.count_nonzero(), gap_T.max()]
