@@ -62,6 +62,7 @@ def test_a_process_reads_its_experts_alone(tmp_path: Path) -> None:
         ("deepseek-v3", 3, PLAIN, "data_parallel is 3 .* the model has 16 experts"),
         ("r1-distill-qwen-1.5b", 2, PLAIN, "the model has no experts"),
         ("deepseek-v3", 2, replace(PLAIN, speculate=1), "speculate is 1, but .* set it to 0"),
+        ("deepseek-v3", 2, replace(PLAIN, decode_steps=8), "decode_steps is 8, but .* leave it at 1"),
         ("deepseek-v3", 2, replace(PLAIN, buckets=(1, 2)), r"buckets are \(1, 2\), but .* leave them out"),
     ],
 )

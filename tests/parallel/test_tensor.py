@@ -27,9 +27,11 @@ BY_TWO = {
     "an indexer, chunks, few pages": Case(
         "deepseek-v3.2", settings=replace(PLAIN, max_batch_tokens=17, num_pages=14)
     ),
-    "queries without a latent, an odd vocabulary": Case("deepseek-v2-lite", {"vocab_size": 509}),
-    "heads with norms, padded and ahead": Case(
-        "qwen3-30b-a3b", settings=replace(PLAIN, overlap=True, buckets=(1, 2, 4))
+    "queries without a latent, an odd vocabulary, in bursts": Case(
+        "deepseek-v2-lite", {"vocab_size": 509}, replace(PLAIN, decode_steps=4)
+    ),
+    "heads with norms, padded, ahead and in bursts": Case(
+        "qwen3-30b-a3b", settings=replace(PLAIN, overlap=True, buckets=(1, 2, 4), decode_steps=4)
     ),
     "biases, a tied head": Case("r1-distill-qwen-1.5b", {"tie_word_embeddings": True}),
     "a norm of all heads": Case("olmoe-1b-7b"),
@@ -58,7 +60,8 @@ def test_many_processes_say_what_one_says(ranks: int, cases: dict[str, Case], tm
     assert nothing == [{}] * (ranks - 1)
     for name, case in cases.items():
         tolerance = COARSE if case.settings.cache_dtype == "fp8" else TOLERANCE
-        assert_same(served[name], serve(Engine(case.model(), case.settings)), tolerance)
+        alone = Engine(case.model(), replace(case.settings, decode_steps=1))
+        assert_same(served[name], serve(alone), tolerance)
 
 
 def test_a_rank_reads_its_part_of_a_checkpoint_alone(tmp_path: Path) -> None:
