@@ -1,4 +1,4 @@
-"""Cases of quantised arithmetic: FP8 products of a V3 slice, and FP8 and INT4 experts in decoding V2-Lite.
+"""Cases of quantised arithmetic: FP8 products of a V3 slice, and what V2-Lite decodes with in FP8 and INT4.
 
 The GEMMs alone are the two grouped products without quantising, grouping and summing; the peer is torch's
 `scaled_grouped_mm`, scaled by row, and `scaled_mm` of one matrix, by row and by blocks. The layer is held
@@ -201,7 +201,40 @@ def decode(shape: Shape, matrices: tuple[Tensor, Tensor], count: int, scheme: st
     )  # fmt: skip
 
 
+def linears(rows: int, scheme: str) -> Case:
+    """The linears of a block of V2-Lite: queries and latents, output, and the shared experts."""
+    x, h = (torch.randn(rows, c, device="cuda").bfloat16() for c in (2048, 2816))
+    sets: list[list[tuple[Tensor, ...]]] = []
+    for _ in range(20):  # whatever the width, more than the L2 holds
+        sizes = ((x, (3072, 576)), (x, (2048,)), (x, (2816, 2816)), (h, (2048,)))
+        sets.append(
+            [tuple(torch.randn(n, a.shape[1], device="cuda").bfloat16() for n in ns) for a, ns in sizes]
+        )
+    one = ops.quantise_blocks if scheme == "fp8" else ops.quantise_groups
+    small = [[[one(w) for w in together] for together in block] for block in sets]
+
+    def ours(block: list[list[ops.Weight]]) -> None:
+        for a, together in zip((x, x, x, h), block, strict=True):
+            for weight in together:
+                ops.quantised_linear(a, weight)
+
+    def wide(block: list[tuple[Tensor, ...]]) -> None:
+        for a, together in zip((x, x, x, h), block, strict=True):
+            api.linears(a, together, (None,) * len(together))
+
+    flat = [t for together in small[0] for weight in together for t in weight]
+    return Case(
+        f"{scheme} linears", f"a block of V2-Lite, {rows} rows",
+        2.0 * rows * sum(w.numel() for together in sets[0] for w in together),
+        sum(t.nbytes for t in flat),
+        {"ours": [partial(ours, block) for block in small], "ours bf16": [partial(wide, b) for b in sets]},
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
+    for scheme in ("fp8", "int4"):
+        for rows in (1, 32):
+            yield linears(rows, scheme)
     matrices = weights(V2_LITE)
     for scheme in ("fp8", "int4"):
         for count in (1, 8, 32):

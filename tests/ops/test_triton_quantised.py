@@ -128,6 +128,21 @@ def test_few_rows_equal_the_reference(scheme: str, T: int, dims: tuple[int, int]
         assert _error(got, wanted) <= _limit(max(D, F))
 
 
+@pytest.mark.parametrize("T", [12, 32])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_linear_of_a_whole_tile_equals_the_reference(scheme: str, T: int) -> None:
+    """As many rows as a program holds: none is left for another, none is padding."""
+    D, F = DIMS[0]
+    with using("reference"):
+        weight = SCHEMES[scheme](_normal(F, D, seed=3) / D**0.5)
+    x_TD = _normal(T, D)
+    results = []
+    for side in ("triton", "reference"):
+        with using(side):
+            results.append(quantised.quantised_linear(x_TD, weight))
+    assert _error(*results) <= _limit(D)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_many_rows_are_near_the_reference(scheme: str) -> None:
     """FP8 reads activations quantised: 2.6% root mean square, once for x and once for h. INT4 does not."""

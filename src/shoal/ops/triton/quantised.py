@@ -49,9 +49,9 @@ class Way:
     pdl: bool
 
 
-def choose_stream(rows: int) -> Stream:
-    """For `rows` rows of one weight, on average."""
-    for most, bm in ((12, 16), (28, 32)):
+def choose_stream(rows: int, *, exact: bool = False) -> Stream:
+    """For `rows` rows of one weight; if not `exact`, on average."""
+    for most, bm in ((12, 16), (32 if exact else 28, 32)):
         if rows <= most:
             return Stream(bm, 64, 4)
     return Stream(64, 64, 3)
@@ -221,7 +221,7 @@ def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, *, invariant: bo
     if M == 0:
         return x.new_empty(shape)
     if M <= FEW_ROWS or invariant:
-        stream = choose_stream(M)
+        stream = choose_stream(M, exact=True)
         if stream.bm == 16:  # one matrix has few tiles: twice as many programs
             stream = replace(stream, bn=32)
         return narrow_linear(x_MK, values, scales, stream, _way(x, values)).view(shape)
