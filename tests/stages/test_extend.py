@@ -44,7 +44,7 @@ def short(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(short: Path, tmp_path: Path) -> ExtendConfig:
     text = tmp_path / "recall.jsonl"
-    lines = [json.dumps({"text": document.text}) for document in recall_documents(60, 150, 0)]
+    lines = [json.dumps({"text": document.text}) for document in recall_documents(60, (16, 150), 0)]
     text.write_text("\n".join(lines))
     return ExtendConfig(
         model=str(short),
@@ -107,7 +107,7 @@ def test_v3s_recipe_gives_v3s_angles() -> None:
     assert angles[31] == pytest.approx(3.333804e-6, rel=1e-6)
     assert extended.softmax_scale / plain.softmax_scale == pytest.approx(1.8738542, rel=1e-6)
     assert load_extend(RECIPES / "v3-128k.toml").yarn is None
-    assert load_extend(RECIPES / "needle-8x.toml").data.seq_len == 8192
+    assert load_extend(RECIPES / "needle-3-long.toml").data.seq_len == 2048
 
 
 def test_the_engine_answers_as_the_model_does(short: Path) -> None:

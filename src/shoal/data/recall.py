@@ -1,15 +1,15 @@
 """Text in which things are told and told again: text to practise looking back on.
 
-Two forms. `strings`: keys and values without meaning, in an order that comes again to the document's end; a
-small model learns from them to find what it has read, and what came after it. `facts`: words of other text
-with facts among them, "#ba47", a key and its value. A key has one value in a document, another in the next,
-so a fact told again can only be known by finding it; how far back it stands is spread evenly over the
-logarithm, from the next word to the whole document. Alone, facts teach a guess among the values that were
-seen (LOG.md, 2026-11-29), so strings come before them or beside them.
+Three forms. `strings`: keys and values without meaning, each string told a few times before the next.
+`lists`: up to ten facts told over and over, "#ba27", a key and its value, from nearly in order to in none.
+`facts`: words of other text with facts among them. A key has one value in a list or among words, another in
+the next document, so a fact told again can only be known by finding it; among words, how far back it stands
+is spread evenly over the logarithm, from the next word to the whole document. A small model that begins with
+facts learns to guess among the values it has seen (LOG.md, 2026-11-29); strings are to be learned before.
 
-The law: a document is a function of the words, the seed and its number. Facts leave out `HELD_OUT`, keys and
-values to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
-has each key and each value as one token.
+The law: a document is a function of the words, the seed and its number. Facts among words leave out
+`HELD_OUT`, keys and values to test with; strings and lists have them, or their tokens would mean nothing. A
+tokenizer trained on this text has each key and each value as one token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from shoal.data.read import Document
 
-Form = Literal["strings", "facts"]
+Form = Literal["strings", "lists", "facts"]
 
 
 class Symbols(NamedTuple):
@@ -30,14 +30,14 @@ class Symbols(NamedTuple):
 
 
 MARK = "#"  # before every key; the words between have none, and no digits
-CONSONANTS, TESTED, VOWELS = "bdfgklmnprst", "vz", "aeiou"
-VALUES = tuple(map(str, range(10, 100)))
-TOLD = Symbols(tuple(MARK + c + v for c in CONSONANTS for v in VOWELS), VALUES[:80])
-HELD_OUT = Symbols(tuple(MARK + c + v for c in TESTED for v in VOWELS), VALUES[80:])
-ALL = Symbols(TOLD.keys + HELD_OUT.keys, VALUES)
+CONSONANTS, TESTED, VOWELS = "bdfg", "vz", "aeiou"
+TOLD = Symbols(tuple(MARK + c + v for c in CONSONANTS for v in VOWELS), tuple(map(str, range(10, 30))))
+HELD_OUT = Symbols(tuple(MARK + c + v for c in TESTED for v in VOWELS), tuple(map(str, range(90, 100))))
+ALL = Symbols(TOLD.keys + HELD_OUT.keys, TOLD.values + HELD_OUT.values)
 
-SHORTEST = 16  # words of a document
-STRING = 4, 48  # keys of a string that comes again
+LEAST = 16  # words of a document
+STRING = 3, 10  # keys of a string or a list
+TIMES = 2, 8  # a string is told
 DENSITY = 0.02, 0.5  # keys a word, so far as there are keys
 TEXT = "the sea is calm and a shoal of fish swims by under grey boats while gulls call over sand"
 WORDS = TEXT.split()
@@ -49,27 +49,51 @@ def find_words(text: str) -> list[str]:
 
 
 def recall_documents(
-    count: int, longest: int, seed: int, form: Form = "facts", words: Sequence[str] = WORDS
+    count: int,
+    lengths: tuple[int, int],
+    seed: int,
+    form: Form = "facts",
+    words: Sequence[str] = WORDS,
 ) -> Iterator[Document]:
-    """`count` documents of at most `longest` words, a fact one of them; the words of `facts` are stretches of
-    `words`."""
-    if count < 1 or longest < SHORTEST:
+    """`count` documents of so many words, from the first to the second of `lengths`; a fact is one. The words
+    of `facts` are stretches of `words`."""
+    shortest, longest = lengths
+    if count < 1 or not LEAST <= shortest <= longest:
         raise ValueError(
-            f"{count} documents of at most {longest} words are asked for; ask for 1 at least, of {SHORTEST}"
+            f"{count} documents of {shortest} to {longest} words are asked for; ask for 1 at least, of "
+            f"{LEAST} words or more"
         )
     if not words:
         raise ValueError("there are no words to hide facts among; name files with text in them")
     for number in range(count):
         rng = random.Random(f"recall {form} {seed} {number}")
-        size = round(_draw(rng, SHORTEST, longest))
-        text = _strings(rng, size) if form == "strings" else _facts(rng, size, words)
+        size = round(_draw(rng, shortest, longest))
+        match form:
+            case "strings":
+                text = _strings(rng, size)
+            case "lists":
+                text = _lists(rng, size)
+            case "facts":
+                text = _facts(rng, size, words)
         yield Document(text, f"recall-{form}-{number}")
 
 
 def _strings(rng: random.Random, size: int) -> str:
-    keys = rng.choices(ALL.keys, k=round(_draw(rng, *STRING)))
-    string = [key + rng.choice(("", rng.choice(ALL.values))) for key in keys]
-    return "".join(string[n % len(string)] for n in range(size))
+    told: list[str] = []
+    while len(told) < size:
+        keys = rng.choices(ALL.keys, k=round(_draw(rng, *STRING)))
+        told += round(_draw(rng, *TIMES)) * [key + rng.choice(("", rng.choice(ALL.values))) for key in keys]
+    return "".join(told[:size])
+
+
+def _lists(rng: random.Random, size: int) -> str:
+    keys = rng.sample(ALL.keys, k=round(_draw(rng, *STRING)))
+    facts, disorder, at = [key + rng.choice(ALL.values) for key in keys], rng.random(), -1
+    told: list[str] = []
+    for _ in range(size):
+        at = rng.randrange(len(facts)) if rng.random() < disorder else (at + 1) % len(facts)
+        told.append(facts[at])
+    return "".join(told)
 
 
 def _facts(rng: random.Random, size: int, words: Sequence[str]) -> str:
