@@ -45,7 +45,6 @@ OPS = {
     "sparse-tiles": sparse.tile_cases,
     "narrow-cache": attention.narrow_cases,
     "latent-tiles": attention.tile_cases,
-    "latent-hopper": attention.hopper_cases,
     "invariance": invariance.cases,
 }
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.harness import Call, Case
 from shoal.ops.triton import attention, cache_attention
-from shoal.ops.triton.cache_plan import Plan
+from shoal.ops.triton.cache_plan import TURNS, Plan
 
 DTYPE = torch.bfloat16
 RANK, ROPE, PAGE = 512, 64, 64
@@ -38,37 +38,14 @@ DECODE = tuple(
     (heads, batch, context) for heads in (16, 128) for batch in (1, 32, 128) for context in (4096, 32768)
 )
 WIDE_PLANS = {
-    16: (
-        Plan(16, 64, False, 8, 4),
-        Plan(16, 64, False, 8, 5),
-        Plan(16, 32, False, 8, 5, resident=2),
-        Plan(16, 64, False, 8, 4, resident=2),
-    ),
-    128: (
-        Plan(64, 64, False, 4, 2, halves=2),
-        Plan(64, 64, False, 4, 3, halves=2),
-    ),
+    16: (Plan(16, 64, 8, 5), Plan(16, 32, 4, 5, resident=2), Plan(16, 64, 8, 4, resident=2)),
+    128: (Plan(64, 64, 8, 2), TURNS),
 }
-HOPPER_PLANS = Plan(64, 64, False, 8, 1, hopper="wide"), Plan(64, 64, False, 4, 1, hopper="turns")
 NARROW_PLANS = {
-    16: (
-        Plan(16, 32, False, 4, 5, resident=2, words=True),
-        Plan(16, 64, False, 8, 4, words=True),
-        Plan(16, 64, False, 8, 5, words=True),
-        Plan(16, 32, False, 8, 5, resident=2, words=True),
-    ),
-    128: (
-        Plan(64, 32, False, 8, 3, words=True),
-        Plan(64, 64, False, 8, 4, words=True),
-        Plan(16, 64, False, 8, 5, words=True),
-    ),
+    16: (Plan(16, 64, 8, 5), Plan(16, 32, 4, 4, resident=2), Plan(16, 32, 4, 5)),
+    128: (Plan(64, 32, 8, 2), Plan(64, 64, 8, 3)),
 }
-NARROW_PAGED_PLANS = (
-    Plan(16, 64, False, 4, 3, words=True),
-    Plan(16, 128, False, 4, 3, words=True),
-    Plan(16, 64, False, 4, 5, words=True),
-    Plan(16, 64, False, 4, 4, resident=2, words=True),
-)
+NARROW_PAGED_PLANS = Plan(16, 64, 4, 4, resident=2), Plan(16, 128, 4, 2), Plan(16, 128, 8, 3)
 PACKS = {
     "4k": [4096],
     "16k": [16384],
@@ -146,19 +123,17 @@ def narrow_paged(heads: int, groups: int, batch: int, context: int) -> Case:
     wide, *where = _cache(batch, context, (2, groups, 128), 16)
     narrow = narrow_rows(wide, 128, wide.shape[:-1])
     q = torch.randn(batch, heads, 128, device="cuda", dtype=DTYPE)
+    attend = partial(cache_attention.paged_attention, q)
+    calls: dict[str, list[Call]] = {"ours": [partial(attend, narrow, *where, 128**-0.5)]}
+    calls["bf16 cache"] = [partial(attend, wide, *where, 128**-0.5)]
+    for plan in NARROW_PAGED_PLANS:
+        calls[str(plan)[4:]] = [partial(attend, narrow, *where, 128**-0.5, plan=plan)]
     return Case(
         op="GQA decode, FP8 cache",
         shape=f"{heads} / {groups} heads, batch {batch}, context {context // 1024}k, pages of 16",
         flops=4.0 * batch * context * heads * 128,
         bytes=2.0 * batch * context * groups * 132,
-        calls={
-            name: [partial(cache_attention.paged_attention, q, pages, *where, 128**-0.5)]
-            for name, pages in (("ours", narrow), ("bf16 cache", wide))
-        }
-        | {
-            str(plan)[4:]: [partial(cache_attention.paged_attention, q, narrow, *where, 128**-0.5, plan=plan)]
-            for plan in NARROW_PAGED_PLANS
-        },
+        calls=dict(calls),
     )
 
 
@@ -250,31 +225,6 @@ def latent_tiles(heads: int, batch: int, context: int) -> Iterator[Case]:
             bytes=float(batch * context * pages.shape[-1] * pages.element_size()),
             calls=dict(calls),
         )
-
-
-def hopper(batch: int, context: int) -> Case:
-    """MLA decode of 128 heads by the kernels for Hopper alone; the first is what is chosen."""
-    scale = (RANK + ROPE) ** -0.5
-    pages, *where = _cache(batch, context, (RANK + ROPE,), PAGE)
-    q = torch.randn(batch, 128, RANK + ROPE, device="cuda", dtype=DTYPE)
-    attend = partial(cache_attention.latent_attention, q, pages, *where, RANK, scale)
-    calls: dict[str, list[Call]] = {"ours": [attend]}
-    calls |= {plan.hopper: [partial(attend, plan=plan)] for plan in HOPPER_PLANS}
-    calls["wide, batch-invariant"] = [partial(attend, plan=HOPPER_PLANS[0], invariant=True)]
-    calls["turns, batch-invariant"] = [partial(attend, plan=HOPPER_PLANS[1], invariant=True)]
-    return Case(
-        op="MLA decode on Hopper",
-        shape=f"128 heads, batch {batch}, context {context // 1024}k",
-        flops=2.0 * batch * context * 128 * (2 * RANK + ROPE),
-        bytes=2.0 * batch * context * (RANK + ROPE),
-        calls=dict(calls),
-        target=TARGETS.get((128, batch, context), ""),
-    )
-
-
-def hopper_cases() -> Iterator[Case]:
-    for batch, context in ((32, 32768), (128, 4096), (1, 32768), (32, 4096), (1, 4096), (128, 32768)):
-        yield hopper(batch, context)
 
 
 def tile_cases() -> Iterator[Case]:

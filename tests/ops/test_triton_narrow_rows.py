@@ -20,7 +20,7 @@ from tests.ops.test_triton_cache_attention import STEPS, Call, Step, _assert_clo
 pytestmark = [runs_triton, pytest.mark.usefixtures("poison"), scalars_in_arrays]
 LATENTS = ((512, 64), (256, 64)) if GPU else ((160, 8), (20, 6))
 WORDS = [(3, 64, 8), (3, 256, 8), (20, 512, 64)] if GPU else [(3, 256, 8)]
-BY_WORDS = Plan(16, 32, False, 4, 3, words=True)
+BY_WORDS = Plan(16, 32, 4, 3)
 TOKENS = (1, 63) if GPU else (1, 5)
 
 

@@ -208,6 +208,7 @@ def kernels() -> dict[str, Kernel]:
             cache_attention.latent_attention,
             cache_attention.latent_attention_refusal,
             partial(cache_attention.latent_attention, invariant=True),
+            choose=cache_attention.choose_latent,
         ),
         "route": Kernel(routing.route, routing.route_refusal, partial(routing.route, invariant=True)),
         "gate": Kernel(routing.gate, routing.gate_refusal, partial(routing.gate, invariant=True)),

@@ -6,11 +6,11 @@ Two launches a call, `split` and `merge` (`cache_splits`). Nothing waits for the
 shared out is decided there, from the lengths it holds, so lengths of 0 or far below `max_context_len` cost
 nothing.
 
-Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate from
-128 on. On an H200 (2026-11-24) with 16 heads 10.5 and 21.9 us at batch 1 and 4k and 32k, 87% of 4.555 TB/s at
-batch 32 and 32k, 74% at 128 and 4k; GQA of 32 / 8 heads 87 to 99%. With 128 heads 275 TFLOP/s of 797: the
-compiler has both warpgroups compute all scores, 1.5 times the work. Batch-invariant mode costs nothing to 19%
-from batch 128 on, and 2.7 to 10 times at batch 1. `cache_plan` holds the tiles.
+Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate
+from 128 on. On an H200 (2026-11-24 and 29) with 16 heads 10.5 and 21.9 us at batch 1 and 4k and 32k, 86% of
+4.555 TB/s at batch 32 and 32k, 81% at 128 and 4k; GQA of 32 / 8 heads 87 to 99%. Of 128 heads `cache_turns`
+makes the split on Hopper, 534 TFLOP/s of 797 at 32 and 32k, 434 at 128 and 4k. Batch-invariant mode costs
+nothing to 25% from batch 32 on, and 2.2 to 10 times at batch 1. `cache_plan` holds the tiles.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ import triton
 from torch import Tensor
 
 from shoal.ops.triton.cache import are_rows
-from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan
+from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan, pieces
 from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
-from shoal.ops.triton.cache_turns import turns_kernel
-from shoal.ops.triton.cache_wide import LATENT, ROPE, ROWS, wide_kernel
+from shoal.ops.triton.cache_turns import LATENT, ROPE, turns_kernel
 from shoal.ops.triton.expert_plan import num_multiprocessors
 from shoal.ops.triton.narrow_rows import NARROW
 from shoal.ops.triton.quantise import lacks_e4m3
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_DIM, MAX_SEQUENCES, HOPPER_SEQUENCES = 512, 8192, 1024
+MAX_DIM, MAX_SEQUENCES = 512, 4096
 MIN_PAD = 32  # sequences that a program counts at least: fewer kernels to warm up
 
 
@@ -80,20 +79,51 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def hopper_refusal(q_THL: Tensor, pages: Tensor, rank: int, sequences: int) -> str | None:
-    """Why the kernels for Hopper do not take what the others do; None if they do."""
+def turns_refusal(q_THL: Tensor, pages: Tensor, rank: int) -> str | None:
+    """Why `cache_turns` does not take latents that the others do; None if it does."""
     rest = q_THL.shape[2] - rank
     if not _hopper(q_THL.device):
         return f"{q_THL.device} is no Hopper"
     if q_THL.dtype != torch.bfloat16 or pages.dtype != torch.bfloat16:
-        return f"queries are {q_THL.dtype} and the cache {pages.dtype}; they take bfloat16"
+        return f"queries are {q_THL.dtype} and the cache {pages.dtype}; it takes bfloat16"
     if (rank, rest) != (LATENT, ROPE):
-        return f"rows of {rank} + {rest} elements; they take {LATENT} + {ROPE}"
+        return f"rows of {rank} + {rest} elements; it takes {LATENT} + {ROPE}"
     if pages.stride(1) % 8 or pages.data_ptr() % 16:
-        return f"rows are {pages.stride(1)} elements apart; they read them 8 at a time"
-    if sequences > HOPPER_SEQUENCES:
-        return f"{sequences} sequences; a program counts at most {HOPPER_SEQUENCES}"
+        return f"rows are {pages.stride(1)} elements apart; it reads them 8 at a time"
     return None
+
+
+def _choose(
+    q_THd: Tensor, pages: Tensor, S: int, longest: int, most: int, rank: int, *, latent: bool, invariant: bool
+) -> Plan:
+    rep = q_THd.shape[1] // (1 if latent else pages.shape[3])
+    rows, sequences, far = (rep, MAX_SEQUENCES, 1 << 30) if invariant else (most * rep, S, longest)
+    return choose_plan(
+        rows, sequences, far, rank, q_THd.dtype, latent=latent, narrow=pages.dtype == NARROW,
+        hopper=_hopper(q_THd.device), turns=latent and turns_refusal(q_THd, pages, rank) is None,
+    )  # fmt: skip
+
+
+def choose_latent(
+    q_THL: Tensor,
+    pages: Tensor,
+    table_SB: Tensor,
+    contexts_S: Tensor,
+    longest: int,
+    cu_S1: Tensor,
+    most: int,
+    rank: int,
+    scale: float,
+    *,
+    invariant: bool = False,
+) -> tuple[str, str]:
+    """Who runs `latent_attention` ("turns" or "splits"), and a word on why."""
+    plan = _choose(q_THL, pages, table_SB.shape[0], longest, most, rank, latent=True, invariant=invariant)
+    mode = "batch-invariant; " if invariant else ""
+    if plan.turns:
+        return "turns", f"{mode}{plan.bm} rows a program, two warpgroups on Hopper"
+    reason = turns_refusal(q_THL, pages, rank) or f"{plan.bm} rows a program"
+    return "splits", mode + reason
 
 
 def _attend(
@@ -117,30 +147,18 @@ def _attend(
     if T == 0:
         return out_THC
     rep, narrow = H // groups, pages.dtype == NARROW
-    if plan is None:
-        rows, sequences = (rep, MAX_SEQUENCES) if invariant else (most * rep, S)
-        far = longest if not invariant else 1 << 30
-        kind = {"latent": latent, "narrow": narrow, "hopper": _hopper(q_THd.device)}
-        plan = choose_plan(rows, sequences, far, rank, q_THd.dtype, **kind)
-    if plan.hopper:
-        reason = hopper_refusal(q_THd, pages, rank, S) if latent else "it attends to keys and values"
-        if reason is None and (plan.bm, plan.bn) != (ROWS, ROWS):
-            reason = f"they have {ROWS} rows and positions"
-        if reason is not None:
-            raise ValueError(f"{plan} does not take this call: {reason}")
+    plan = plan or _choose(q_THd, pages, S, longest, most, rank, latent=latent, invariant=invariant)
+    if plan.turns and (reason := turns_refusal(q_THd, pages, rank)) is not None:
+        raise ValueError(f"{plan} does not take this call: {reason}")
     blocks = triton.cdiv(most * rep, plan.bm)
     lanes = blocks * groups
     column = triton.next_power_of_2(max(rank, 16))
-    halves = plan.halves if latent and rank == column and not narrow else 1
     device = q_THd.device
-    programs = max(
-        1, num_multiprocessors(device.index if q_THd.is_cuda else None) * plan.resident // (lanes * halves)
-    )
-    if programs >= S > programs // 20:
-        programs -= programs % S  # sequences of one length then lie whole in their pieces
+    multiprocessors = num_multiprocessors(device.index if q_THd.is_cuda else None)
+    tiles = triton.cdiv(max(longest, 1), plan.bn)
+    programs = pieces(max(1, multiprocessors * plan.resident // lanes), S, tiles)
     unit, pdl = UNIT_POSITIONS // plan.bn, _hopper(device)
     # Pieces never outnumber tiles; one piece, or fixed ones that each hold a whole sequence, need no merge.
-    tiles = triton.cdiv(max(longest, 1), plan.bn)
     slots = S * triton.cdiv(tiles, unit) if invariant else 2 * programs
     partial = torch.empty(slots * lanes * plan.bm * column, dtype=torch.float32, device=device)
     lse = torch.empty(slots * lanes * plan.bm, dtype=torch.float32, device=device)
@@ -159,14 +177,13 @@ def _attend(
         q_THd.contiguous(), pages, table_SB.contiguous(), contexts_S, cu_S1, out_THC, partial, lse,
         S, table_SB.shape[1], programs, scale * math.log2(math.e),
     )  # fmt: skip
-    if plan.hopper:
-        kernel = {"wide": wide_kernel, "turns": turns_kernel}[plan.hopper]
-        kernel[(programs * lanes,)](
+    if plan.turns:
+        turns_kernel[(programs * lanes,)](
             *arguments, R=dim - rank, ROW=pages.stride(1), PAGE=page,
             launch_pdl=pdl, num_warps=plan.warps, **shared,
         )  # fmt: skip
     else:
-        split_kernel[(programs * lanes * halves,)](
+        split_kernel[(programs * lanes,)](
             *arguments,
             R=dim - rank,
             LATENT=latent,
@@ -175,10 +192,8 @@ def _attend(
             PAGE=page,
             BC=column,
             BR=triton.next_power_of_2(max(dim - rank, 16)),
-            QUARTERS=plan.words and narrow and rank == column and rank >= 64,
+            QUARTERS=narrow and rank == column and rank >= 64,
             ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
-            HALVES=halves,
-            SWAP=plan.swap,
             PDL=pdl,
             launch_pdl=pdl,
             PRECISION="ieee" if q_THd.dtype == torch.float32 else "tf32",

@@ -12,36 +12,33 @@ from dataclasses import dataclass
 import torch
 
 UNIT_POSITIONS = 2048  # of a piece in batch-invariant mode
+AS_A_PART = 8  # tiles that take as long as a part of a sequence to be written and merged
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A program: its rows and positions, whether positions are the tall side, warps, loads in flight; how
-    many share the columns of a latent; whether rows in FP8 are read by words; a kernel for Hopper alone."""
+    """A program: its rows and positions, warps, loads in flight. `turns`: that of `cache_turns`."""
 
     bm: int
     bn: int
-    swap: bool
     warps: int
     stages: int
     resident: int = 1  # programs that share a multiprocessor
-    halves: int = 1
-    words: bool = False
-    hopper: str = ""  # wide, turns
+    turns: bool = False
 
 
-PORTABLE, _NARROW = Plan(16, 16, False, 4, 2), Plan(16, 64, False, 4, 2)
+PORTABLE, _NARROW = Plan(16, 16, 4, 2), Plan(16, 64, 4, 2)
 
-# Measured on an H200, 2026-11-24. Few sequences, or short ones that each get a multiprocessor: larger tiles,
-# which end sooner (1k positions of 8, 32 and 128: 12.6, 24.5, 53.0 us against 15.0, 25.2, 58.7); many: two
-# programs an SM (256: 88.7 against 101.8).
-SHORT, EACH = 4096, 64
-_LATENT_FEW, _LATENT_16 = Plan(16, 64, False, 8, 5), Plan(16, 32, False, 4, 5, resident=2)
-_LATENT_64 = Plan(64, 64, False, 8, 2)
-# In FP8 a tile is held twice, as bytes and widened. Not measured: sizes that leave room for both.
-_NARROW_LATENT_16, _NARROW_LATENT_64 = Plan(16, 32, False, 4, 3), Plan(64, 32, False, 8, 2)
-_NARROW_PAGED_16, _NARROW_PAGED_64 = Plan(16, 64, False, 4, 3), Plan(64, 64, False, 4, 2)
-_PAGED_16, _PAGED_64 = Plan(16, 128, False, 4, 5), Plan(64, 64, False, 4, 3)
+# Measured on an H200, 2026-11-24 and 29. Few sequences, or short ones that each get a multiprocessor: larger
+# tiles, which end sooner (1k positions of 8, 32 and 128: 12.6, 24.5, 53.0 us against 15.0, 25.2, 58.7; 4k of
+# 128: 163 against 172); many: two programs an SM (256 of 1k: 88.7 against 101.8; 32 of 32k: 307 against 318).
+SHORT, EACH = 4096, 128
+_LATENT_FEW, _LATENT_16 = Plan(16, 64, 8, 5), Plan(16, 32, 4, 5, resident=2)
+_LATENT_64, TURNS = Plan(64, 64, 8, 2), Plan(64, 64, 4, 1, turns=True)
+# In FP8 a tile is held twice, as bytes and widened.
+_NARROW_LATENT_16, _NARROW_LATENT_64 = Plan(16, 32, 4, 5, resident=2), Plan(64, 64, 8, 4)
+_NARROW_PAGED_16, _NARROW_PAGED_64 = Plan(16, 128, 4, 3), Plan(64, 64, 4, 2)
+_PAGED_16, _PAGED_64 = Plan(16, 128, 4, 5), Plan(64, 64, 4, 3)
 
 
 def choose_plan(
@@ -54,8 +51,10 @@ def choose_plan(
     latent: bool,
     narrow: bool,
     hopper: bool,
+    turns: bool,
 ) -> Plan:
-    """For at most `rows` queries that share a key, contexts up to `longest`; `dim` is that of a value."""
+    """For at most `rows` queries that share a key, contexts up to `longest`; `dim` is that of a value.
+    `turns`: `cache_turns` takes the call."""
     if dtype == torch.float32 or not hopper or dim < 64:
         return PORTABLE if dim > 128 else _NARROW
     if narrow:
@@ -66,4 +65,14 @@ def choose_plan(
     if rows <= 16:
         short = longest <= SHORT and sequences <= EACH
         return _LATENT_FEW if sequences < 8 or short else _LATENT_16
-    return _LATENT_64
+    return TURNS if turns else _LATENT_64
+
+
+def pieces(programs: int, sequences: int, tiles: int) -> int:
+    """Into how many pieces the tiles of all sequences are cut: one a program, or a few fewer, where sequences
+    of one length, `tiles` at most, then lie whole in their pieces, or pieces in their sequences."""
+    if programs >= sequences:
+        return programs - programs % sequences if sequences > programs // 20 else programs
+    each = -(-sequences // programs)
+    longer = each * tiles - sequences * tiles // programs
+    return sequences // each if sequences % each == 0 and longer <= AS_A_PART else programs

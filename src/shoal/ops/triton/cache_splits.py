@@ -12,12 +12,9 @@ is written at once; of the others a piece holds at most two parts, hence 2 W slo
 FIXED (batch-invariant): pieces are UNIT tiles from a sequence's own beginning, so what is added, and in what
 order, depends on that sequence alone. Scratch grows with the longest context.
 
-HALVES: of many heads a program makes half the columns of their values, and all scores: one warpgroup holds 64
-rows of 256, where the compiler has a second one repeat the first's scores, in narrower instructions.
-
-SWAP computes scores as K Q^T and values as V^T P: positions are the tall side of the tensor core, and 16
-queries its narrow one. A latent row serves as key and, its first C elements, as value: it is read once. Rows
-in FP8 (NARROW) are widened as they are read.
+A latent row serves as key and, its first C elements, as value: it is read once. Rows in FP8 (NARROW) are
+widened as they are read, by words where their width is a power of two from 64 on (QUARTERS). Of latents for
+many heads `cache_turns` does the same on Hopper.
 Positions past a context are never read: they may hold NaN.
 """
 
@@ -106,11 +103,9 @@ def split_kernel(
     BR: tl.constexpr,
     QUARTERS: tl.constexpr,  # rows in FP8 by words
     ASM: tl.constexpr,
-    HALVES: tl.constexpr,  # programs that share the columns of a value
     BM: tl.constexpr,
     BN: tl.constexpr,
     S_PAD: tl.constexpr,
-    SWAP: tl.constexpr,
     FIXED: tl.constexpr,
     UNIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -120,10 +115,8 @@ def split_kernel(
         gdc_wait()  # and nothing is let in early: the merge would take the place of other programs
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
-    VC: tl.constexpr = BC // HALVES
-    own = tl.program_id(0) % HALVES * VC
-    lane = tl.program_id(0) // HALVES % (RB * G)
-    w = tl.program_id(0) // (RB * G * HALVES)
+    lane = tl.program_id(0) % (RB * G)
+    w = tl.program_id(0) // (RB * G)
     group = lane // RB
     row = lane % RB * BM
     head_row: tl.constexpr = C + 4 * ((C + 127) // 128) if NARROW else C
@@ -168,22 +161,14 @@ def split_kernel(
                 o1 = tl.zeros((BM, C // 4), tl.float32)
                 o2 = tl.zeros((BM, C // 4), tl.float32)
                 o3 = tl.zeros((BM, C // 4), tl.float32)
-            elif HALVES == 1:
-                q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
             else:
-                q = _load_queries(q_ptr + own, token, head, kept, 0, VC, VC, H, C + R)
-                q_other = _load_queries(q_ptr + (VC - own), token, head, kept, 0, VC, VC, H, C + R)
+                q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
+                o = tl.zeros((BM, BC), tl.float32)
             if R:
                 q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
             top = tl.full((BM,), float("-inf"), tl.float32)
             # 3. Scores, running softmax, values.
-            if SWAP:
-                total_NM = tl.zeros((BN, BM), tl.float32)
-                o = tl.zeros((BC, BM), tl.float32)
-            else:
-                total_M = tl.zeros((BM,), tl.float32)
-                if not QUARTERS:
-                    o = tl.zeros((BM, VC), tl.float32)
+            total_M = tl.zeros((BM,), tl.float32)
             for tile in range(begin, end):
                 if QUARTERS:
                     k0, k1, k2, k3 = load_quarters_tile(
@@ -191,11 +176,8 @@ def split_kernel(
                     )
                 elif NARROW:
                     k = load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
-                elif HALVES == 1:
-                    k = load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
                 else:
-                    k = load_tile(base + own, pages, tile, limit, 0, VC, VC, ROW, PAGE, BN)
-                    k_other = load_tile(base + (VC - own), pages, tile, limit, 0, VC, VC, ROW, PAGE, BN)
+                    k = load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
                 if R and NARROW:
                     k_rope = load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
                 elif R:
@@ -213,49 +195,32 @@ def split_kernel(
                 else:
                     v = load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
                 position = tile * BN + tl.arange(0, BN)
-                if SWAP:
-                    scores = tl.dot(k, q.T, input_precision=PRECISION)
-                    if R:
-                        scores = tl.dot(k_rope, q_rope.T, scores, input_precision=PRECISION)
-                    seen = position[:, None] < visible[None, :]
-                    scores = tl.where(seen, scores * scale, float("-inf"))
-                    higher = tl.maximum(top, tl.max(scores, 0))
-                    ground = tl.where(higher == float("-inf"), 0.0, higher)
-                    fade = tl.exp2(top - ground)
-                    p = tl.exp2(scores - ground[None, :])
-                    total_NM = total_NM * fade[None, :] + p
-                    o = tl.dot(v.T, p.to(dtype), o * fade[None, :], input_precision=PRECISION)
+                if QUARTERS:
+                    scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+                    scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
+                    scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+                    scores = tl.dot(q3, k3.T, scores, input_precision=PRECISION)
                 else:
-                    if QUARTERS:
-                        scores = tl.dot(q0, k0.T, input_precision=PRECISION)
-                        scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
-                        scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-                        scores = tl.dot(q3, k3.T, scores, input_precision=PRECISION)
-                    else:
-                        scores = tl.dot(q, k.T, input_precision=PRECISION)
-                    if HALVES == 2:
-                        scores = tl.dot(q_other, k_other.T, scores, input_precision=PRECISION)
-                    if R:
-                        scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
-                    seen = position[None, :] < visible[:, None]
-                    scores = tl.where(seen, scores * scale, float("-inf"))
-                    higher = tl.maximum(top, tl.max(scores, 1))
-                    ground = tl.where(higher == float("-inf"), 0.0, higher)
-                    fade = tl.exp2(top - ground)
-                    p = tl.exp2(scores - ground[:, None])
-                    total_M = total_M * fade + tl.sum(p, 1)
-                    if QUARTERS:
-                        p = p.to(dtype)
-                        o0 = tl.dot(p, v0, o0 * fade[:, None], input_precision=PRECISION)
-                        o1 = tl.dot(p, v1, o1 * fade[:, None], input_precision=PRECISION)
-                        o2 = tl.dot(p, v2, o2 * fade[:, None], input_precision=PRECISION)
-                        o3 = tl.dot(p, v3, o3 * fade[:, None], input_precision=PRECISION)
-                    else:
-                        o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
+                    scores = tl.dot(q, k.T, input_precision=PRECISION)
+                if R:
+                    scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
+                seen = position[None, :] < visible[:, None]
+                scores = tl.where(seen, scores * scale, float("-inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                ground = tl.where(higher == float("-inf"), 0.0, higher)
+                fade = tl.exp2(top - ground)
+                p = tl.exp2(scores - ground[:, None])
+                total_M = total_M * fade + tl.sum(p, 1)
+                if QUARTERS:
+                    p = p.to(dtype)
+                    o0 = tl.dot(p, v0, o0 * fade[:, None], input_precision=PRECISION)
+                    o1 = tl.dot(p, v1, o1 * fade[:, None], input_precision=PRECISION)
+                    o2 = tl.dot(p, v2, o2 * fade[:, None], input_precision=PRECISION)
+                    o3 = tl.dot(p, v3, o3 * fade[:, None], input_precision=PRECISION)
+                else:
+                    o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
                 top = higher
             # 4. The end of it, or a part for the merge.
-            if SWAP:
-                total_M = tl.sum(total_NM, 0)
             # Nothing seen: 0 / 1, and log-sum-exp -inf from top.
             total_M = tl.where(total_M > 0, total_M, 1.0)
             whole = (begin == 0) & (end == mine)
@@ -269,10 +234,9 @@ def split_kernel(
                 _put(o2 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 2, C, BC)
                 _put(o3 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 3, C, BC)
             else:
-                column = own + tl.arange(0, VC)
-                o = (o / total_M[None, :]).T if SWAP else o / total_M[:, None]
-                _put(o, out_ptr, partial_ptr, to, part, whole, kept, column, C, BC)
-            if (own == 0) & (not whole):
+                o = o / total_M[:, None]
+                _put(o, out_ptr, partial_ptr, to, part, whole, kept, tl.arange(0, BC), C, BC)
+            if not whole:
                 tl.store(lse_ptr + part, top + tl.log2(total_M))
             at = before + tl.minimum(stop - before, length)
 

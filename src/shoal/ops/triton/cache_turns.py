@@ -18,6 +18,10 @@ Who waits for whom, of pair g; all but `loaded` and `freed` count one arrival:
     ended[t]    sums of weights at the end of a piece    each -> the other
 
 One place serves all weights: the second tile's are put there when the first's have been multiplied by both.
+
+Bound, in clocks of a tile and a multiprocessor: products 2,176; shared memory 2,430; what the L2 gives all
+of them at once, some 3,000. On an H200 (2026-11-29) some 3,450: 560 TFLOP/s between contexts of 4k and 32k.
+A place of a tile serves copy, scores, weights and values one after the other, and there is room for two.
 """
 
 from __future__ import annotations
@@ -33,12 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-ROWS, LATENT, ROPE, WARPS = (
-    64,
-    512,
-    64,
-    4,
-)  # queries of a program and positions of a tile; of a row; a warpgroup
+LATENT, ROPE = 512, 64  # elements of a row
 
 
 @gluon.jit
