@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.checkpoint import hf
 from shoal.config.families import tiny
+from shoal.config.run import DataConfig, RunConfig, TrainConfig
 from shoal.data.text import Tokenizer
 from shoal.data.tokenizer import train_tokenizer
 from shoal.engine import EngineSettings, SamplingParams
 from shoal.model.transformer import Transformer
+from shoal.stages import pretrain
 from shoal.stages.llm import open_engine
 from tests.evaluation_sets import write_sets
 
@@ -154,6 +156,44 @@ def test_scores_are_theirs(ours: EngineLM, theirs: Any, data: Path, monkeypatch:
     for left, right in zip(mine["gsm8k"], told["samples"]["gsm8k"], strict=True):
         assert left["arguments"] == right["arguments"]
         assert left["filtered_resps"] == right["filtered_resps"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_every_task_scores_a_trained_checkpoint_as_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published files, two questions each, of a model that has learned a little: 40 steps."""
+    text = SHARED.parent / "pretrain" / "tiny-mixed.jsonl.zst"
+    config = RunConfig(
+        replace(tiny("deepseek-v3"), vocab_size=1024, max_position_embeddings=2048),
+        TrainConfig(steps=40, evaluate_every=0, checkpoint_every=0),
+        DataConfig(train=(str(text),), tokens_per_batch=1024, seq_len=256),
+    )
+    pretrain.run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "export"
+    engine = open_engine(folder, EngineSettings(num_pages=128, max_batch_tokens=256, max_sequences=8))
+    mine = EngineLM(engine, Tokenizer.load(folder), chat=False, progress=quiet)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, made = AutoTokenizer.from_pretrained(folder), cast(Any, HFLM)
+    length = mine.max_length
+    other = made(pretrained=model.eval(), tokenizer=tokenizer, batch_size=4, max_length=length, device="cpu")
+    for name, each in exam.EXAMS.items():
+        monkeypatch.setitem(exam.EXAMS, name, replace(each, most=24))
+    names = list(exam.EXAMS)
+    scores, asked = run(mine, exam.prepare(names, SHARED), limit=2)
+    told: Any = evaluate(other, dict(exam.prepare(names, SHARED)), limit=2)
+    assert {score.task for score in scores} == set(names)
+    for score in scores:
+        assert score.value == told["results"][score.task][f"{score.metric},none"], score.task
+    for name in names:
+        for left, right in zip(asked[name], told["samples"][name], strict=True):
+            assert left["arguments"] == right["arguments"]
+            for a, b in zip(left["filtered_resps"], right["filtered_resps"], strict=True):
+                if exam.EXAMS[name].kind == "choice":
+                    assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-3), name
+                else:
+                    assert a == b, name
 
 
 def test_a_chat_is_asked_by_its_template(ours: EngineLM, folder: Path) -> None:
