@@ -214,26 +214,39 @@ def test_what_cannot_be_read_is_counted_quoted_and_skipped(tmp_path: Path) -> No
     assert reading.num_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_parquet_reads_as_its_lines_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_read_as_their_lines_do(kind: str, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow import ipc, parquet
 
+    file = tmp_path / f"a.{kind}"
     rows = [{"text": record["text"], "source": record.get("source"), "more": 1} for record in RECORDS]
     table = pyarrow.Table.from_pylist(
         [*rows, {"text": None, "source": "x", "more": 1}, {"text": "last", "more": 2}]
     )
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    if kind == "parquet":
+        parquet.write_table(table, file, row_group_size=2)
+    else:
+        with ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table, 2)
     reading = Reading()
-    documents = list(read_documents([tmp_path / "a.parquet"], reading))
+    documents = list(read_documents([file], reading))
     assert [document.text for document in documents] == [*(record["text"] for record in RECORDS), "last"]
     assert documents[0].source == "a:b"
-    assert (reading.bad, reading.num_bytes) == (1, (tmp_path / "a.parquet").stat().st_size)
-    assert "a.parquet:4 has no text" in reading.quotes[0]
-    with pytest.raises(ValueError, match=r"a\.parquet:4 has no text"):
-        list(read_documents([tmp_path / "a.parquet"]))
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    assert (reading.bad, reading.num_bytes) == (1, file.stat().st_size)
+    assert f"a.{kind}:4 has no text" in reading.quotes[0]
+    with pytest.raises(ValueError, match=rf"a\.{kind}:4 has no text"):
+        list(read_documents([file]))
+    file.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="is damaged"):
-        list(read_documents([tmp_path / "a.parquet"]))
+        list(read_documents([file]))
+
+
+def test_a_dataset_of_hugging_face_is_read_from_its_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = [f"text {n}" for n in range(700)]
+    datasets.Dataset.from_dict({"text": texts, "id": texts}).save_to_disk(tmp_path / "set", num_shards=2)
+    assert [each.text for each in read_documents([str(tmp_path / "set" / "*.arrow")])] == texts
 
 
 def test_parquet_without_its_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Prepare text: clean, deduplicate, tokenize, pack.", no_args_is_help=True)
 
-Files = Annotated[list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst) .parquet.")]
+Files = Annotated[
+    list[str], typer.Argument(help="Files or globs: .txt .md .py .jsonl(.gz, .zst) .parquet .arrow.")
+]
 Out = Annotated[Path, typer.Option(help="The folder to write: documents-*.jsonl.zst and report.json.")]
 Workers = Annotated[int, typer.Option(help="Processes. The result does not depend on it.")]
 Cluster = Annotated[

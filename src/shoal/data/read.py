@@ -1,11 +1,12 @@
 """Documents from files: which files, in which order, and which text is held out.
 
 Plain files (.txt, .md, .py) are one document each, or one a megabyte, cut between lines; JSON Lines (.jsonl,
-.jsonl.gz, .jsonl.zst) hold one a line, in its "text"; Parquet one a row, in its column "text". The law: the
-same files give the same documents in the same order, and whether a text is held out depends on what it says,
-not on where it lies or in which order it comes. What cannot be read is an error that names the file and the
-place, or, for a caller who hands in a `Reading`, is counted, quoted and skipped; blank documents are passed
-over. One document is in memory at a time. Tokens are left to text.py and shard.py.
+.jsonl.gz, .jsonl.zst) hold one a line, in its "text"; Parquet, and the .arrow files of Hugging Face datasets
+(`save_to_disk`), one a row, in its column "text". The law: the same files give the same documents in the same
+order, and whether a text is held out depends on what it says, not on where it lies or in which order it
+comes. What cannot be read is an error that names the file and the place, or, for a caller who hands in a
+`Reading`, is counted, quoted and skipped; blank documents are passed over. One document is in memory at a
+time, of tables a few hundred. Tokens are left to text.py and shard.py.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
 PLAIN = (".txt", ".md", ".py")
 RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = ".parquet"
-PARQUET_ROWS = 256  # decoded at a time
+PARQUET, ARROW = ".parquet", ".arrow"
+ROWS = 256  # decoded at a time
 
 # What of the standard library is not its code: tests, other packages, an editor, and tables written as code
 # (codecs, and help topics in one file of 0.7 MB that alone would decide a small held-out split).
@@ -84,7 +85,7 @@ def read_files(files: Sequence[Path], reading: Reading | None = None) -> Iterato
 
 def find_files(patterns: Sequence[str | Path], more: Sequence[str] = ()) -> list[Path]:
     """The files that `read_documents` reads, in its order; `more` are endings to find besides."""
-    known = (*PLAIN, *RECORDS, PARQUET, *more)
+    known = (*PLAIN, *RECORDS, PARQUET, ARROW, *more)
     return list(dict.fromkeys(file for pattern in patterns for file in _find(str(pattern), known)))
 
 
@@ -175,8 +176,8 @@ def _read_some(files: Sequence[Path], reading: Reading | None) -> Iterator[Docum
 
 def _read(path: Path, reading: Reading, before: int, *, strict: bool) -> Iterator[Document]:
     """`before` is the size of the files read before this one."""
-    if path.name.endswith(PARQUET):
-        parts = _read_parquet(path, reading, before)
+    if path.name.endswith((PARQUET, ARROW)):
+        parts = _read_table(path, reading, before)
     elif path.name.endswith(RECORDS):
         parts = _read_lines(path, reading, before)
     else:
@@ -236,27 +237,48 @@ def _decompress(raw: BinaryIO, path: Path) -> BinaryIO:
     return raw
 
 
-def _read_parquet(path: Path, reading: Reading, before: int) -> Iterator[Document | _Bad]:
+def _read_table(path: Path, reading: Reading, before: int) -> Iterator[Document | _Bad]:
     try:
-        from pyarrow import ArrowException, parquet
+        import pyarrow
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow to be read: pip install 'shoal[data]'") from error
-    size, row = path.stat().st_size, 0
+    row, batches = 0, _parquet_batches if path.name.endswith(PARQUET) else _arrow_batches
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in ("text", "source") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
+        with path.open("rb") as file:
+            for batch, read in batches(file, path.stat().st_size):
                 for record in batch.to_pylist():
                     row += 1
                     try:
                         yield _as_document(record, f"{path}:{row}")
                     except ValueError as fault:
                         yield _Bad(fault, repr(record).encode())
-                reading.num_bytes = before + size * row // max(file.metadata.num_rows, 1)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+                reading.num_bytes = before + read
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         fault = ValueError(f"{path} is damaged ({error}); fetch it again")
         fault.__cause__ = error
         yield _Bad(fault, b"")
+
+
+def _parquet_batches(file: BinaryIO, size: int) -> Iterator[tuple[Any, int]]:
+    """Some rows, and how many bytes of the file they and those before are, about."""
+    from pyarrow import parquet
+
+    opened, rows = parquet.ParquetFile(file), 0
+    columns = [name for name in ("text", "source") if name in opened.schema_arrow.names]
+    for batch in opened.iter_batches(ROWS, columns=columns):
+        rows += batch.num_rows
+        yield batch, size * rows // max(opened.metadata.num_rows, 1)
+
+
+def _arrow_batches(file: BinaryIO, size: int) -> Iterator[tuple[Any, int]]:
+    """The same of a stream of record batches, which `datasets` writes a thousand rows long."""
+    from pyarrow import ipc
+
+    with ipc.open_stream(file) as stream:
+        names = [name for name in ("text", "source") if name in stream.schema.names]
+        for batch in stream:
+            for first in range(0, batch.num_rows, ROWS):
+                yield batch.select(names).slice(first, ROWS), file.tell()
 
 
 def _read_record(line: str, place: str) -> Document:
