@@ -6,8 +6,9 @@
 cuBLAS has DeepSeek's scaling of 1 x 128 and 128 x 128 as its own since CUDA 12.9, on Hopper alone (PyTorch's
 `scaled_mm` by blocks). Its demands: scales of rows lie along the rows, those of a weight along the reduction,
 padded to four; rows are a multiple of 4 (its documentation), columns of 16 (PyTorch). It says that a last
-block may be short; that was not tried, so what has one is ours. Batch-invariant mode is ours, too: which of
-its kernels cuBLAS takes depends on how many rows there are.
+block may be short; that was timed and not yet compared, so what has one is ours. Batch-invariant mode is
+ours, too: which of its kernels cuBLAS takes depends on how many rows there are. On an H200 (2026-11-29) it
+takes 0.59 to 0.81 of our time on V2-Lite's and V3's linears, 0.60 to 0.83 of its own in bfloat16.
 
 W and its transpose are quantised in one reading where `keep` asks for it, as in `fp8`.
 """
@@ -51,7 +52,9 @@ def misfit(rows: int, n: int, k: int) -> str | None:
     if rows % 4:
         return f"{rows} rows are no multiple of 4, as cuBLAS wants them"
     if odd := [size for size in (n, k) if size % BLOCK]:
-        return f"{odd[0]} columns are no multiple of 128, and cuBLAS was not tried with a short block"
+        return (
+            f"{odd[0]} columns are no multiple of 128, and cuBLAS was not held to float64 with a short block"
+        )
     return None
 
 

@@ -8,7 +8,8 @@ tensor core multiplies e4m3 only where both operands lie along the reduction, so
 pass want W^T as an array of its own: its values and scales are W's, another way round, and written in the
 same pass.
 
-Bound: bytes. x in bfloat16 read once, q written once (twice with the transpose): 3 or 4 bytes an element.
+Bound: bytes. x in bfloat16 read once, q written once (twice with the transpose): 3 or 4 bytes an element. On
+an H200 (2026-11-29) rows reach 3.4 TB/s; 64 matrices of 2816 x 2048 in slices of 64 rows 2.9, both ways 2.6.
 Gradients that a kernel makes anyway are narrowed there (`store_narrow`), for the byte that is written.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-ROWS, SLICE, WARPS = 16, 32, 4  # rows of a program; rows of a weight's block at a time; warps of either
+ROWS, SLICE, WARPS = 16, 64, 4  # rows of a program; rows of a weight's block at a time; warps of either
 
 
 @triton.jit
