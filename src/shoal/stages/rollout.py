@@ -283,11 +283,11 @@ def look_back(
     batch: PolicyBatch,
     temperature: float,
     reference: Transformer | None,
-    out: Output | None = None,
+    known: Output | None = None,
 ) -> PolicyBatch:
-    """The batch with the log-probabilities that the trainer, and the reference, give its answers. `out` as in
-    `measure_gap`."""
-    out = out or model(batch)
+    """The batch with the log-probabilities that the trainer, and the reference, give its answers. `known` as
+    in `measure_gap`."""
+    out: Output = model(batch) if known is None else known
     old_T = _log_probs(model, out.hidden_TD / temperature, batch)
     # The reference routes as it likes: the record is of the policy's experts, not of its.
     reference_T = (
@@ -322,11 +322,11 @@ def _log_probs(model: Transformer, hidden_TD: Tensor, batch: PolicyBatch) -> Ten
 
 
 @torch.no_grad()
-def measure_gap(model: Transformer, batch: PolicyBatch, out: Output | None = None) -> Gap:
+def measure_gap(model: Transformer, batch: PolicyBatch, known: Output | None = None) -> Gap:
     """Engine against trainer, at temperature 1 and over all tokens, which is what the engine reports.
-    `out` is what the model gives, if that is known."""
+    `known` is what the model gives, where that is there already."""
     assert batch.sampled_T is not None and batch.weights_T is not None
-    out = out or model(batch)
+    out: Output = model(batch) if known is None else known
     ours_T = _log_probs(model, out.hidden_TD, replace(batch, kept_TK=None))
     gap_T = torch.where(batch.weights_T != 0, ours_T - batch.sampled_T, 0.0).abs()
     told = [gap_T.sum() / batch.weights_T.count_nonzero(), gap_T.max()]
