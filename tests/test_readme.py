@@ -34,13 +34,14 @@ LINES = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in
 
 def test_every_line_is_one_of_ours() -> None:
     first = {shlex.split(line, comments=True)[0] for _, line in LINES}
-    assert first == {"./shoal", "./check", "shoal"}  # without ./ where it is installed
+    assert first == {"./shoal", "./check", "shoal", "torchrun"}  # without ./ where it is installed
     assert len([line for page, line in LINES if page != "README.md"]) > 30
 
 
 @pytest.mark.parametrize(("page", "line"), [each for each in LINES if not each[1].startswith("./check")])
 def test_the_command_line_reads(page: str, line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line, comments=True)
+    words = words[1 + (words.index("shoal") if words[0] == "torchrun" else 0) :]
     loads = {"sft": load_sft, "grpo": load_grpo, "extend": load_extend, "sparsify": load_sparsify}
     load = loads.get(words[0], load_recipe)
     command = get_command(app)
