@@ -153,8 +153,9 @@ class Server:
 
 
 def children(pid: int) -> list[int]:
+    """Of all threads of a process."""
     lists = (task / "children" for task in Path(f"/proc/{pid}/task").iterdir())
-    return [int(child) for found in lists for child in found.read_text().split()]
+    return [int(child) for found in lists if found.exists() for child in found.read_text().split()]
 
 
 def cpu_seconds(pid: int | str) -> float:

@@ -24,16 +24,12 @@ import httpx
 import openai
 import pytest
 
+from benchmarks.server import children
 from shoal.data.text import Tokenizer
 from tests.tiny_checkpoint import write_checkpoint
 
 MAIN = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
 PATIENCE = 600.0  # seconds
-
-
-def _children(pid: int) -> list[int]:
-    lists = (task / "children" for task in Path(f"/proc/{pid}/task").iterdir())
-    return [int(child) for found in lists if found.exists() for child in found.read_text().split()]
 
 
 def _command(pid: int) -> bytes:
@@ -64,8 +60,8 @@ class Server:
 
     def engine_pid(self) -> int:
         """The child of the fork server."""
-        forks = next(pid for pid in _children(self.process.pid) if b"forkserver" in _command(pid))
-        return next(iter(_children(forks)))
+        forks = next(pid for pid in children(self.process.pid) if b"forkserver" in _command(pid))
+        return next(iter(children(forks)))
 
     @contextmanager
     def held(self) -> Iterator[None]:

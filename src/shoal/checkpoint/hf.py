@@ -131,7 +131,12 @@ def _copy(source: Source, model: Transformer, progress: Progress | None, share: 
     state = model.state_dict()
     own = {piece.stored: piece for piece in _kept(source.pieces, share) if piece.role == "own"}
     in_file_order = [own[name] for name in source.shards.table if name in own]
-    plain = [piece.stored for piece in in_file_order if _is_plain(source, piece, state)]
+    # What is copied as it is, but for its dtype, is read ahead.
+    plain = dict.fromkeys(
+        piece.stored
+        for piece in in_file_order
+        if piece.parameter + SCALE_SUFFIX not in state and source.shards.table[piece.stored].dtype != FLOAT8
+    )
     coming = read_ahead(map(source.shards.read, plain), next(iter(state.values())).device)
     done = 0
     for number, piece in enumerate(in_file_order, start=1):
@@ -140,17 +145,11 @@ def _copy(source: Source, model: Transformer, progress: Progress | None, share: 
         if scales is not None:
             _fill_narrow(source, piece, part, piece.of(scales), share)
         else:
-            is_plain = _is_plain(source, piece, state)
-            whole = next(coming) if is_plain else source.read(piece.stored, part.device)
+            whole = next(coming) if piece.stored in plain else source.read(piece.stored, part.device)
             part.copy_(whole if share is None else share.cut(piece.parameter, whole), non_blocking=True)
         done += part.nbytes
         if progress is not None:
             progress(number, len(own), done)
-
-
-def _is_plain(source: Source, piece: Piece, state: Mapping[str, Tensor]) -> bool:
-    """Whether a stored tensor is copied into its place as it is, but for its dtype."""
-    return piece.parameter + SCALE_SUFFIX not in state and source.shards.table[piece.stored].dtype != FLOAT8
 
 
 def _kept(pieces: Iterable[Piece], share: Share | None) -> Iterator[Piece]:

@@ -395,11 +395,11 @@ def step_bytes(
     they are drawn from, and their cumulative sum in float64.
     """
     drawing = drawn * config.vocab_size * (3 * 4 + 8)
-    forward = forward_bytes(config, tokens, 0, dtype_bytes, context=context)
-    return max(
-        tokens * _attending(config) * dtype_bytes if in_pieces else forward,
-        _head_bytes(config, tokens, drawn, dtype_bytes) + drawing,
-    )
+    if in_pieces:
+        forward = tokens * _attending(config) * dtype_bytes
+    else:
+        forward = forward_bytes(config, tokens, 0, dtype_bytes, context=context)
+    return max(forward, _head_bytes(config, tokens, drawn, dtype_bytes) + drawing)
 
 
 def _head_bytes(config: ModelConfig, tokens: int, drawn: int, dtype_bytes: int) -> int:

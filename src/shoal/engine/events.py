@@ -61,6 +61,13 @@ class Portion(NamedTuple):
     error: str | None = None
     routed: Routed | None = None
 
+    @property
+    def scores(self) -> tuple[tuple[float, ...], tuple[Top, ...]] | tuple[None, None]:
+        """Of the prompt: log-probabilities, and the most probable; None where nobody asked."""
+        if self.prompt is None:
+            return None, None
+        return tuple(zip(*self.prompt, strict=True)) or ((), ())  # type: ignore[return-value]
+
     def events(self) -> list[Event]:
         """The same token by token."""
         known = self.cached, self.began
@@ -70,9 +77,7 @@ class Portion(NamedTuple):
         if not events:
             events = [Event(self.request, None, None, (), None, *known)]
         if self.prompt is not None or self.routed is not None:
-            logprobs = tops = None
-            if self.prompt is not None:
-                logprobs, tops = tuple(zip(*self.prompt, strict=True)) or ((), ())
+            logprobs, tops = self.scores
             events[0] = events[0]._replace(prompt_logprobs=logprobs, prompt_tops=tops, routed=self.routed)
         if self.finish is not None:
             events[-1] = events[-1]._replace(finish=self.finish, routing=self.routing, error=self.error)
@@ -110,15 +115,15 @@ class Gathered:
         self._tops += portion.tops or [()] * len(portion.tokens)
         if portion.finish is None:
             return None
-        scores = None if first.prompt is None else tuple(zip(*first.prompt, strict=True)) or ((), ())
+        prompt_logprobs, prompt_tops = first.scores
         return Completion(
             ids=tuple(self._tokens),
             logprobs=tuple(self._logprobs),
             tops=tuple(self._tops),
             finish=portion.finish,
             cached=first.cached,
-            prompt_logprobs=None if scores is None else scores[0],
-            prompt_tops=None if scores is None else scores[1],
+            prompt_logprobs=prompt_logprobs,
+            prompt_tops=prompt_tops,
             routing=portion.routing,
         )
 

@@ -129,9 +129,8 @@ class Runner:
     @torch.inference_mode()
     def follow(self) -> None:
         """Do what the first of the team does, until its end."""
-        calls = {"run": self._run, "again": self._again, "capture": self._capture, "score": self._score}
-        calls |= {"try_out": self._try_out}
-        calls |= {"project": self._project, "predict": self._predict}
+        calls = {"run": self._run, "again": self._again, "try_out": self._try_out, "capture": self._capture}
+        calls |= {"score": self._score, "project": self._project, "predict": self._predict}
         while (told := self.team.hear()) is not None:
             calls[told[0]](*told[1:])
 

@@ -131,13 +131,14 @@ def _count(child: int, enough: int) -> int:
     """The child and what descends from it, counted until there are too many."""
     found, waiting = 1, [child]
     while waiting and found <= enough:
-        children = _children(waiting.pop())
-        found += len(children)
-        waiting += children
+        below = children(waiting.pop())
+        found += len(below)
+        waiting += below
     return found
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Living children and finished ones that nobody waited for, where the kernel tells (Linux)."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children") as file:  # noqa: PTH123
             return [int(child) for child in file.read().split()]
@@ -150,7 +151,7 @@ def _kill_all(child: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     while True:
-        for pid in _children(os.getpid()):
+        for pid in children(os.getpid()):
             os.kill(pid, signal.SIGKILL)
         try:
             os.waitpid(-1, 0)

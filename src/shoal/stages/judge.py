@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
+from shoal.stages.jail import children
+
 Fault = Literal["raised", "hung", "not a number", "left processes", "died"]
 READY = "ready"  # the worker's first word
 START_SECONDS = 60.0  # for its imports
@@ -207,7 +209,7 @@ def serve() -> None:
         reply = _judge(rewards[question["reward"]], question["text"], question["problem"])
         if os.getpid() != us:  # a reward forked, and this is the fork: there is one answer, and it is not its
             os._exit(0)
-        if left := _children(us):
+        if left := children(us):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
@@ -230,16 +232,6 @@ def _find(name: str) -> Any:
     if not colon:
         module, function = "shoal.stages.rewards", name
     return getattr(importlib.import_module(module), function)
-
-
-def _children(pid: int) -> list[int]:
-    """Living children and finished ones that nobody waited for, where the kernel tells (Linux)."""
-    try:
-        listing = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY)
-    except FileNotFoundError:
-        return []
-    with os.fdopen(listing) as opened:
-        return [int(child) for child in opened.read().split()]
 
 
 if __name__ == "__main__":

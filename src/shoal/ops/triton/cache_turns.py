@@ -90,13 +90,18 @@ def _cut(line, W, FIXED: gl.constexpr, UNIT: gl.constexpr):
 
 
 @gluon.jit
-def _place(index, tiles, line, ends, at, stop):
-    """The sequence at this place of the line: it, its beginning there, its tiles, and its length there."""
+def _place(index, tiles, line, ends, at, stop, cu_ptr):
+    """The sequence at this place of the line: it, its beginning there, its tiles, its length there; those of
+    the tiles before `stop`, from one to another; its first token, and how many."""
     s = gl.sum((ends <= at).to(gl.int32), 0)
     before = gl.sum(gl.where(index < s, line, 0), 0)
     mine = gl.sum(gl.where(index == s, tiles, 0), 0)
     length = gl.sum(gl.where(index == s, line, 0), 0)
-    return s, before, mine, length
+    begin = at - before
+    end = gl.minimum(stop - before, mine)
+    start = gl.load(cu_ptr + s)
+    new = gl.load(cu_ptr + s + 1) - start
+    return s, before, mine, length, begin, end, start, new
 
 
 @gluon.jit
@@ -132,11 +137,9 @@ def _copier(
         at = u * piece
         stop = gl.minimum(at + piece, total)
         while at < stop:
-            s, before, mine, length = _place(index, tiles, line, ends, at, stop)
-            begin = at - before
-            end = gl.minimum(stop - before, mine)
-            start = gl.load(cu_ptr + s)
-            new = gl.load(cu_ptr + s + 1) - start
+            s, before, _mine, length, begin, end, start, new = _place(
+                index, tiles, line, ends, at, stop, cu_ptr
+            )
             limit = gl.minimum(gl.load(contexts_ptr + s), end * N)
             table = table_ptr + s.to(gl.int64) * B
             page = _find(table, begin, limit, PAGE, N, LOADS)
@@ -218,11 +221,9 @@ def _multiply(
         stop = gl.minimum(at + piece, total)
         while at < stop:
             # 1. The sequence at this place of the line, and the tiles of it that are ours.
-            s, before, mine, length = _place(index, tiles, line, ends, at, stop)
-            begin = at - before
-            end = gl.minimum(stop - before, mine)
-            start = gl.load(cu_ptr + s)
-            new = gl.load(cu_ptr + s + 1) - start
+            s, before, mine, length, begin, end, start, new = _place(
+                index, tiles, line, ends, at, stop, cu_ptr
+            )
             context = gl.load(contexts_ptr + s)
             i = row + gl.arange(0, N, BY_ROW)
             visible = gl.where(i < new * REP, context - new + 1 + i // REP, 0)
