@@ -6,6 +6,7 @@ bit; in the other, where a request that has ended leaves a product with fewer ro
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 
 from shoal.engine import Completion, Engine, EngineSettings, Event, SamplingParams
 from shoal.engine.blocks import BlockPool
+from shoal.engine.runner import Step
 from shoal.engine.scheduler import Pick, Scheduler
 from shoal.engine.sequence import Sequence
+from shoal.engine.spans import Span
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from tests.engine.conftest import build
@@ -170,6 +173,33 @@ def test_a_burst_is_one_step_to_who_waits_and_a_prompt_is_never_in_one() -> None
     while engine.busy:
         engine.step()
     assert engine.stats().steps == engine.runner.calls == 1 + 8 + 1 + 20 + 9
+
+
+def test_places_that_come_free_one_by_one_are_filled_once_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody waits for a place, no two steps in a row read prompts; one that fills its budget is gone
+    on with."""
+    prompts = [[request + 1] * 4 for request in range(9)]
+    wishes = [SamplingParams(max_tokens=3 + request, ignore_eos=True, seed=request) for request in range(9)]
+    told = []
+    for decode_steps, budget in ((1, 64), (4, 64), (4, 9)):
+        settings = replace(PLAIN, decode_steps=decode_steps, max_sequences=3, max_batch_tokens=budget)
+        engine = Engine(build("deepseek-v3"), settings)
+        steps: list[tuple[bool, int, bool]] = []
+        run = engine.runner.run
+
+        def note(spans: list[Span], ends: list[int] | None = None) -> Step:
+            lengths = [len(span.codes) for span in spans]
+            steps.append((max(lengths) > 1, sum(lengths), bool(engine.scheduler.waiting)))  # noqa: B023
+            return run(spans, ends)  # noqa: B023
+
+        monkeypatch.setattr(engine.runner, "run", note)
+        told.append([answer.ids for answer in engine.generate(prompts, wishes)])
+        for (read, tokens, waited), (reads, *_) in itertools.pairwise(steps):
+            if decode_steps > 1 and read and waited and tokens < budget:
+                assert not reads
+        in_a_row = sum(read and reads for (read, *_), (reads, *_) in itertools.pairwise(steps))
+        assert (in_a_row > 0) == ((decode_steps, budget) != (4, 64))
+    assert told[0] == told[1] == told[2]
 
 
 def test_pages_are_taken_ahead_for_what_can_be_drawn_and_no_more() -> None:

@@ -11,7 +11,8 @@ from shoal.stages.judge import Judge
 BAD, HALF = "tests.stages.misbehaving:misbehave", "tests.stages.misbehaving:half"
 
 
-def test_whatever_a_reward_does_the_others_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_whatever_a_reward_does_the_others_are_judged(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     does = {
         "raise": "raised",
@@ -24,7 +25,7 @@ def test_whatever_a_reward_does_the_others_are_judged(monkeypatch: pytest.Monkey
         "print": None,
         "good": None,
     }
-    with Judge({BAD: 1.0, HALF: 2.0}, seconds=4.0) as judge:
+    with Judge({BAD: 1.0, HALF: 2.0}, seconds=4.0, workers=workers) as judge:
         scores = judge.score(list(does), [{}] * len(does))
         again = judge.score(["good"], [{}])
     for score, fault in zip(scores, does.values(), strict=True):
@@ -44,6 +45,8 @@ def test_rewards_that_cannot_be_found_are_named() -> None:
         judge.score(["x"], [{}])
     with pytest.raises(ValueError, match="no rewards are named"):
         Judge({})
+    with pytest.raises(ValueError, match="workers is 0; it must be at least 1"):
+        Judge({BAD: 1.0}, workers=0)
 
 
 def test_the_worker_loads_no_torch() -> None:

@@ -6,7 +6,8 @@ reserved, the u of all k draws made, and what a step reads goes on by itself, on
 (`advance`). k tokens of a sequence come home in one parcel.
 
 Who comes to the end of its room on the way goes on as a row that writes to the scratch page; what was drawn
-for a text after its end is dropped. What a burst costs is that who waits, waits for its end. A grammar needs
+for a text after its end is dropped. What a burst costs is that who waits, waits for its end. As a step that
+reads prompts is alone, places that come free one after the other are filled once a burst. A grammar needs
 each token on the host, so a step with one is alone.
 
 The law: a request gets, bit for bit, what it gets step by step, to the rounding of products whose shapes

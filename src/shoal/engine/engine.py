@@ -116,6 +116,7 @@ class Engine:
         self._desk = Desk(self.scheduler, self.runner, self._order)
         self._num_requests = 0
         self._flight: Flight | None = None
+        self._holds = False  # whether the next step admits nobody, so that it can be a burst
         self._steps = 0
         self._step_seconds = 0.0
 
@@ -250,7 +251,8 @@ class Engine:
         num_drafts = 0
         if self._drafter is not None and self._guesses():
             num_drafts = self._drafter.num_drafts
-        picks = self.scheduler.schedule(num_drafts=num_drafts)
+        picks = self.scheduler.schedule(num_drafts=num_drafts, admit=not self._holds)
+        self._holds = self.settings.decode_steps > 1 and self._is_full(picks)
         if not picks:
             return None
         counts = [int(pick.samples) for pick in picks]  # tokens that each will get
@@ -304,6 +306,13 @@ class Engine:
             tokens_S = drawn.tokens_S1.flatten(1)[:, -1]
             self.runner.keep(tokens_S, [pick.sequence for pick, *_ in wanting])
         return staging.Parcel(drawn.pack().flatten(0, -2))
+
+    def _is_full(self, picks: list[Pick]) -> bool:
+        """Whether a step reads prompts, and who still waits does so for somebody's place or pages: those that
+        are free after it can wait for a burst."""
+        tokens = sum(pick.num_tokens for pick in picks)
+        reads = any(pick.num_new > 1 for pick in picks)
+        return reads and bool(self.scheduler.waiting) and tokens < self.settings.max_batch_tokens
 
     def _count(self, what: Literal["queries", "hits"]) -> int | None:
         """Of all layers' slots, since the engine began."""

@@ -81,9 +81,9 @@ class Scheduler:
                 f"or raise num_pages to {pool.count_pages(sequence.max_len)}"
             )
 
-    def schedule(self, *, num_drafts: int = 0) -> list[Pick]:
-        """The next step, with at most `num_drafts` guesses a sequence. Empty only when nothing is left to do
-        before what is on its way has arrived."""
+    def schedule(self, *, num_drafts: int = 0, admit: bool = True) -> list[Pick]:
+        """The next step, with at most `num_drafts` guesses a sequence; nobody is admitted without `admit`,
+        unless nobody runs. Empty only when nothing is left to do before what is on its way has arrived."""
         # 1. Every running sequence gets pages for its ids, the first in turn before the others.
         for sequence in sorted(self._outgrown(), key=_turn):
             self._make_room(sequence)
@@ -96,7 +96,8 @@ class Scheduler:
             picks = [Pick(pick.sequence, 1, self._count_drafts(pick.sequence, num_drafts)) for pick in picks]
         # 3. Prompts, for as long as the budget lasts.
         budget = self.max_batch_tokens - sum(pick.num_tokens for pick in picks)
-        prompts = self._prompts([sequence for sequence, count in pending if count > 1])
+        begun = [sequence for sequence, count in pending if count > 1]
+        prompts = self._prompts(begun, admit or not self.running)
         while budget and (sequence := next(prompts, None)):
             num_new = min(sequence.num_pending, budget)
             picks.append(Pick(sequence, num_new))
@@ -168,13 +169,13 @@ class Scheduler:
         for page in sequence.pages:
             self.pool.forget(page)
 
-    def _prompts(self, begun: list[Sequence]) -> Iterator[Sequence]:
-        """In turn: those begun, and those that wait, each admitted when it is asked for."""
+    def _prompts(self, begun: list[Sequence], admit: bool) -> Iterator[Sequence]:
+        """In turn: those begun, and those that wait, each admitted when it is asked for, if any are."""
         begun = sorted(begun, key=_turn, reverse=True)
         while begun or self.waiting:
             if begun and not (self.waiting and _turn(self.waiting[0]) < _turn(begun[-1])):
                 yield begun.pop()
-            elif self._admit():
+            elif admit and self._admit():
                 yield self.running[-1]
             elif begun:
                 yield begun.pop()

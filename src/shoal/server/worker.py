@@ -10,6 +10,7 @@ work begins or is done, how it is; when the other end is gone, so is it. Signals
 
 from __future__ import annotations
 
+import gc
 import pickle
 import select
 import signal
@@ -90,6 +91,7 @@ def work(end: socket.socket, build: Build) -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
         end.sendall(frame(("failed", f"{error}" or type(error).__name__, isinstance(error, ValueError))))
         return
+    gc.freeze()  # a full collection of torch's heap, 150 ms, would come between two tokens
     try:
         end.sendall(frame(("ready", EngineInfo.of(engine))))
         _Loop(end, engine).run()

@@ -5,7 +5,8 @@ a reward does, each answer gets a score, in order; one that could not be judged 
 the fault is counted by kind and told once. A reward that hangs loses its worker, killed as a process group; a
 new one is started for the next answer.
 
-The worker is this file run as a program. It loads rewards.py and what the named modules import, not torch.
+Several workers judge side by side, every n-th answer each. A worker is this file run as a program: it loads
+rewards.py and what the named modules import, not torch.
 """
 
 from __future__ import annotations
@@ -56,9 +57,12 @@ class Judge:
     seconds: float = 10.0  # for one reward of one answer
     faults: Counter[Fault] = field(default_factory=Counter)
     examples: dict[Fault, str] = field(default_factory=dict)  # the first message of each kind
-    _worker: _Worker | None = None
+    workers: int = field(default_factory=lambda: min(4, max(1, (os.cpu_count() or 1) // 2)))
+    _crew: dict[int, _Worker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be at least 1")
         if not self.rewards:
             raise ValueError("no rewards are named; an answer needs one at least to be told good from bad")
         if self.seconds <= 0:
@@ -70,7 +74,8 @@ class Judge:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        while self._crew:
+            self._crew.popitem()[1].kill()
 
     def score(self, answers: Sequence[str], problems: Sequence[Mapping[str, Any]]) -> list[Score]:
         """One score an answer, in order."""
@@ -93,26 +98,38 @@ class Judge:
         return [Score(*each) for each in zip(totals, parts, faults, strict=True)]
 
     def _ask(self, questions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[float, Fault | None, str]]:
-        """The replies, in order. The next questions are sent while the worker thinks about one."""
-        sent = 0
+        """The replies, in order. The next questions are sent while a worker thinks about one."""
+        count = min(self.workers, len(questions))
+        ahead = list(range(count))  # the next question to send to each
+        self._start(own for own in range(count) if own not in self._crew)
         for at in range(len(questions)):
-            if self._worker is None:
-                self._worker, sent = _Worker(list(self.rewards)), at
-            while sent < len(questions) and self._worker.send(questions[sent]):
-                sent += 1
-            reply = self._worker.reply(self.seconds)
+            own = at % count
+            if own not in self._crew:
+                self._start([own])
+                ahead[own] = at
+            worker = self._crew[own]
+            while ahead[own] < len(questions) and worker.send(questions[ahead[own]]):
+                ahead[own] += count
+            reply = worker.reply(self.seconds)
             if isinstance(reply, str):  # it hung or died
-                self._stop()
+                self._crew.pop(own).kill()
                 fault: Fault = "hung" if reply == "hung" else "died"
                 told = f"no answer in {self.seconds:g} s" if fault == "hung" else "its process ended"
                 yield 0.0, fault, told
             else:
                 yield reply["value"], reply.get("fault"), reply.get("message", "")
 
-    def _stop(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
+    def _start(self, places: Iterable[int]) -> None:
+        """A worker at each of these, all at work on their imports at once."""
+        new = {own: _Worker(list(self.rewards)) for own in places}
+        try:
+            for worker in new.values():
+                worker.meet()
+        except ValueError:
+            for worker in new.values():
+                worker.kill()
+            raise
+        self._crew |= new
 
 
 def chosen(problem: Mapping[str, Any], rewards: Iterable[str]) -> list[str]:
@@ -125,6 +142,7 @@ class _Worker:
     """The other process, seen from here: lines of JSON to it, a line back for each."""
 
     def __init__(self, rewards: list[str]) -> None:
+        self._rewards = rewards
         source = str(Path(__file__).parents[2])  # `-P` and this: found as we were, whatever the folder
         paths = [source, *(path for path in sys.path if path and path != source)]
         self._process = subprocess.Popen(
@@ -139,11 +157,13 @@ class _Worker:
         self._from = self._process.stdout.fileno()
         self._rest = b""
         self._ahead: deque[int] = deque()  # bytes of each question that has no reply yet
+
+    def meet(self) -> None:
+        """Wait until it is ready; ValueError where it cannot be."""
         first = self._read(START_SECONDS)
         if first != READY:
-            self.kill()
             told = first["error"] if isinstance(first, dict) else f"its process {first}"
-            raise ValueError(f"the rewards {', '.join(rewards)} cannot be used: {told}")
+            raise ValueError(f"the rewards {', '.join(self._rewards)} cannot be used: {told}")
 
     def send(self, question: Mapping[str, Any]) -> bool:
         """Whether it was sent: no more at a time than the pipe holds, or one that hangs would stop us too."""

@@ -111,6 +111,8 @@ class Scale:
     student_steps: int = 300
     width: int = 1  # of the models, times the laptop's
     tokens_per_batch: int = 4096
+    at_once: int = 256  # answers that are sampled beside one another
+    decode_steps: int = 8  # as in RolloutConfig
 
     def __post_init__(self) -> None:
         if self.task not in ("addition", "countdown"):
@@ -132,10 +134,12 @@ SCALES = {
             size=6, demonstrations=20_000, problems=100_000, held_out=2000, start_steps=600, rl_steps=100,
             questions=64, group=16, max_tokens=96, kept=8000, greetings=4000, tuned_steps=600,
             final_steps=40, student_steps=600, width=4, tokens_per_batch=32_768,
+            at_once=1024, decode_steps=16,
         ),
         "countdown": Scale(
             "countdown", size=5, slips=0.3, demonstrations=20_000, problems=100_000, held_out=2000,
             start_steps=600, rl_steps=100, questions=64, group=16, width=4, tokens_per_batch=32_768,
+            at_once=1024, decode_steps=16,
         ),
     },
 }  # fmt: skip
@@ -233,13 +237,7 @@ class Recipes:
                     warmup_steps=min(3, scale.rl_steps),
                 ),
             ),
-            rollout=RolloutConfig(
-                questions=scale.questions,
-                group=scale.group,
-                max_tokens=scale.max_tokens,
-                max_sequences=min(256, scale.questions * scale.group),
-                cache_bytes=1 << 28,
-            ),
+            rollout=self._sampling(scale.questions, scale.group),
             policy=published("dapo"),
             pass_k=1,
             seed=self.seed,
@@ -254,12 +252,7 @@ class Recipes:
             model=self._export("rl"),
             problems=(str(self.files["to-keep"]),),
             rewards=(tasks.REWARDS[self.scale.task],),
-            rollout=RolloutConfig(
-                questions=4 * self.scale.questions,
-                group=2,
-                max_tokens=self.scale.max_tokens,
-                cache_bytes=1 << 28,
-            ),
+            rollout=self._sampling(4 * self.scale.questions, 2),
             seed=self.seed,
         )
 
@@ -294,6 +287,17 @@ class Recipes:
             plain,
             train=replace(plain.train, balance=RL_TRAIN.balance),
             distill=DistillConfig(self._export("final"), keep=16),
+        )
+
+    def _sampling(self, questions: int, group: int) -> RolloutConfig:
+        scale = self.scale
+        return RolloutConfig(
+            questions=questions,
+            group=group,
+            max_tokens=scale.max_tokens,
+            max_sequences=min(scale.at_once, questions * group),
+            cache_bytes=1 << 28,
+            decode_steps=scale.decode_steps,
         )
 
     def _sft(self, model: Path | str, data: str, steps: int, seed: int) -> SFTConfig:
