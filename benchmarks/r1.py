@@ -3,11 +3,13 @@
     python -m benchmarks.r1 [--scale one-gpu] [--task addition] [--rounds 3] [--questions N] [--model PATH]
                             [--trace FILE]
 
-The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after one that warms up. A
-newborn answers to the end of its budget, so no answer is shorter than the recipe allows; --model takes one
-that has learned. Share: the union of the kernels' spans, as torch's profiler saw them, over wall-clock. On a
-CPU there are no kernels: it shows that all of it runs, at --tiny, with the share of time in torch's ops.
-Hand-over: from the trainer's last step to the engine's first, longest of the rounds.
+The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after two that warm up. A
+newborn answers to the end of its budget, so few answers are shorter than the recipe allows; --model takes
+one that has learned. One round more is profiled, which costs the host time of its own, so that one is not
+timed. Share: the union of its kernels' spans, as torch's profiler saw them, over the wall-clock of a timed
+round, and beside it over its own. On a CPU there are no kernels: it shows that all of it runs, at --tiny, with
+the share of time in torch's ops. Hand-over: from the trainer's last step to the engine's first, longest of
+the rounds.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from shoal.stages.r1_recipes import Recipes, scale_of
 from shoal.train.metrics import Event, StepReport
 
 SHARE, HAND_OVER_MS = 0.60, 50.0  # wanted on an H200
+WARM = 2  # rounds
 FEW = {"demonstrations": 20, "problems": 4000, "held_out": 5}  # to choose from: a round asks no more
 TINY = {**FEW, "problems": 200, "questions": 4, "group": 4, "max_tokens": 8}
 
@@ -40,45 +43,54 @@ class Result:
     seconds: float  # of a round, by wall-clock
     sampling: float
     looking_back: float
-    share: float  # of wall-clock, in kernels (on a CPU: in torch's ops)
+    kernels: float  # seconds of the profiled round in kernels (on a CPU: in torch's ops)
+    profiled: float  # seconds of that round
     hand_over_ms: float
     drawn: float  # tokens a second, prompts included, over whole rounds
     round_tokens: float  # drawn in a round, prompts included
 
 
 class Watch:
-    """Profiles what comes after the first step, to the last."""
+    """Times what comes after the warm rounds, and profiles the last."""
 
     def __init__(self, rounds: int, device: str) -> None:
         self.rounds, self.cuda = rounds, device.startswith("cuda")
         self.profiler = profile(
             activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU], acc_events=True
         )
-        self.made, self.began, self.seconds = time.perf_counter(), 0.0, 0.0
+        self.made = time.perf_counter()
+        self.times: dict[float, float] = {}  # by step
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, StepReport):
             return
         print(f"step {event.step} after {time.perf_counter() - self.made:.1f} s", file=sys.stderr, flush=True)
-        if event.step not in (1, 1 + self.rounds):
+        if event.step < WARM:
             return
         if self.cuda:
             torch.cuda.synchronize()
-        if event.step == 1:
+        self.times[event.step] = time.perf_counter()
+        if event.step == WARM + self.rounds:
             self.profiler.start()
-            self.began = time.perf_counter()
-        else:
-            self.seconds = time.perf_counter() - self.began
+            self.times[event.step + 0.5] = time.perf_counter()
+        elif event.step > WARM + self.rounds:
             self.profiler.stop()
 
-    def share(self) -> float:
+    def seconds(self) -> float:
+        """Of a round that nobody profiled."""
+        return (self.times[WARM + self.rounds] - self.times[WARM]) / self.rounds
+
+    def profiled(self) -> float:
+        return self.times[WARM + self.rounds + 1] - self.times[WARM + self.rounds + 0.5]
+
+    def kernels(self) -> float:
         kind = DeviceType.CUDA if self.cuda else DeviceType.CPU
         spans = (
             (event.time_range.start, event.time_range.end)
             for event in self.profiler.events() or ()
             if event.device_type == kind
         )
-        return covered(spans) / 1e6 / self.seconds
+        return covered(spans) / 1e6
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -101,24 +113,28 @@ def measure(
         recipe,
         model=model or str(recipes.folder / "base"),
         held_out=(),
-        train=replace(recipe.train, steps=1 + rounds, evaluate_every=0, checkpoint_every=0, optim=optim),
+        train=replace(
+            recipe.train, steps=WARM + rounds + 1, evaluate_every=0, checkpoint_every=0, optim=optim
+        ),
     )
     watch, folder = Watch(rounds, device), recipes.folder / "rl"
     grpo.run(recipe, folder, device=device, observe=watch)
     if trace:
         watch.profiler.export_chrome_trace(trace)
-    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text("utf-8").splitlines()[1:]]
+    lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text("utf-8").splitlines()]
+    lines = lines[WARM : WARM + rounds]
     sampling, looking_back = (
         sum(line["timing"][what] for line in lines) / rounds for what in ("sampling", "looking back")
     )
     return Result(
         rounds=rounds,
-        seconds=watch.seconds / rounds,
+        seconds=watch.seconds(),
         sampling=sampling,
         looking_back=looking_back,
-        share=watch.share(),
+        kernels=watch.kernels(),
+        profiled=watch.profiled(),
         hand_over_ms=1e3 * max(line["timing"]["hand-over"] for line in lines),
-        drawn=sum(line["drawn"] for line in lines) / watch.seconds,
+        drawn=sum(line["drawn"] for line in lines) / watch.seconds() / rounds,
         round_tokens=sum(line["drawn"] for line in lines) / rounds,
     )
 
@@ -153,10 +169,12 @@ def main() -> None:
     ):
         print(f"{name:24} {1e3 * seconds:12,.1f} ms {seconds / told.seconds:6.1%}")
     kind = "in kernels" if chosen.device.startswith("cuda") else "in torch's ops"
-    print(f"{kind:24} {told.share:15.1%}    wanted {SHARE:.0%} in kernels of an H200")
+    share, own = told.kernels / told.seconds, told.kernels / told.profiled
+    wanted = f"wanted {SHARE:.0%} of an H200's; {own:.1%} of the profiled round"
+    print(f"{kind:24} {share:15.1%}    {wanted}")
     print(f"{'hand-over':24} {told.hand_over_ms:12,.3f} ms    wanted {HAND_OVER_MS:.0f}")
     print(f"{'tokens drawn':24} {told.drawn:12,.0f} /s")
-    idle = (1 - told.share) * told.seconds
+    idle = told.seconds - told.kernels
     print(f"{'not in kernels':24} {1e6 * idle / told.round_tokens:12,.2f} us a token")
 
 

@@ -6,6 +6,7 @@ What is drawn from params is for test_sampling.py; that an engine keeps to them 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,3 +85,13 @@ def test_wishes_that_contradict_themselves_are_refused(params: dict[str, Any], m
 
 def test_a_prompt_may_be_read_for_its_log_probabilities_alone() -> None:
     assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+
+
+def test_another_seed_is_all_that_differs() -> None:
+    wish = SamplingParams(temperature=0.5, frequency_penalty=1.0, stop_token_ids=(3,))
+    assert wish.penalises
+    assert wish.seeded(7) == replace(wish, seed=7)
+    assert wish.seeded(7).penalises
+    assert wish.seed is None
+    with pytest.raises(ValueError, match="seed is -1; it must be between 0 and"):
+        wish.seeded(-1)

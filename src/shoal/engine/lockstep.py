@@ -152,7 +152,7 @@ class Lockstep:
         """As `Engine.add`."""
         request = self._num_requests
         if params.seed is None:
-            params = replace(params, seed=hash_pair(self.settings.seed, request))
+            params = params.seeded(hash_pair(self.settings.seed, request))
         self._place.engine.check(ids, params)
         counts = [0] * self.places
         for rank in self._where.values():

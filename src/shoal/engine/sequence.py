@@ -114,6 +114,14 @@ class SamplingParams:
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {rule}")
 
+    def seeded(self, seed: int) -> SamplingParams:
+        """The same with this seed, without looking at all the others again."""
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be between 0 and 2**64 - 1")
+        same = object.__new__(SamplingParams)
+        vars(same).update(vars(self), seed=seed)
+        return same
+
     @cached_property
     def penalises(self) -> bool:
         """Whether the ids before a token change its distribution."""

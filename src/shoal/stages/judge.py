@@ -24,6 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -108,8 +109,8 @@ class Judge:
                 self._start([own])
                 ahead[own] = at
             worker = self._crew[own]
-            while ahead[own] < len(questions) and worker.send(questions[ahead[own]]):
-                ahead[own] += count
+            if not worker.waits:
+                ahead[own] += count * worker.send(islice(questions, ahead[own], None, count))
             reply = worker.reply(self.seconds)
             if isinstance(reply, str):  # it hung or died
                 self._crew.pop(own).kill()
@@ -155,8 +156,8 @@ class _Worker:
         assert self._process.stdin and self._process.stdout
         self._to: IO[bytes] = self._process.stdin
         self._from = self._process.stdout.fileno()
-        self._rest = b""
-        self._ahead: deque[int] = deque()  # bytes of each question that has no reply yet
+        self._rest, self._lines = b"", deque[bytes]()  # of its output
+        self.waits = 0  # questions that have no reply yet
 
     def meet(self) -> None:
         """Wait until it is ready; ValueError where it cannot be."""
@@ -165,34 +166,39 @@ class _Worker:
             told = first["error"] if isinstance(first, dict) else f"its process {first}"
             raise ValueError(f"the rewards {', '.join(self._rewards)} cannot be used: {told}")
 
-    def send(self, question: Mapping[str, Any]) -> bool:
-        """Whether it was sent: no more at a time than the pipe holds, or one that hangs would stop us too."""
-        line = json.dumps(question).encode() + b"\n"
-        if self._ahead and sum(self._ahead) + len(line) > AHEAD_BYTES:
-            return False
-        self._ahead.append(len(line))
+    def send(self, questions: Iterable[Mapping[str, Any]]) -> int:
+        """How many were sent, at least one: no more at a time than the pipe holds, or a worker that hangs
+        would stop us too."""
+        lines, size = [], 0
+        for question in questions:
+            line = json.dumps(question).encode() + b"\n"
+            if lines and size + len(line) > AHEAD_BYTES:
+                break
+            lines.append(line)
+            size += len(line)
         with contextlib.suppress(BrokenPipeError):  # it has died: the reply will say so
-            self._to.write(line)
+            self._to.write(b"".join(lines))
             self._to.flush()
-        return True
+        self.waits += len(lines)
+        return len(lines)
 
     def reply(self, seconds: float) -> Any:
         """To the first question without one; or "hung", or "died"."""
-        self._ahead.popleft()
+        self.waits -= 1
         return self._read(seconds)
 
     def _read(self, seconds: float) -> Any:
         deadline = time.monotonic() + seconds
-        while b"\n" not in self._rest:
+        while not self._lines:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._from], [], [], left)[0]:
                 return "hung"
             data = os.read(self._from, 1 << 16)
             if not data:
                 return "died"
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
-        return json.loads(line)
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            self._lines.extend(lines)
+        return json.loads(self._lines.popleft())
 
     def kill(self) -> None:
         """The whole group: the worker and what a reward started in it."""

@@ -152,7 +152,7 @@ class Rollout:
         self, questions: Sequence[Question], count: int, params: SamplingParams, seed: int
     ) -> list[list[Episode]]:
         asked = [question for question in questions for _ in range(count)]
-        each = [replace(params, seed=hash_pair(seed, n)) for n in range(len(asked))]
+        each = [params.seeded(hash_pair(seed, n)) for n in range(len(asked))]
         training = self.model.training
         try:
             self.hand_over()
