@@ -3,13 +3,13 @@
     python -m benchmarks.r1 [--scale one-gpu] [--task addition] [--rounds 3] [--questions N] [--model PATH]
                             [--trace FILE]
 
-The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after two that warm up. A
+The rounds are those of `shoal grpo` on the recipe of `shoal r1` at that scale, after three that warm up. A
 newborn answers to the end of its budget, so few answers are shorter than the recipe allows; --model takes
 one that has learned. One round more is profiled, which costs the host time of its own, so that one is not
 timed. Share: the union of its kernels' spans, as torch's profiler saw them, over the wall-clock of a timed
-round, and beside it over its own. On a CPU there are no kernels: it shows that all of it runs, at --tiny, with
-the share of time in torch's ops. Hand-over: from the trainer's last step to the engine's first, longest of
-the rounds.
+round, and beside it over its own. On a CPU there are no kernels: it shows that all of it runs, at --tiny,
+with the share of time in torch's ops. Hand-over: from the trainer's last step to the engine's first, longest
+of the rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shoal.stages.r1_recipes import Recipes, scale_of
 from shoal.train.metrics import Event, StepReport
 
 SHARE, HAND_OVER_MS = 0.60, 50.0  # wanted on an H200
-WARM = 2  # rounds
+WARM = 3  # rounds
 FEW = {"demonstrations": 20, "problems": 4000, "held_out": 5}  # to choose from: a round asks no more
 TINY = {**FEW, "problems": 200, "questions": 4, "group": 4, "max_tokens": 8}
 

@@ -17,8 +17,7 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from shoal.train.policy import Policy, PolicyBatch
 from shoal.train.trainer import Outcome, Trainer
 
 SAMPLING, DEALING, HELD_OUT = 1, 2, 3  # what a seed is for
+SETTLING = 3  # rounds in which kernels are compiled; a collection of all that takes 70 ms or more
 
 
 @dataclass(frozen=True)
@@ -114,28 +114,18 @@ def run(
             observe=observe,
         )
         trainer.resume()
-        with _standing_heap():
+        try:
             outcome = trainer.run()
             if not outcome.interrupted:
                 rounds.evaluate(outcome.step)
+        finally:
+            gc.unfreeze()
 
     # 4. What others load.
     if not outcome.interrupted:
         observe(Phase("writing the model for other tools"))
         hf.save(model, folder / "export", tokenizer_files=tokenizer_files(config.model), overwrite=True)
     return outcome
-
-
-@contextmanager
-def _standing_heap() -> Iterator[None]:
-    """Garbage collections leave out what there is at the beginning: a full one over torch's heap takes 150
-    ms, and the answers of a round call for three."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class Rounds:
@@ -159,6 +149,7 @@ class Rounds:
             self.reference = open_teacher(config.teacher, model)
         self._reference_of = 0  # the step whose weights it has
         self._first = -1  # the step that the round in memory begins with
+        self._begun = 0  # rounds, in this process
         self._steps: list[list[PolicyBatch]] = []
 
     def batch(self, index: int) -> PolicyBatch:
@@ -172,6 +163,10 @@ class Rounds:
     def _begin(self, step: int) -> list[list[PolicyBatch]]:
         """A new round, from the present weights."""
         config, start = self.config, time.perf_counter()
+        if self._begun < SETTLING:  # what has come to stay is left out of garbage collections
+            gc.collect()
+            gc.freeze()
+        self._begun += 1
         every = config.train.evaluate_every
         if every and step % every < config.steps_per_round:
             self.evaluate(step)
