@@ -123,7 +123,8 @@ class RolloutConfig:
     teach nothing). `batch_invariant` runs the whole stage in that mode: on a CPU, engine and trainer then
     give each token the same log-probability, bit for bit, at a price in speed (benchmarks/invariance.py). Up
     to `decode_steps` tokens of each answer are drawn before the engine looks at them: what it draws after an
-    answer's end is lost, what it does between steps is shared.
+    answer's end is lost, what it does between steps is shared. A step of the engine has at most
+    `max_batch_tokens` tokens, of `max_sequences` answers.
     """
 
     questions: int = 32
@@ -138,10 +139,18 @@ class RolloutConfig:
     extra_rounds: int = 0
     cache_bytes: int = 1 << 30
     max_sequences: int = 256
+    max_batch_tokens: int = 2048
     decode_steps: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("questions", "max_tokens", "cache_bytes", "max_sequences", "decode_steps"):
+        for name in (
+            "questions",
+            "max_tokens",
+            "cache_bytes",
+            "max_sequences",
+            "max_batch_tokens",
+            "decode_steps",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")
         require(self.group >= 2, f"group is {self.group}; an answer is compared with others, so at least 2")

@@ -58,7 +58,7 @@ class Judge:
     seconds: float = 10.0  # for one reward of one answer
     faults: Counter[Fault] = field(default_factory=Counter)
     examples: dict[Fault, str] = field(default_factory=dict)  # the first message of each kind
-    workers: int = field(default_factory=lambda: min(4, max(1, (os.cpu_count() or 1) // 2)))
+    workers: int = field(default_factory=lambda: min(8, max(1, (os.cpu_count() or 1) // 2)))
     _crew: dict[int, _Worker] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -112,7 +112,8 @@ class Scale:
     width: int = 1  # of the models, times the laptop's
     tokens_per_batch: int = 4096
     at_once: int = 256  # answers that are sampled beside one another
-    decode_steps: int = 8  # as in RolloutConfig
+    max_batch_tokens: int = 2048  # as in RolloutConfig, and so is
+    decode_steps: int = 8
 
     def __post_init__(self) -> None:
         if self.task not in ("addition", "countdown"):
@@ -134,12 +135,12 @@ SCALES = {
             size=6, demonstrations=20_000, problems=100_000, held_out=2000, start_steps=600, rl_steps=100,
             questions=64, group=16, max_tokens=96, kept=8000, greetings=4000, tuned_steps=600,
             final_steps=40, student_steps=600, width=4, tokens_per_batch=32_768,
-            at_once=1024, decode_steps=16,
+            at_once=1024, max_batch_tokens=32_768, decode_steps=32,
         ),
         "countdown": Scale(
             "countdown", size=5, slips=0.3, demonstrations=20_000, problems=100_000, held_out=2000,
             start_steps=600, rl_steps=100, questions=64, group=16, width=4, tokens_per_batch=32_768,
-            at_once=1024, decode_steps=16,
+            at_once=1024, max_batch_tokens=32_768, decode_steps=32,
         ),
     },
 }  # fmt: skip
@@ -297,6 +298,7 @@ class Recipes:
             max_tokens=scale.max_tokens,
             max_sequences=min(scale.at_once, questions * group),
             cache_bytes=1 << 28,
+            max_batch_tokens=scale.max_batch_tokens,
             decode_steps=scale.decode_steps,
         )
 

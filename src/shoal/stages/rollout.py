@@ -95,7 +95,7 @@ class Rollout:
             EngineSettings(
                 cache_bytes=settings.cache_bytes,
                 max_sequences=settings.max_sequences,
-                max_batch_tokens=max(2048, 8 * settings.max_sequences),
+                max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences),
                 decode_steps=settings.decode_steps,
             ),
         )
