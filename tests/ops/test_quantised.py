@@ -94,7 +94,7 @@ def test_products_are_those_of_what_the_weights_stand_for(quantise) -> None:  # 
     got_TD = quantised.quantised_mlp(x_TD, experts_TK, weights_TK, gate_up, down)
     assert (got_TD - wanted_TD).norm() <= 4 * D**0.5 * 2**-24 * wanted_TD.norm()
     one = quantise(_normal(F, D, seed=2))
-    got_TF = quantised.quantised_linear(x_TD, one)
+    got_TF = quantised.quantised_linears(x_TD, [one])[0]
     wanted_TF = x_TD @ quantised.dequantise(one, D).T
     assert (got_TF - wanted_TF).norm() <= 4 * D**0.5 * 2**-24 * wanted_TF.norm()
 
@@ -143,4 +143,4 @@ def test_training_experts_are_near_exact_ones() -> None:
 
 def test_a_weight_of_other_columns_is_refused() -> None:
     with pytest.raises(ValueError, match="x has 130 columns, and the quantised weight 128"):
-        quantised.quantised_linear(_normal(2, 130), quantised.quantise_blocks(_normal(4, 128)))
+        quantised.quantised_linears(_normal(2, 130), [quantised.quantise_blocks(_normal(4, 128))])

@@ -26,7 +26,7 @@ Quantise = Callable[[Tensor], quantised.Weight]
 SCHEMES: dict[str, Quantise] = {"fp8": quantised.quantise_blocks, "int4": quantised.quantise_groups}
 E, K = (8, 3) if GPU else (4, 2)
 # Ragged in every way that a group may be: past a half, before it, at it.
-DIMS = ((328, 200), (192, 128)) if GPU else ((192, 40),)
+DIMS = ((328, 200), (192, 128), (70, 42)) if GPU else ((192, 40), (70, 42))
 # Of a rounding to e4m3: 2^-4 / m, uniform, for significands m from 1 to 2 as often as 1 / m.
 RMS = 2**-4 / (8 * log(2)) ** 0.5
 CROSSED = 2 * 2**-4 * (16 * torch.finfo(HALF).eps / 2) ** 0.5
@@ -117,15 +117,36 @@ def test_few_rows_equal_the_reference(scheme: str, T: int, dims: tuple[int, int]
     with using("reference"):
         gate_up = SCHEMES[scheme](_normal(E, 2, F, D, seed=1) / D**0.5)
         down = SCHEMES[scheme](_normal(E, D, F, seed=2) / F**0.5)
-        one = SCHEMES[scheme](_normal(F, D, seed=3) / D**0.5)
+        some = [SCHEMES[scheme](_normal(N, D, seed=3 + N) / D**0.5) for N in (F, 130, 7)]
     x_TD = _normal(T, D)
     results = []
     for side in ("triton", "reference"):
         with using(side), batch_invariant():
-            y_TD = quantised.quantised_mlp(x_TD, *_choices(T), gate_up, down)
-            results.append((y_TD, quantised.quantised_linear(x_TD, one)))
+            y_TD = quantised.quantised_mlp(x_TD, *_choices(T), gate_up, down, x_TD)
+            some_TN = quantised.quantised_linears(x_TD, some)
+            results.append((y_TD, *some_TN, quantised.quantised_linears(x_TD, [some[1]])[0]))
     for got, wanted in zip(*results, strict=True):
         assert _error(got, wanted) <= _limit(max(D, F))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_experts_of_very_few_rows_equal_the_reference(scheme: str) -> None:
+    """Tiles of 8 rows: some experts have none, one has more than a tile, some choices are dropped."""
+    D, F = DIMS[0]
+    T, experts, top_k = 23, 24, 3
+    with using("reference"):
+        gate_up = SCHEMES[scheme](_normal(experts, 2, F, D, seed=1) / D**0.5)
+        down = SCHEMES[scheme](_normal(experts, D, F, seed=2) / F**0.5)
+    x_TD = _normal(T, D)
+    liked_E = torch.linspace(-3, 3, experts, device=DEVICE)
+    experts_TK = (_normal(T, experts, seed=4).float() + liked_E).topk(top_k).indices
+    experts_TK[::5, 1] = -1
+    weights_TK = torch.rand(T, top_k, device=DEVICE)
+    results = []
+    for side in ("triton", "reference"):
+        with using(side):
+            results.append(quantised.quantised_mlp(x_TD, experts_TK, weights_TK, gate_up, down, x_TD))
+    assert _error(*results) <= _limit(max(D, F))
 
 
 @pytest.mark.parametrize("T", [12, 32])
@@ -139,14 +160,15 @@ def test_a_linear_of_a_whole_tile_equals_the_reference(scheme: str, T: int) -> N
     results = []
     for side in ("triton", "reference"):
         with using(side):
-            results.append(quantised.quantised_linear(x_TD, weight))
+            results.append(quantised.quantised_linears(x_TD, [weight])[0])
     assert _error(*results) <= _limit(D)
 
 
+@pytest.mark.parametrize("dims", DIMS[::2] if GPU else DIMS[1:])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_many_rows_are_near_the_reference(scheme: str) -> None:
+def test_many_rows_are_near_the_reference(scheme: str, dims: tuple[int, int]) -> None:
     """FP8 reads activations quantised: 2.6% root mean square, once for x and once for h. INT4 does not."""
-    D, F = DIMS[0]
+    D, F = dims
     T = 150 if GPU else 100
     with using("reference"):
         gate_up = SCHEMES[scheme](_normal(E, 2, F, D, seed=1) / D**0.5)
@@ -157,7 +179,7 @@ def test_many_rows_are_near_the_reference(scheme: str) -> None:
     for side in ("triton", "reference"):
         with using(side):
             y_TD = quantised.quantised_mlp(x_TD, *_choices(T), gate_up, down)
-            results.append((y_TD, quantised.quantised_linear(x_TD, one)))
+            results.append((y_TD, quantised.quantised_linears(x_TD, [one])[0]))
     for got, wanted in zip(*results, strict=True):
         # Widened INT4 weights are rounded to the dtype, one rounding more.
         assert _error(got, wanted) <= (0.06 if scheme == "fp8" else 2 * _limit(D))
@@ -301,6 +323,62 @@ def test_real_shapes_in_a_graph(T: int, scheme: str) -> None:
         rows_TD = quantised.quantised_mlp(x_TD, experts_TK, weights_TK, gate_up, down)
         one_TD = quantised.quantised_mlp(x_TD[:1], experts_TK[:1], weights_TK[:1], gate_up, down)
     assert torch.equal(rows_TD[:1], one_TD)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 8, 9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_linears_of_few_rows_equal_the_reference(scheme: str, T: int) -> None:
+    """V2-Lite's, one that ends within a block of columns, and one of fewer blocks than warps."""
+    shapes = (
+        (2048, (3072, 576)),
+        (2048, (2816, 2816)),
+        (2816, (2048,)),
+        (10944, (2048,)),
+        (384, (16, 2048, 80)),
+    )
+    for D, sizes in shapes:
+        with using("reference"):
+            weights = [SCHEMES[scheme](_normal(N, D, seed=N) / D**0.5) for N in sizes]
+        x_TD = _normal(T, D)
+        results = []
+        for side in ("triton", "reference"):
+            with using(side):
+                results.append(quantised.quantised_linears(x_TD, weights))
+        for got, wanted in zip(*results, strict=True):
+            assert _error(got, wanted) <= _limit(D)
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_row_of_a_linear_does_not_depend_on_its_batch(scheme: str, dtype: torch.dtype) -> None:
+    """V2-Lite's, each launch set up while the one before runs; in a graph as without."""
+    many, D, F = 1000, 2048, 2816
+    q, kv, back = (SCHEMES[scheme](_normal(N, C, seed=N) / C**0.5) for N, C in ((F, D), (576, D), (D, F)))
+    x_TD = _normal(many, D).to(dtype)
+
+    def run(x_TD: Tensor) -> tuple[Tensor, ...]:
+        q_TF, kv_TX = quantised.quantised_linears(x_TD, (q, kv))
+        return q_TF, kv_TX, quantised.quantised_linears(q_TF, [back])[0]
+
+    with batch_invariant():
+        all_ys = run(x_TD)
+    with using("reference"):
+        for got, wanted in zip(all_ys, run(x_TD), strict=True):
+            assert _error(got, wanted) <= 2 * _limit(F)
+    for T in (1, 16, 17, 33, 64):
+        few = x_TD[:T].clone()
+        ys = run(few)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = run(few)
+        graph.replay()
+        for got, replayed, wanted in zip(ys, again, all_ys, strict=True):
+            assert torch.equal(got, wanted[:T])
+            assert torch.equal(replayed, wanted[:T])
 
 
 @on_gpu

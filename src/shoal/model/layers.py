@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from shoal.ops import api as ops
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
+Joint = Callable[[Tensor, Any], tuple[Tensor, ...]]  # (x, linears) -> what each makes of x
 
 
 class Embedding(nn.Module):
@@ -42,15 +44,25 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.product: Product = F.linear
 
+    @property
+    def joint(self) -> Joint | None:
+        """What makes such products of the same rows in one op; None: each makes its own."""
+        return _plain if self.product is F.linear else None
+
     def forward(self, x: Tensor) -> Tensor:
         return together(x, self)[0]
 
 
+def _plain(x: Tensor, linears: tuple[Linear, ...]) -> tuple[Tensor, ...]:
+    weights = tuple(linear.weight for linear in linears)
+    return ops.linears(x, weights, tuple(linear.bias for linear in linears))
+
+
 def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """What each makes of the same rows, in one op if their products are the plain one."""
-    if all(linear.product is F.linear for linear in linears):
-        weights = tuple(linear.weight for linear in linears)
-        return ops.linears(x, weights, tuple(linear.bias for linear in linears))
+    """What each makes of the same rows, in one op if one makes them all."""
+    joint = linears[0].joint
+    if joint is not None and all(linear.joint is joint for linear in linears):
+        return joint(x, linears)
     return tuple(linear.product(x, linear.weight, linear.bias) for linear in linears)
 
 

@@ -226,19 +226,19 @@ class Experts(nn.Module):
         x_TD: Tensor,
         experts_TK: Tensor,
         weights_TK: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor] | None = None,
+        shared: MLP | None = None,
     ) -> Tensor:
-        """The routed experts; where it `takes_shared`, with `shared` (gate, up, down) those of all tokens."""
+        """The routed experts; where it `takes` them, with those of all tokens."""
         stacks = (self.gate_up_proj, self.down_proj)
         if shared is None:
             return self.product(x_TD, experts_TK, weights_TK, *stacks)
-        assert self.takes_shared, "another product knows nothing of shared experts"
-        return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared)
+        matrices = shared.matrices()
+        assert self.product is ops.grouped_mlp and matrices is not None, "see `takes`"
+        return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *matrices)
 
-    @property
-    def takes_shared(self) -> bool:
-        """Whether the product is the op's own, which has a form with shared experts."""
-        return self.product is ops.grouped_mlp
+    def takes(self, shared: MLP) -> bool:
+        """Whether the product has a form with shared experts: the op's own has, of plain products."""
+        return self.product is ops.grouped_mlp and shared.matrices() is not None
 
 
 class MoE(nn.Module):
@@ -257,16 +257,11 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD, replay_TK)
-        if (
-            self.shared_experts is not None
-            and type(self.dispatcher) is LocalDispatcher
-            and self.experts.takes_shared
-        ):
-            matrices = self.shared_experts.matrices()
-            if matrices is not None:
-                return self.experts(x_TD, routing.experts_TK, routing.weights_TK, matrices), routing
+        shared, local = self.shared_experts, type(self.dispatcher) is LocalDispatcher
+        if shared is not None and local and self.experts.takes(shared):
+            return self.experts(x_TD, routing.experts_TK, routing.weights_TK, shared), routing
         *rows, handle = self.dispatcher.dispatch(x_TD, routing.experts_TK, routing.weights_TK)
         y_TD = self.dispatcher.combine(self.experts(*rows), handle)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        if shared is not None:
+            y_TD = y_TD + shared(x_TD)
         return y_TD, routing

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.model.layers import MLP
 from shoal.model.moe import Experts, LocalDispatcher, MoE
 from shoal.model.quantised import QuantisedExperts
 from shoal.model.transformer import Transformer
@@ -79,16 +80,15 @@ class OffloadedExperts(nn.Module):
         for name, stack in stacks.items():
             self.register_parameter(name, _frozen(_on_host(stack.detach(), pin=device.type == "cuda")))
 
-    @property
-    def takes_shared(self) -> bool:
-        return self.hot.takes_shared
+    def takes(self, shared: MLP) -> bool:
+        return self.hot.takes(shared)
 
     def forward(
         self,
         x_TD: Tensor,
         experts_TK: Tensor,
         weights_TK: Tensor,
-        shared: tuple[Tensor, Tensor, Tensor] | None = None,
+        shared: MLP | None = None,
     ) -> Tensor:
         """As `Experts.forward`."""
         named_E1 = torch.zeros(self.count + 1, dtype=torch.bool, device=experts_TK.device)
@@ -97,8 +97,6 @@ class OffloadedExperts(nn.Module):
         if len(rounds) <= 1:
             self._bring(rounds[0] if rounds else [])
             slots_TK = self._find(self.slots.slot_of)[experts_TK]
-            if shared is None:
-                return self.hot(x_TD, slots_TK, weights_TK)
             return self.hot(x_TD, slots_TK, weights_TK, shared)
         # One row a choice: a token's experts may come in different rounds.
         x_MD = x_TD.repeat_interleave(experts_TK.shape[1], 0)

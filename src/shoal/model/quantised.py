@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model.dsa import Indexer
-from shoal.model.layers import Linear
+from shoal.model.layers import MLP, Linear
 from shoal.model.moe import Experts, LocalDispatcher, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
@@ -67,7 +67,15 @@ class _Quantised(nn.Module):
         return self.kind(self.get_parameter(name), self.get_parameter(name + SCALE_SUFFIX))
 
 
+def _joint(x: Tensor, linears: tuple[QuantisedLinear, ...]) -> tuple[Tensor, ...]:
+    ys = ops.quantised_linears(x, [linear.kept("weight") for linear in linears])
+    biases = [linear.bias for linear in linears]
+    return tuple(y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True))
+
+
 class QuantisedLinear(_Quantised):
+    joint = staticmethod(_joint)  # all of a model are quantised by one scheme
+
     def __init__(self, linear: Linear, scheme: Scheme) -> None:
         super().__init__(scheme)
         self.keep("weight", narrow(linear.weight.detach(), scheme))
@@ -77,8 +85,8 @@ class QuantisedLinear(_Quantised):
         return self.product(x, self.get_parameter("weight"), self.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """As `Linear.product`, for who reads several at once. `weight` is its own, whose scales are here."""
-        y = ops.quantised_linear(x, self.kind(weight, self.get_parameter("weight" + SCALE_SUFFIX)))
+        """As `Linear.product`, beside one that is not narrow. `weight` is its own, whose scales are here."""
+        (y,) = ops.quantised_linears(x, [self.kind(weight, self.get_parameter("weight" + SCALE_SUFFIX))])
         return y if bias is None else y + bias
 
 
@@ -91,13 +99,19 @@ class QuantisedExperts(_Quantised):
         self.keep("gate_up_proj", narrow(gate_up_E2FD, scheme))
         self.keep("down_proj", narrow(experts.down_proj.detach(), scheme))
 
-    takes_shared = False
     add_up = staticmethod(ops.quantised_sum)  # of the product's rows, one a choice
 
-    def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return ops.quantised_mlp(
-            x_TD, experts_TK, weights_TK, self.kept("gate_up_proj"), self.kept("down_proj")
-        )
+    def forward(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, shared: MLP | None = None
+    ) -> Tensor:
+        """As `Experts.forward`: what the shared experts make is added by the last step of the product."""
+        matrices, beside_TD = (self.kept("gate_up_proj"), self.kept("down_proj")), None
+        if shared is not None:
+            beside_TD = shared(x_TD)
+        return ops.quantised_mlp(x_TD, experts_TK, weights_TK, *matrices, beside_TD)
+
+    def takes(self, shared: MLP) -> bool:
+        return True
 
 
 def quantise(model: Transformer, scheme: Scheme) -> Transformer:

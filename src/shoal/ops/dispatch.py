@@ -105,7 +105,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "quantise_blocks": quantised.quantise_blocks,
     "quantise_groups": quantised.quantise_groups,
     "dequantise": quantised.dequantise,
-    "quantised_linear": quantised.quantised_linear,
+    "quantised_linears": quantised.quantised_linears,
     "quantised_mlp": quantised.quantised_mlp,
     "quantised_sum": experts.sum_rows,
     "fp8_linear": quantised.fp8_linear,
@@ -273,10 +273,10 @@ def kernels() -> dict[str, Kernel]:
         "quantise_rows": Kernel(quantise.quantise_rows, quantise.quantise_refusal),
         "quantise_blocks": Kernel(quantise.quantise_blocks, quantise.quantise_refusal),
         "dequantise": Kernel(quantised.dequantise, lambda values, *_: quantise.lacks_e4m3(values)),
-        "quantised_linear": Kernel(
-            quantised.quantised_linear,
-            quantised.quantised_refusal,
-            partial(quantised.quantised_linear, invariant=True),
+        "quantised_linears": Kernel(
+            quantised.quantised_linears,
+            quantised.linears_refusal,
+            partial(quantised.quantised_linears, invariant=True),
         ),
         "quantised_mlp": Kernel(
             quantised.quantised_mlp,

@@ -9,6 +9,7 @@ groups of 128 columns, rounded up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,26 +65,34 @@ def dequantise(weight: Weight, columns: int) -> Tensor:
     return call("dequantise", weight.values, weight.scales, columns)
 
 
-def quantised_linear(x: Tensor, weight: Weight) -> Tensor:
-    """x W^T in x's dtype, for serving: x (..., K), W one matrix. Sums in float32. No gradient.
+def quantised_linears(x: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
+    """x W^T in x's dtype of each weight, of one kind, for serving: x (..., K), W one matrix. Sums in float32.
+    No gradient.
 
     Kernels for few rows read x as it is. For FP8 and many rows they may read it as `quantise_rows` has it,
     each element off by 2^-4 of itself at most; never in batch-invariant mode, and never in the reference.
     """
-    _check(x, weight)
-    return call("quantised_linear", x, *weight)
+    for weight in weights:
+        _check(x, weight)
+    values, scales = zip(*weights, strict=True)
+    return call("quantised_linears", x, values, scales)
 
 
 def quantised_mlp(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up: Weight, down: Weight
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    beside_TD: Tensor | None = None,
 ) -> Tensor:
-    """`api.grouped_mlp` of quantised experts, for serving. No gradient.
+    """`api.grouped_mlp` of quantised experts, for serving; plus `beside_TD`, if that is given. No gradient.
 
     `gate_up` stands for (E, 2, F, D): gate and up are matrices of their own, so no block holds rows of both.
-    `down` stands for (E, D, F). Activations as in `quantised_linear`, h = silu(g) u among them.
+    `down` stands for (E, D, F). Activations as in `quantised_linears`, h = silu(g) u among them.
     """
     _check(x_TD, gate_up)
-    return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down)
+    return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down, beside_TD)
 
 
 def quantised_sum(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

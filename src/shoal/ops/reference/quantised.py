@@ -91,6 +91,12 @@ def quantised_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return F.linear(x.float(), dequantise(values, scales, x.shape[-1])).to(x.dtype)
 
 
+def quantised_linears(
+    x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return tuple(quantised_linear(x, *weight) for weight in zip(values, scales, strict=True))
+
+
 def quantised_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
@@ -99,6 +105,7 @@ def quantised_mlp(
     gate_up_scales: Tensor,
     down_values: Tensor,
     down_scales: Tensor,
+    beside_TD: Tensor | None = None,
 ) -> Tensor:
     # 1. Sort the choices by expert.
     order_M, spans = sort_rows(experts_TK, down_values.shape[0])
@@ -113,7 +120,8 @@ def quantised_mlp(
         hidden = F.silu(gate.float()).mul_(up).to(x.dtype)
         y_MD[start:end] = quantised_linear(hidden, down_values[expert], down_scales[expert])
     # 3. Back to token order, weighted and summed.
-    return sum_choices(y_MD, order_M, weights_TK)
+    y_TD = sum_choices(y_MD, order_M, weights_TK)
+    return y_TD if beside_TD is None else y_TD + beside_TD
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Products with quantised weights on a GPU, for serving: which kernels run at which number of rows.
 
-    few rows       narrow_streams           FP8 and INT4, activations as they are: bound by the narrow bytes
+    few rows       narrow_streams, _linears FP8 and INT4, activations as they are: bound by the narrow bytes
     many, FP8      fp8_products             activations quantised too: bound by the FP8 matrix rate
     many, INT4     widened, then bfloat16   a layer's weights at a time: bound by the bfloat16 matrix rate
 
@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.ops.triton import experts, fp8, fp8_linear
 from shoal.ops.triton.expert_plan import MAX_SCAN
+from shoal.ops.triton.narrow_linears import MAX_WEIGHTS, choose_lanes, lanes_take, narrow_linears
 from shoal.ops.triton.narrow_streams import narrow_product_kernel, narrow_swiglu_kernel
 from shoal.ops.triton.permutation import Groups, group_by_expert, sum_choices
 from shoal.ops.triton.quantise import lacks_e4m3
@@ -28,6 +29,7 @@ from shoal.ops.triton.quantise import lacks_e4m3
 BLOCK = 128
 FEW_A_EXPERT = 48  # rows an expert, on average, up to which weights stream
 FEW_ROWS = 64  # of one matrix
+FEW_FOR_8 = 4  # rows an expert, on average
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def narrow_mlp(
     gate_up_scales: Tensor,
     down_values: Tensor,
     down_scales: Tensor,
+    beside_TD: Tensor | None,
     stream: Stream,
     way: Way,
 ) -> Tensor:
@@ -132,7 +135,8 @@ def narrow_mlp(
         launch_pdl=way.pdl,
         **shared,
     )
-    return sum_choices(y_MD, experts_TK, weights_TK, pdl=way.pdl)
+    shared_STD = None if beside_TD is None else beside_TD.contiguous().unsqueeze(0)
+    return sum_choices(y_MD, experts_TK, weights_TK, shared_STD=shared_STD, pdl=way.pdl)
 
 
 def _places(groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,20 +218,35 @@ def dequantise(values: Tensor, scales: Tensor, columns: int) -> Tensor:
     return widen(values, scales, columns, torch.float32)
 
 
-def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, *, invariant: bool = False) -> Tensor:
+def quantised_linears(
+    x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...], *, invariant: bool = False
+) -> tuple[Tensor, ...]:
+    """x w^T of each, as `ops.quantised.quantised_linears` says."""
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    M, int4 = x_MK.shape[0], values.dtype == torch.uint8
-    shape = (*x.shape[:-1], values.shape[0])
+    (M, K), int4 = x_MK.shape, values[0].dtype == torch.uint8
     if M == 0:
-        return x.new_empty(shape)
+        return tuple(x.new_empty(*x.shape[:-1], each.shape[0]) for each in values)
     if M <= FEW_ROWS or invariant:
-        stream = choose_stream(M, exact=True)
-        if stream.bm == 16:  # one matrix has few tiles: twice as many programs
-            stream = replace(stream, bn=32)
-        return narrow_linear(x_MK, values, scales, stream, _way(x, values)).view(shape)
-    if int4:
-        return F.linear(x, widen(values, scales, x.shape[-1], x.dtype))
-    return fp8_linear.product_of_rows(x_MK, values, scales, x.dtype).view(shape)
+        ys = _few_rows(x_MK, values, scales)
+    elif int4:
+        ys = tuple(F.linear(x_MK, widen(*w, K, x.dtype)) for w in zip(values, scales, strict=True))
+    else:
+        ys = tuple(fp8_linear.product_of_rows(x_MK, *w, x.dtype) for w in zip(values, scales, strict=True))
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+def _few_rows(x_MK: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    M, K = x_MK.shape
+    if lanes_take(x_MK, values):
+        columns = sum(each.shape[0] for each in values)
+        lanes = choose_lanes(M, columns, K, int4=values[0].dtype == torch.uint8)
+        if lanes is not None:
+            return narrow_linears(x_MK, values, scales, lanes)
+    stream = choose_stream(M, exact=True)
+    if stream.bm == 16:  # one matrix has few tiles: twice as many programs
+        stream = replace(stream, bn=32)
+    way = _way(x_MK, *values)
+    return tuple(narrow_linear(x_MK, *w, stream, way) for w in zip(values, scales, strict=True))
 
 
 def quantised_mlp(
@@ -238,6 +257,7 @@ def quantised_mlp(
     gate_up_scales: Tensor,
     down_values: Tensor,
     down_scales: Tensor,
+    beside_TD: Tensor | None = None,
     *,
     invariant: bool = False,
 ) -> Tensor:
@@ -247,21 +267,34 @@ def quantised_mlp(
     rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
     narrow = (gate_up_values, gate_up_scales, down_values, down_scales)
     if invariant or max(MAX_SCAN, FEW_A_EXPERT * E) >= M:
-        stream = choose_stream(1 if M <= MAX_SCAN else triton.cdiv(M, E))
-        return narrow_mlp(*rows, *narrow, stream, _way(x_TD, gate_up_values, down_values))
+        average = 1 if M <= MAX_SCAN else triton.cdiv(M, E)
+        stream = choose_stream(average)
+        if MAX_SCAN < M and average <= FEW_FOR_8 and not invariant:  # summed by another instruction
+            stream = replace(stream, bm=8)
+        return narrow_mlp(*rows, *narrow, beside_TD, stream, _way(x_TD, gate_up_values, down_values))
     if gate_up_values.dtype == torch.uint8:
         gate_up = widen(gate_up_values, gate_up_scales, x_TD.shape[1], x_TD.dtype).flatten(1, 2)
         down = widen(down_values, down_scales, gate_up_values.shape[2], x_TD.dtype)
-        return experts.grouped_mlp(*rows, gate_up, down)
-    return fp8.layer(*rows, *narrow)[0]
+        y_TD = experts.grouped_mlp(*rows, gate_up, down)
+    else:
+        y_TD = fp8.layer(*rows, *narrow)[0]
+    return y_TD if beside_TD is None else y_TD + beside_TD
 
 
-def quantised_refusal(x: Tensor, *arguments: Tensor) -> str | None:
+def quantised_refusal(x: Tensor, *arguments: Tensor | None) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; the kernels take bfloat16 and float16"
-    values = [t for t in arguments if t.dtype in (torch.uint8, torch.float8_e4m3fn)]
+    values = [t for t in arguments if t is not None and t.dtype in (torch.uint8, torch.float8_e4m3fn)]
     if not all(v.is_contiguous() for v in values):
         return "the quantised weights are not contiguous; the kernels do not copy weights"
     if odd := [v.shape[-1] for v in values if v.shape[-1] % 2]:
         return f"a quantised weight has {odd[0]} columns; the kernels read two at a time"
     return lacks_e4m3(x)
+
+
+def linears_refusal(x: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> str | None:
+    """The same of linears."""
+    if len(values) > MAX_WEIGHTS:
+        return f"{len(values)} weights; a launch takes at most {MAX_WEIGHTS}"
+    return quantised_refusal(x, *values)
