@@ -127,10 +127,12 @@ def table() -> list[str]:
     return rows
 
 
-def train(feature: str, parallel: ParallelConfig | None, folder: Path) -> list[tuple[float, float]]:
+def train(
+    feature: str, parallel: ParallelConfig | None, folder: Path, device: str = "cpu"
+) -> list[tuple[float, float]]:
     """Two steps: the loss and the gradient's norm of each. What is learned is in the folder's checkpoint."""
     config = FEATURES[feature](parallel or ParallelConfig())
-    model = recompute(parts.model(config.model), config.train.recompute)
+    model = recompute(parts.model(config.model).to(device), config.train.recompute)
     if config.precision == "fp8":
         multiply_in_fp8(model)
     team = Team() if parallel is None else work.spread(parallel, model)
@@ -150,8 +152,11 @@ def train(feature: str, parallel: ParallelConfig | None, folder: Path) -> list[t
     return [(each.terms["loss"], each.grad_norm) for each in told if isinstance(each, StepReport)]
 
 
-def train_all(parallels: list[tuple[ParallelConfig, list[str]]], folder: Path) -> None:
+Jobs = list[tuple[ParallelConfig, list[str]]]
+
+
+def train_all(jobs: Jobs, folder: Path, device: str = "cpu") -> None:
     """What the processes do: what each is told is in its folder, its first process's losses beside it."""
-    for number, (parallel, features) in enumerate(parallels):
+    for number, (parallel, features) in enumerate(jobs):
         for index, feature in enumerate(features):
-            train(feature, parallel, folder / str(number) / str(index))
+            train(feature, parallel, folder / str(number) / str(index), device)

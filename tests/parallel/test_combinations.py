@@ -53,29 +53,35 @@ def test_what_goes_is_the_run_of_one_process(ranks: int, tmp_path: Path) -> None
         (each, [feature for feature in features if c.is_refused(feature, each) is None])
         for each in degrees.values()
     ]
-    work.launch(c.train_all, ranks, tmp_path / "several", jobs, tmp_path / "several")
-    alone = {
-        feature: c.train(feature, None, tmp_path / feature) for feature in {f for _, fs in jobs for f in fs}
-    }
+    assert_equal_to_one(jobs, ranks, tmp_path)
+
+
+def assert_equal_to_one(
+    jobs: c.Jobs, ranks: int, folder: Path, device: str = "cpu", backend: str = "gloo"
+) -> None:
+    several = folder / "several"
+    work.launch(c.train_all, ranks, several, jobs, several, device, backend=backend)
+    features = {feature for _, features in jobs for feature in features}
+    alone = {feature: c.train(feature, None, folder / feature, device) for feature in features}
     for number, (each, features) in enumerate(jobs):
         for index, feature in enumerate(features):
-            folder = tmp_path / "several" / str(number) / str(index)
+            theirs, told = several / str(number) / str(index), f"{each} {feature}"
             loss, norm = (2**-8, 2**-5) if feature == FP8 else (128 * EPS, 128 * EPS)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = [json.loads(line) for line in (theirs / "metrics.jsonl").read_text().splitlines()]
             steps = [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
-            for ours, theirs in zip(alone[feature], steps, strict=True):
-                assert theirs[0] == pytest.approx(ours[0], rel=loss), f"{each} {feature}"
-                assert theirs[1] == pytest.approx(ours[1], rel=norm), f"{each} {feature}"
-            wanted, got = (weights(feature, place) for place in (tmp_path / feature, folder))
+            for one, other in zip(alone[feature], steps, strict=True):
+                assert other[0] == pytest.approx(one[0], rel=loss), told
+                assert other[1] == pytest.approx(one[1], rel=norm), told
+            wanted, got = (weights(feature, place) for place in (folder / feature, theirs))
             born = parts.model(c.FEATURES[feature](ParallelConfig()).model).state_dict()
             for name, tensor in wanted.items():
                 off, went = got[name] - tensor, (tensor - born[name]).norm()
                 if feature == FP8 and "bias" in name:
                     continue  # of a router: it moves by the sign of a load, which a near tie decides
                 if feature == FP8:
-                    assert off.norm() <= went / 2, f"{each} {name}: off by {off.norm() / went}"
+                    assert off.norm() <= went / 2, f"{told} {name}: off by {off.norm() / went}"
                 else:
-                    assert off.abs().max() <= 128 * EPS, f"{each} {feature} {name}: off by {off.abs().max()}"
+                    assert off.abs().max() <= 128 * EPS, f"{told} {name}: off by {off.abs().max()}"
 
 
 def weights(feature: str, folder: Path) -> dict[str, torch.Tensor]:
