@@ -46,7 +46,7 @@ def run(arguments: Any) -> None:
     generator = torch.Generator(DEVICE).manual_seed(arguments.seed)
     model.init_weights(generator)
     if arguments.precision == "fp8":
-        multiply_in_fp8(model, keep=True)
+        multiply_in_fp8(model, "pass")
     optim = replace(LEAN, lr=arguments.lr, warmup_steps=arguments.warmup, schedule="cosine")
     settings = TrainConfig(arguments.steps, optim=optim, balance=BalanceConfig(sequence_loss=1e-3))
     packer = Packer(shard, arguments.tokens, arguments.length, 0)

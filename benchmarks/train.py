@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import statistics
@@ -60,12 +61,14 @@ FULL = OptimConfig(lr=1e-5, master="float32", moments="float32", in_backward=Tru
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: `optim` None is forward and backward alone, gradients kept."""
+    """What is run: `optim` None is forward and backward alone, gradients kept over a step, at whose end
+    weights count as changed."""
 
     name: str
     config: ModelConfig
     sequences: int = 4
     length: int = 4096
+    accumulation: int = 1  # micro-batches a step, of so many sequences each
     optim: OptimConfig | None = None
     recompute: Recompute = "none"
     sequence_loss: float = 1e-4
@@ -102,6 +105,7 @@ PAIRS = {
     pair.name: pair
     for pair in (
         Pair("fp8", "v2-lite-fp8", "v2-lite", 1.1),
+        Pair("fp8-4", "v2-lite-fp8-4", "v2-lite-4", 1.1),
         Pair("sequence-loss", "v2-lite", "v2-lite-no-sequence-loss", 0.99),
         Pair("mtp", "v2-lite-mtp-step", "v2-lite-step-selective", 0.85, in_turns=False),
         Pair("compiled-8k", "v2-lite-8k", "peer-compiled-8k", 1.1),
@@ -116,6 +120,8 @@ def cases() -> dict[str, Case]:
     rows = [
         replace(plain, name="v2-lite"),
         replace(plain, name="v2-lite-fp8", fp8=True),
+        replace(plain, name="v2-lite-4", accumulation=4),
+        replace(plain, name="v2-lite-fp8-4", accumulation=4, fp8=True),
         replace(plain, name="v2-lite-step", optim=LEAN),
         replace(plain, name="v2-lite-fp8-step", optim=LEAN, fp8=True),
         replace(plain, name="v2-lite-step-selective", optim=LEAN, recompute="selective"),
@@ -150,25 +156,38 @@ def batch(case: Case, seed: int) -> Batch:
     )
 
 
-def ours(case: Case, folder: Path) -> Callable[[], object]:
-    model = Transformer(case.config, device="meta", dtype=torch.bfloat16)
+def born(config: ModelConfig) -> Transformer:
+    model = Transformer(config, device="meta", dtype=torch.bfloat16)
     model.allocate(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    model.init_weights(generator)
+    model.init_weights(torch.Generator(DEVICE).manual_seed(0))
+    return model
+
+
+def twin(model: Transformer) -> Transformer:
+    """Another model over the same weights, with gradients of its own."""
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters()})
+
+
+def ours(case: Case, model: Transformer, folder: Path) -> Callable[[], object]:
     recompute(model, case.recompute)
     if case.fp8:
-        multiply_in_fp8(model, keep=case.recompute == "none")
+        keep = "pass" if case.recompute == "none" else "use"
+        multiply_in_fp8(model, "step" if case.accumulation > 1 else keep)
     batches = [batch(case, seed) for seed in range(4)]
     if case.optim is not None:
         balance = BalanceConfig(sequence_loss=case.sequence_loss)
         settings = TrainConfig(steps=1_000_000, optim=case.optim, balance=balance)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         return Trainer(model, lambda i: batches[i % 4], settings, folder, generator=generator).train_step
     objective = NextToken(0, mtp_weight=0.0, balance_weight=case.sequence_loss)
+    batches = batches[: case.accumulation]
 
     def forward_backward() -> None:
-        step = Step(0, 1, objective.count(batches[:1]))
-        objective.compute(model, batches[0], step).total.backward()
+        step = Step(0, 1, objective.count(batches))
+        for each in batches:
+            objective.compute(model, each, step).total.backward()
         model.zero_grad()
+        torch.autograd.graph.increment_version(model.parameters())
 
     return forward_backward
 
@@ -210,10 +229,18 @@ def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
     torch.cuda.reset_peak_memory_stats()
     with contextlib.ExitStack() as stack:
         runs, built, first = [], [], []
+        models: list[Transformer] = []  # whose weights no step changes: one a config
         for case in chosen:
             before, begun = torch.cuda.memory_allocated(), time.perf_counter()
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            run = theirs(case) if case.peer else ours(case, folder)
+            if case.peer:
+                run = theirs(case)
+            elif case.optim is not None:
+                run = ours(case, born(case.config), folder)
+            else:
+                same = next((model for model in models if model.config == case.config), None)
+                models.append(same or born(case.config))
+                run = ours(case, twin(models[-1]), folder)
             torch.cuda.synchronize()
             built.append(((torch.cuda.memory_allocated() - before) / GIB, time.perf_counter() - begun))
             begun = time.perf_counter()
@@ -233,7 +260,7 @@ def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
     results = []
     for case, told, (weights, building), began in zip(chosen, times, built, first, strict=True):
         seconds = statistics.median(told)
-        tokens = case.sequences * case.length
+        tokens = case.accumulation * case.sequences * case.length
         mtp = case.config.num_nextn_predict_layers > 0
         rate = tokens * flops_per_token(case.config, case.length, mtp=mtp) / seconds
         note = (
@@ -278,7 +305,7 @@ def row(r: Result) -> str:
 def profile(case: Case) -> str:
     """Where the time of a step goes, by kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        run = ours(case, Path(folder))
+        run = ours(case, born(case.config), Path(folder))
         for _ in range(3):
             run()
         torch.cuda.synchronize()

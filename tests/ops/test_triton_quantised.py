@@ -248,20 +248,58 @@ def test_a_gradient_that_leaves_its_kernel_quantised_is_that_gradient_quantised(
         assert torch.equal(got[:used].float(), wanted.float())
 
 
-def test_a_weight_kept_quantised_gives_the_same_gradients() -> None:
+def test_a_weight_quantised_before_gives_the_same_gradients() -> None:
+    T, D, F = 9, 136, 128
     results = []
-    for keep in (False, True):
-        x, w = (t.requires_grad_() for t in (_normal(3, 136), _normal(40, 136, seed=1)))
+    for kept in (False, True):
+        x, w, gate_up, down = (
+            t.requires_grad_()
+            for t in (
+                _normal(T, D),
+                _normal(40, D, seed=1),
+                _normal(E, 2 * F, D, seed=2) / D**0.5,
+                _normal(E, D, F, seed=3) / F**0.5,
+            )
+        )
         with using("triton"):
-            y = quantised.fp8_linear(x, w, keep=keep)
-        y.float().sin().sum().backward()
-        results.append([y.detach(), x.grad, w.grad])
-    for kept, again in zip(*results, strict=True):
-        assert torch.equal(kept, again)
+            pair = quantised.fp8_pair(w) if kept else None
+            pairs = quantised.fp8_expert_pairs(gate_up, down) if kept else None
+            (y,) = quantised.fp8_linears(x, (w,), pair)
+            z = quantised.fp8_grouped_mlp(x, *_choices(T), gate_up, down, pairs)
+        (y.float().sin().sum() + z.float().sin().sum()).backward()
+        results.append([y.detach(), z.detach(), *(t.grad for t in (x, w, gate_up, down))])
+    for before, met in zip(*results, strict=True):
+        assert torch.equal(before, met)
 
 
-@pytest.mark.parametrize("keep", [False, True] if GPU else [True])
-def test_training_equals_the_reference(keep: bool) -> None:
+def test_linears_of_the_same_rows_are_each_as_alone() -> None:
+    """40 rows end within a block; what comes next begins at its own. Gradients of x are added in one sum."""
+    x = _normal(3, 2, 200)
+    weights = [_normal(rows, 200, seed=rows) for rows in (40, 136, 128)]
+    results = []
+    for together in (False, True):
+        leaf, *leaves = (t.clone().requires_grad_() for t in (x, *weights))
+        with using("triton"):
+            if together:
+                told = quantised.fp8_linears(leaf, tuple(leaves), quantised.fp8_pair(*leaves))
+            else:
+                told = tuple(quantised.fp8_linear(leaf, w) for w in leaves)
+        sum(y.float().sin().sum() for y in told).backward()
+        results.append((told, [w.grad for w in leaves], leaf.grad))
+    (alone, dalone, dx), (joint, djoint, dx_joint) = results
+    for one, other in zip(alone, joint, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip((dx, *dalone), (dx_joint, *djoint), strict=True):
+        assert _error(other, one) <= _limit(304)
+    with using("reference"):
+        wanted = quantised.fp8_pair(*weights)
+    with using("triton"):
+        for got, want in zip(quantised.fp8_pair(*weights), wanted, strict=True):
+            assert torch.equal(got.float(), want.float())
+
+
+@pytest.mark.parametrize("kept", [False, True] if GPU else [True])
+def test_training_equals_the_reference(kept: bool) -> None:
     T, D, F = 20, 136, 128
     results = []
     for side in ("triton", "reference"):
@@ -277,8 +315,9 @@ def test_training_equals_the_reference(keep: bool) -> None:
         experts_TK, weights_TK = _choices(T)
         weights_TK.requires_grad_()
         with using(side):
-            y = quantised.fp8_grouped_mlp(x, experts_TK, weights_TK, gate_up, down, keep=keep)
-            z = quantised.fp8_linear(x, one, keep=keep)
+            pairs = quantised.fp8_expert_pairs(gate_up, down) if kept else None
+            y = quantised.fp8_grouped_mlp(x, experts_TK, weights_TK, gate_up, down, pairs)
+            (z,) = quantised.fp8_linears(x, (one,), quantised.fp8_pair(one) if kept else None)
         (y.float().sin().sum() + z.float().sin().sum()).backward()
         results.append([y.detach(), z.detach(), *(t.grad for t in (x, weights_TK, gate_up, down, one))])
     # The gradient of a weight is <rows(dy) W, h> in kernels and <dy, rows(h) W> in the reference, W rounded
@@ -294,7 +333,7 @@ def test_refusals_name_the_value() -> None:
     x = _normal(3, 200)
     gate_up, down = _normal(E, 2 * 40, 200), _normal(E, 200, 40)
     assert "40 wide" in str(fp8.grouped_mlp_refusal(x, *_choices(3), gate_up, down))
-    assert "float64" in str(fp8_linear.linear_refusal(x.double(), _normal(4, 200)))
+    assert "float64" in str(fp8_linear.linears_refusal(x.double(), (_normal(4, 200),)))
 
 
 @on_gpu
@@ -411,20 +450,22 @@ def test_a_linear_of_whole_blocks_is_cublas_s() -> None:
 
     x, w = _normal(1000, 2048), _normal(3072, 2048, seed=1) / 2048**0.5
     whole = torch.cuda.get_device_capability()[0] == 9
-    assert ("triton/cublas" if whole else "triton/ours") in explain("fp8_linear", x, w)
-    assert "1001 rows" in explain("fp8_linear", _normal(1001, 2048), w) or not whole
+    assert ("triton/cublas" if whole else "triton/ours") in explain("fp8_linears", x, (w,))
+    assert "1001 rows" in explain("fp8_linears", _normal(1001, 2048), (w,)) or not whole
+    kv_a = _normal(576, 2048, seed=3) / 2048**0.5  # beside q of whole blocks, too
+    assert ("triton/cublas" if whole else "triton/ours") in explain("fp8_linears", x, (w, kv_a))
     results = []
     for side in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        leaves = [t.clone().requires_grad_() for t in (x, w, kv_a)]
         with using(side):
-            y = quantised.fp8_linear(*leaves, keep=True)
-        y.backward(_normal(1000, 3072, seed=2))
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+            y, z = quantised.fp8_linears(leaves[0], tuple(leaves[1:]))
+        torch.autograd.backward([y, z], [_normal(1000, 3072, seed=2), _normal(1000, 576, seed=4)])
+        results.append([y.detach(), z.detach(), *(leaf.grad for leaf in leaves)])
     for got, wanted in zip(*results, strict=True):
-        assert _error(got, wanted) <= _limit(3072)
+        assert _error(got, wanted) <= _limit(3648)
     with batch_invariant():
         assert torch.equal(quantised.fp8_linear(x, w)[:8], quantised.fp8_linear(x[:8], w))
-        assert "batch-invariant" in explain("fp8_linear", x, w)
+        assert "batch-invariant" in explain("fp8_linears", x, (w,))
 
 
 @on_gpu

@@ -134,7 +134,7 @@ def train(
     config = FEATURES[feature](parallel or ParallelConfig())
     model = recompute(parts.model(config.model).to(device), config.train.recompute)
     if config.precision == "fp8":
-        multiply_in_fp8(model)
+        multiply_in_fp8(model, "step")  # stricter than recipes: nothing stale may come of it
     team = Team() if parallel is None else work.spread(parallel, model)
     told: list[Event] = []
     base = NextToken.of(config.model, config.train)

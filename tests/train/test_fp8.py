@@ -14,7 +14,6 @@ square strays by 1 / sqrt(16); the mean of all strays by no more, whatever error
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from math import log
 from typing import Any
 
@@ -29,7 +28,7 @@ from shoal.model.layers import Linear
 from shoal.model.moe import Experts, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
-from shoal.train.fp8 import multiply_in_fp8
+from shoal.train.fp8 import Fp8Grouped, multiply_in_fp8
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
 from tests.train import parts
@@ -135,14 +134,8 @@ def test_every_product_but_the_head_is_in_fp8() -> None:
     model = multiply_in_fp8(parts.model(parts.config()))
     plain = [name for name, module in model.named_modules() if getattr(module, "product", None) is F.linear]
     assert plain == ["lm_head"]
-    grouped = [
-        module.product
-        for module in model.modules()
-        if "gate_up_proj" in dict(module.named_parameters(recurse=False))
-    ]
-    assert grouped and all(
-        isinstance(product, partial) and product.func is ops.fp8_grouped_mlp for product in grouped
-    )
+    grouped = [module.product for module in model.modules() if isinstance(module, Experts)]
+    assert grouped and all(isinstance(product, Fp8Grouped) for product in grouped)
 
 
 def test_the_loss_falls_as_it_does_without() -> None:

@@ -30,6 +30,7 @@ from shoal.config.require import require
 Table = dict[str, Any]
 DEGREES = ("data", "expert", "context", "pipeline")
 Recompute = Literal["none", "selective", "full"]
+Keep = Literal["auto", "step", "pass", "use"]  # of weights in FP8
 T = TypeVar("T")
 
 
@@ -267,10 +268,12 @@ class RunConfig:
 
     `dtype` is that of the weights the model computes with; of bfloat16 ones the optimizer keeps float32
     copies. `precision` is that of the products: `fp8` multiplies linears and experts as DeepSeek-V3 does,
-    forward and for the gradient of their inputs; all else stays in `dtype`. What the backward pass wants of a
-    weight in FP8 is kept from the forward pass where `train.recompute` is `none`, a byte an element, and made
-    again elsewhere, as on several processes. The micro-batches of a step are shared among the processes of
-    `parallel`.
+    forward and for the gradient of their inputs; all else stays in `dtype`. `fp8_keep` says for how long
+    a weight in FP8 is kept, which costs memory and changes no number: `step`, from one change of it to the
+    next, two bytes an element; `pass`, from the forward to the backward pass, one; `use`, not at all. `auto`
+    is `step` for what there is room for, after two micro-batches, where a step has several; `pass` where it
+    has one; and `use` with recompute, which is for want of memory, and on several processes, where nothing
+    else works. The micro-batches of a step are shared among the processes of `parallel`.
     """
 
     model: ModelConfig
@@ -279,6 +282,7 @@ class RunConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     precision: Literal["dtype", "fp8"] = "dtype"
+    fp8_keep: Keep = "auto"
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
@@ -294,6 +298,19 @@ class RunConfig:
             f"masters; leave it at float32, or set dtype to bfloat16",
         )
         require(self.seed >= 0, f"seed is {self.seed}; it cannot be negative")
+        require(
+            self.precision == "fp8" or self.fp8_keep == "auto",
+            f"fp8_keep is {self.fp8_keep!r}, but no weight is in FP8; set precision to fp8, or leave it out",
+        )
+
+    @property
+    def keeps(self) -> Keep:
+        """`fp8_keep`, decided as far as it can be before a pass was seen."""
+        if self.fp8_keep != "auto":
+            return self.fp8_keep
+        if self.parallel.ranks > 1 or self.train.recompute != "none":
+            return "use"
+        return "auto" if self.train.accumulation > 1 else "pass"
 
     def _check_parallel(self) -> None:
         """What several processes cannot do is refused."""
@@ -315,6 +332,12 @@ class RunConfig:
                 optim.moments,
                 ("float32", "bfloat16"),
                 "blocks of 256 that share a scale would straddle the cuts between processes",
+            ),
+            (
+                "fp8_keep",
+                self.fp8_keep,
+                ("auto", "use"),
+                "weights are gathered for each pass, and what is made of one would lie whole on each process",
             ),
         ):
             require(

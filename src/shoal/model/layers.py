@@ -47,7 +47,7 @@ class Linear(nn.Module):
     @property
     def joint(self) -> Joint | None:
         """What makes such products of the same rows in one op; None: each makes its own."""
-        return _plain if self.product is F.linear else None
+        return _plain if self.product is F.linear else getattr(self.product, "together", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return together(x, self)[0]
@@ -61,7 +61,7 @@ def _plain(x: Tensor, linears: tuple[Linear, ...]) -> tuple[Tensor, ...]:
 def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """What each makes of the same rows, in one op if one makes them all."""
     joint = linears[0].joint
-    if joint is not None and all(linear.joint is joint for linear in linears):
+    if joint is not None and all(linear.joint == joint for linear in linears):
         return joint(x, linears)
     return tuple(linear.product(x, linear.weight, linear.bias) for linear in linears)
 

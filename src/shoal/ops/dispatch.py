@@ -108,7 +108,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "quantised_linears": quantised.quantised_linears,
     "quantised_mlp": quantised.quantised_mlp,
     "quantised_sum": experts.sum_rows,
-    "fp8_linear": quantised.fp8_linear,
+    "fp8_pair": quantised.fp8_pair,
+    "fp8_linears": quantised.fp8_linears,
     "fp8_grouped_mlp": quantised.fp8_grouped_mlp,
 }
 
@@ -284,10 +285,11 @@ def kernels() -> dict[str, Kernel]:
             partial(quantised.quantised_mlp, invariant=True),
         ),
         "quantised_sum": Kernel(permutation.sum_choices, lambda *_: None),
-        "fp8_linear": Kernel(
-            fp8_linear.linear,
-            fp8_linear.linear_refusal,
-            partial(fp8_linear.linear, invariant=True),
+        "fp8_pair": Kernel(quantise.quantise_both, quantise.quantise_refusal),
+        "fp8_linears": Kernel(
+            fp8_linear.linears,
+            fp8_linear.linears_refusal,
+            partial(fp8_linear.linears, invariant=True),
             fp8_linear.choose,
         ),
         "fp8_grouped_mlp": Kernel(fp8.grouped_mlp, fp8.grouped_mlp_refusal),

@@ -28,6 +28,15 @@ class Fp8Weight(NamedTuple):
     scales: Tensor  # (..., n, k) float32, which multiply
 
 
+class Fp8Pair(NamedTuple):
+    """A weight and its transpose: what the products of a forward and of a backward pass read."""
+
+    values: Tensor  # (..., N, K) float8_e4m3fn
+    scales: Tensor  # (..., n, k) float32
+    values_t: Tensor  # (..., K, N)
+    scales_t: Tensor  # (..., k, n)
+
+
 class Int4Weight(NamedTuple):
     """-7 to 7, and a scale for each 128 columns of a row.
 
@@ -100,14 +109,30 @@ def quantised_sum(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Te
     return call("quantised_sum", rows_MD, experts_TK, weights_TK)
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, *, keep: bool = False) -> Tensor:
-    """x W^T in FP8, for training (DeepSeek-V3, section 3.3): both are quantised as they are met.
+def fp8_pair(*weights: Tensor) -> Fp8Pair:
+    """A weight (..., N, K) and its transpose, as `quantise_blocks` has them, in one reading. Several of the
+    same K are one below the other, each from a row of blocks of its own on, zeros between. No gradient."""
+    return Fp8Pair(*call("fp8_pair", *(weight.detach() for weight in weights)))
+
+
+def fp8_linears(x: Tensor, weights: tuple[Tensor, ...], pair: Fp8Pair | None = None) -> tuple[Tensor, ...]:
+    """x W^T of each weight (N_i, K) in FP8, for training (DeepSeek-V3, section 3.3), quantised as met.
 
     y = rows(x) blocks(W)^T and dx = rows(dy) blocks(W), where rows and blocks are what the two quantisers
-    make; dW = dy^T x of the numbers as they came. Differentiable in both. With `keep` kernels quantise W once
-    and hold what the backward pass wants of it until then: a byte an element, the same numbers.
+    make; dW = dy^T x of the numbers as they came. Differentiable in x and the weights. `pair` is the weights'
+    `fp8_pair`, where the caller has it: the same numbers, if the weights have not changed since.
     """
-    return call("fp8_linear", x, weight_NK, keep)
+    return call("fp8_linears", x, weights, pair)
+
+
+def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    return fp8_linears(x, (weight_NK,))[0]
+
+
+def fp8_expert_pairs(gate_up_E2FD: Tensor, down_EDF: Tensor) -> tuple[Fp8Pair, Fp8Pair]:
+    """What `fp8_grouped_mlp` makes of experts: no block holds rows of both gate and up."""
+    whole = down_EDF.shape[2] % BLOCK == 0
+    return fp8_pair(*([gate_up_E2FD] if whole else gate_up_E2FD.chunk(2, 1))), fp8_pair(down_EDF)
 
 
 def fp8_grouped_mlp(
@@ -116,13 +141,12 @@ def fp8_grouped_mlp(
     weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    *,
-    keep: bool = False,
+    pairs: tuple[Fp8Pair, Fp8Pair] | None = None,
 ) -> Tensor:
-    """`api.grouped_mlp` whose products are `fp8_linear`'s, gate and up quantised apart; `keep` as there.
-    Differentiable as it is.
+    """`api.grouped_mlp` whose products are `fp8_linears`', gate and up quantised apart. `pairs` are the
+    experts' `fp8_expert_pairs`, as there. Differentiable as it is.
     """
-    return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, keep)
+    return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, pairs)
 
 
 def narrow_index(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,7 @@ def _run(
     fill(model, generator)
     recompute(model, config.train.recompute, [generator])
     if config.precision == "fp8":
-        multiply_in_fp8(model, keep=config.train.recompute == "none" and config.parallel.ranks == 1)
+        multiply_in_fp8(model, config.keeps)
     team = ALONE
     if mesh is not None:
         from shoal.stages.team import make_team  # as above

@@ -1,8 +1,9 @@
 """The optimizer: which rule moves which parameter, at what rate, with what kept of it.
 
 AdamW takes all, or with `muon` what is no matrix, and embedding and head. The law: weights are updated in
-float32. Where the model's are narrower a float32 master is kept here, or stochastic rounding stands for it
-(`master = "bfloat16"`); moments are kept as told (`moments`).
+float32, and autograd is told that they were written to, which a fused kernel does not do. Where the model's
+are narrower a float32 master is kept here, or stochastic rounding stands for it (`master = "bfloat16"`);
+moments are kept as told (`moments`).
 
 The step inside backward takes a parameter as soon as its gradient is whole and drops the gradient there, so
 that never more than a few exist: 29 GiB less for V2-Lite. The global norm is not known then. A gradient is
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from shoal.config.run import OptimConfig
 from shoal.train.adamw import AdamW
@@ -107,6 +109,7 @@ class Optimizer:
         for rule, update in ((self.adamw, self.adamw.update), (self.muon, self._update_muon)):
             if slots := [slot for slot in rule.slots.values() if slot.source.grad is not None]:
                 update(slots, lr)
+                increment_version(slot.source for slot in slots)
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():
@@ -151,6 +154,7 @@ class Optimizer:
             self._update_muon([slot], self._lr, factor)
         else:
             self.adamw.update([slot], self._lr, factor)
+        increment_version(slot.source)
         slot.source.grad = None
 
     def call_off(self) -> None:

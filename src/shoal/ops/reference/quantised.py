@@ -82,11 +82,6 @@ def _dequantise_rows(x: Tensor) -> Tensor:
     return values.float() * scales.repeat_interleave(BLOCK, -1)[..., : x.shape[-1]]
 
 
-def _dequantise_blocks(weight: Tensor) -> Tensor:
-    values, scales = quantise_blocks(weight)
-    return dequantise(values, scales, weight.shape[-1])
-
-
 def quantised_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return F.linear(x.float(), dequantise(values, scales, x.shape[-1])).to(x.dtype)
 
@@ -124,26 +119,43 @@ def quantised_mlp(
     return y_TD if beside_TD is None else y_TD + beside_TD
 
 
+def fp8_pair(*weights: Tensor) -> tuple[Tensor, ...]:
+    if len(weights) > 1:
+        weights = (torch.cat([F.pad(w, (0, 0, 0, -w.shape[-2] % BLOCK)) for w in weights], -2),)
+    values, scales = quantise_blocks(weights[0])
+    return values, scales, values.mT.contiguous(), scales.mT.contiguous()
+
+
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_NK)
-        return F.linear(_dequantise_rows(x), _dequantise_blocks(weight_NK)).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, narrow_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_NK, narrow_NK)
+        return F.linear(_dequantise_rows(x), narrow_NK).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight_NK = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight_NK, narrow_NK = ctx.saved_tensors
         dx = dweight_NK = None
         if ctx.needs_input_grad[0]:
-            dx = (_dequantise_rows(dy) @ _dequantise_blocks(weight_NK)).to(x.dtype)
+            dx = (_dequantise_rows(dy) @ narrow_NK).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight_NK = (dy.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight_NK.dtype)
-        return dx, dweight_NK
+        return dx, dweight_NK, None
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor, keep: bool = False) -> Tensor:
-    return _Fp8Linear.apply(x, weight_NK)
+Pair = tuple[Tensor, ...]  # of `fp8_pair`
+
+
+def fp8_linears(x: Tensor, weights: tuple[Tensor, ...], pair: Pair | None = None) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        values, scales, *_ = fp8_pair(*weights) if pair is None else pair
+        narrow = dequantise(values, scales, x.shape[-1])
+    told, first = [], 0
+    for weight in weights:
+        told.append(_Fp8Linear.apply(x, weight, narrow[first : first + len(weight)]))
+        first += -(-len(weight) // BLOCK) * BLOCK
+    return tuple(told)
 
 
 def fp8_grouped_mlp(
@@ -152,7 +164,7 @@ def fp8_grouped_mlp(
     weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    keep: bool = False,
+    pairs: tuple[Pair, Pair] | None = None,
 ) -> Tensor:
     order_M, spans = sort_rows(experts_TK, gate_up_E2FD.shape[0])
     token_M = order_M // experts_TK.shape[1]
@@ -161,6 +173,7 @@ def fp8_grouped_mlp(
     parts = [x_TD.new_zeros(dropped, x_TD.shape[1])]
     for expert, start, end in spans:
         x = x_TD.index_select(0, token_M[start:end])
-        gate, up = (fp8_linear(x, half) for half in gate_ups[expert].chunk(2))
-        parts.append(fp8_linear(F.silu(gate) * up, downs[expert]))
+        both, down = (None, None) if pairs is None else ([t[expert] for t in pair] for pair in pairs)
+        gate, up = fp8_linears(x, gate_ups[expert].chunk(2), both)
+        parts.append(*fp8_linears(F.silu(gate) * up, (downs[expert],), down))
     return sum_choices(torch.cat(parts), order_M, weights_TK)

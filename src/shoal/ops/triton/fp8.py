@@ -3,11 +3,11 @@
     forward    quantise x and the weights, gate-up with SwiGLU (h leaves quantised), down
     backward   dh and dx by W^T, quantised; d[g u] leaves its kernel quantised too; dW from the bfloat16 rows
 
-Weights in bfloat16 are quantised at each use, since the optimizer has moved them: 3 bytes an element forward
-and 3 backward, or 4 in one reading, where the transpose is kept until the backward pass, a byte an element
-(`keep`). The gradients of the weights stay in bfloat16: there both operands would have to be quantised anew
-along the tokens, and what others report is that this costs more than the products save. What else the
-backward pass keeps is what the bfloat16 layer keeps (`experts`).
+Weights in bfloat16 are quantised at each use, 3 bytes an element forward and 3 backward, unless the caller
+has done it, 4 in one reading, and may do so once for all micro-batches of a step (`pairs`). The gradients of
+the weights stay in bfloat16: there both operands would have to be quantised anew along the tokens, and what
+others report is that this costs more than the products save. What else the backward pass keeps is what the
+bfloat16 layer keeps (`experts`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from shoal.ops.triton.quantise import (
     FP8,
     lacks_e4m3,
     quantise_blocks,
-    quantise_both,
     quantise_rows,
     quantise_transposed,
 )
 
+Pairs = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # gate-up and down, each W and W^T, values and scales
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -206,11 +206,11 @@ class _GroupedMLP(torch.autograd.Function):
         weights_TK: Tensor,
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
-        keep: bool,
+        pairs: Pairs | None,
     ) -> Tensor:
-        quantise = quantise_both if keep else quantise_blocks
-        values, scales, *gate_up_t = quantise(gate_up_E2FD)
-        down, down_scales, *down_t = quantise(down_EDF)
+        if pairs is None:
+            pairs = quantise_blocks(gate_up_E2FD), quantise_blocks(down_EDF)
+        (values, scales, *gate_up_t), (down, down_scales, *down_t) = pairs
         gate_up = (values.unflatten(1, (2, -1)), scales.unflatten(1, (2, -1)))
         rows = (x_TD, experts_TK, weights_TK)
         y_TD, groups, gate_up_P2F = layer(*rows, *gate_up, down, down_scales, save=True)
@@ -261,12 +261,12 @@ def grouped_mlp(
     weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    keep: bool = False,
+    pairs: Pairs | None = None,
 ) -> Tensor:
     if x_TD.shape[0] == 0:
         return experts.nothing(x_TD, weights_TK, gate_up_E2FD, down_EDF)
     rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
-    return _GroupedMLP.apply(*rows, gate_up_E2FD, down_EDF, keep and torch.is_grad_enabled())
+    return _GroupedMLP.apply(*rows, gate_up_E2FD, down_EDF, pairs)
 
 
 def grouped_mlp_refusal(
@@ -275,7 +275,7 @@ def grouped_mlp_refusal(
     weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
-    keep: bool = False,
+    pairs: Pairs | None = None,
 ) -> str | None:
     width = down_EDF.shape[2]
     if width % 128:

@@ -1,7 +1,11 @@
-"""One matrix in FP8 on a GPU: who multiplies, and what the backward pass keeps.
+"""Linears in FP8 on a GPU: who multiplies, and what the backward pass keeps.
 
     y = rows(x) blocks(W)^T,  dx = rows(dy) blocks(W)     "cublas", or "ours" (`fp8`)
     dW = dy^T x                                           cuBLAS, of the numbers as they came
+
+Linears of the same rows are one product: x is quantised once, their weights lie one below the other, each
+from a block of its own on, and dx is one sum, where each alone would give a part to be added. So a matrix of
+576 rows beside one of 3072 is whole blocks, too.
 
 cuBLAS has DeepSeek's scaling of 1 x 128 and 128 x 128 as its own since CUDA 12.9, on Hopper alone (PyTorch's
 `scaled_mm` by blocks). Its demands: scales of rows lie along the rows, those of a weight along the reduction,
@@ -9,12 +13,11 @@ padded to four; rows are a multiple of 4 (its documentation), columns of 16 (PyT
 block may be short; that was timed and not yet compared, so what has one is ours. Batch-invariant mode is
 ours, too: which of its kernels cuBLAS takes depends on how many rows there are. On an H200 (2026-11-29) it
 takes 0.59 to 0.81 of our time on V2-Lite's and V3's linears, 0.60 to 0.83 of its own in bfloat16.
-
-W and its transpose are quantised in one reading where `keep` asks for it, as in `fp8`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +30,10 @@ from shoal.ops.triton.fp8 import DTYPES, product
 from shoal.ops.triton.quantise import (
     BLOCK,
     lacks_e4m3,
+    places,
     quantise_blocks,
-    quantise_both,
     quantise_rows,
+    quantise_side_by_side,
     quantise_transposed,
 )
 
@@ -74,54 +78,80 @@ def cublas_product(
     )
 
 
-def product_of_rows(
-    x_MK: Tensor, values: Tensor, scales: Tensor, dtype: torch.dtype, *, invariant: bool = False
-) -> Tensor:
+def product_of_rows(x_MK: Tensor, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """x W^T with x quantised as it is met."""
-    if invariant or cublas_refusal(x_MK, x_MK.shape[0], *values.shape) is not None:
-        return product(*quantise_rows(x_MK), values, scales, dtype)
-    return cublas_product(*quantise_rows(x_MK, tall=True), values, scales, dtype)
+    return _product((x_MK,), values, scales, dtype)
 
 
-class _Linear(torch.autograd.Function):
+def _product(
+    parts: Sequence[Tensor], values: Tensor, scales: Tensor, dtype: torch.dtype, *, invariant: bool = False
+) -> Tensor:
+    """The same, x in parts side by side."""
+    ours = invariant or cublas_refusal(parts[0], parts[0].shape[0], *values.shape) is not None
+    if len(parts) == 1:
+        x, x_scales = quantise_rows(parts[0], tall=not ours)
+    else:
+        x, x_scales = quantise_side_by_side(parts, tall=not ours)
+    return (product if ours else cublas_product)(x, x_scales, values, scales, dtype)
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, keep: bool, invariant: bool) -> Tensor:
-        values, scales, *transposed = (quantise_both if keep else quantise_blocks)(weight_NK)
-        ctx.save_for_backward(x_MK, weight_NK, *transposed)
-        ctx.invariant = invariant
-        return product_of_rows(x_MK, values, scales, x_MK.dtype, invariant=invariant)
+    def forward(
+        ctx: Any, x_MK: Tensor, invariant: bool, pair: tuple[Tensor, ...] | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        values, scales = quantise_blocks(*weights) if pair is None else pair[:2]
+        ctx.save_for_backward(x_MK, *weights, *(() if pair is None else pair[2:]))
+        ctx.invariant, ctx.count = invariant, len(weights)
+        y_MN = _product((x_MK,), values, scales, x_MK.dtype, invariant=invariant)
+        firsts = places(len(weight) for weight in weights)
+        return tuple(
+            y_MN[:, first : first + len(weight)] for first, weight in zip(firsts, weights, strict=False)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
-        x_MK, weight_NK, *kept = ctx.saved_tensors
-        dx_MK = dweight_NK = None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x_MK, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.count], rest[ctx.count :]
+        dx_MK = None
         if ctx.needs_input_grad[0]:
-            transposed = kept or quantise_transposed(weight_NK)
-            dx_MK = product_of_rows(dy_MN, *transposed, x_MK.dtype, invariant=ctx.invariant)
-        if ctx.needs_input_grad[1]:
-            dweight_NK = dy_MN.mT @ x_MK
-        return dx_MK, dweight_NK, None, None
+            transposed = kept or quantise_transposed(*weights)
+            dx_MK = _product(dys, *transposed, x_MK.dtype, invariant=ctx.invariant)
+        wanted = ctx.needs_input_grad[3:]
+        dweights = (dy.mT @ x_MK if needs else None for dy, needs in zip(dys, wanted, strict=True))
+        return dx_MK, None, None, *dweights
 
 
-def linear(x: Tensor, weight_NK: Tensor, keep: bool = False, *, invariant: bool = False) -> Tensor:
-    x_MK, keep = x.reshape(-1, x.shape[-1]), keep and torch.is_grad_enabled()
-    return _Linear.apply(x_MK, weight_NK, keep, invariant).view(*x.shape[:-1], weight_NK.shape[0])
+def linears(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    pair: tuple[Tensor, ...] | None = None,
+    *,
+    invariant: bool = False,
+) -> tuple[Tensor, ...]:
+    told = _Linears.apply(x.reshape(-1, x.shape[-1]), invariant, pair, *weights)
+    return tuple(y_MN.unflatten(0, x.shape[:-1]) for y_MN in told)
 
 
-def choose(x: Tensor, weight_NK: Tensor, keep: bool = False, *, invariant: bool = False) -> tuple[str, str]:
+def choose(
+    x: Tensor, weights: tuple[Tensor, ...], pair: tuple[Tensor, ...] | None = None, *, invariant: bool = False
+) -> tuple[str, str]:
     """Who multiplies, forward and for the gradient of x, and why."""
     if invariant:
         return "ours", "batch-invariant"
-    refusal = cublas_refusal(x, x.numel() // x.shape[-1], *weight_NK.shape)
+    rows = [len(weight) for weight in weights]
+    n = rows[0] if len(rows) == 1 else places(rows)[-1]
+    refusal = cublas_refusal(x, x.numel() // x.shape[-1], n, x.shape[-1])
     return ("cublas", "whole blocks of 128 on Hopper") if refusal is None else ("ours", refusal)
 
 
-def linear_refusal(x: Tensor, weight_NK: Tensor, keep: bool = False) -> str | None:
-    if x.dtype not in DTYPES or x.dtype != weight_NK.dtype:
-        return (
-            f"x is {x.dtype} and the weight {weight_NK.dtype}; the kernels take two alike of {list(DTYPES)}"
-        )
+def linears_refusal(
+    x: Tensor, weights: tuple[Tensor, ...], pair: tuple[Tensor, ...] | None = None
+) -> str | None:
+    if x.dtype not in DTYPES or any(x.dtype != weight.dtype for weight in weights):
+        told = ", ".join(str(weight.dtype) for weight in weights)
+        return f"x is {x.dtype} and the weights {told}; the kernels take all alike of {list(DTYPES)}"
     if x.numel() == 0:
         return "there are no rows"
     return lacks_e4m3(x)

@@ -2,18 +2,22 @@
 
     s = amax / 448, q = round(x / s)
 
-A program takes some rows of one block of columns, or one block of a weight, which it reads twice, the second
-time from L1: held in registers it spilled (255 of them, and 188 to 504 bytes). The grid is all of them. The
-tensor core multiplies e4m3 only where both operands lie along the reduction, so the products of a backward
-pass want W^T as an array of its own: its values and scales are W's, another way round, and written in the
-same pass.
+A program takes some rows of one block of columns, or one block of a weight, which it holds in registers as it
+came: widened for its largest element it would spill (float32 is 255 of them, and 188 to 504 bytes). The grid
+is all of them. The tensor core multiplies e4m3 only where both operands lie along the reduction, so the
+products of a backward pass want W^T as an array of its own: its values and scales are W's, another way round,
+and written in the same pass. Several weights of the same columns are quantised as one, each from a row of
+blocks of its own on; so are several gradients, as the rows of one matrix.
 
 Bound: bytes. x in bfloat16 read once, q written once (twice with the transpose): 3 or 4 bytes an element. On
-an H200 (2026-11-29) rows reach 3.4 TB/s; 64 matrices of 2816 x 2048 in slices of 64 rows 2.9, both ways 2.6.
-Gradients that a kernel makes anyway are narrowed there (`store_narrow`), for the byte that is written.
+an H200 (2026-11-29) rows reach 3.4 TB/s. Gradients that a kernel makes anyway are narrowed there
+(`store_narrow`), for the byte that is written.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import triton
@@ -22,7 +26,8 @@ from torch import Tensor
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
-ROWS, SLICE, WARPS = 16, 64, 4  # rows of a program; rows of a weight's block at a time; warps of either
+ROWS = 16  # of a program
+ROW_WARPS, BLOCK_WARPS = 4, 16
 
 
 @triton.jit
@@ -65,37 +70,80 @@ def _rows_kernel(
     values_ptr,
     scales_ptr,
     rows,
+    STRIDE: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALL: tl.constexpr,
     ROWS: tl.constexpr,
     TALL: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """TALL: the scales of a block of columns lie together."""
-    block: tl.constexpr = (K + 127) // 128
+    """K columns, and zeros up to WIDTH, of the ALL that a row has where they go. TALL: the scales of a block
+    of columns lie together.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * 128 + tl.arange(0, 128)
-    at = row[:, None] * K + column[None, :]
-    inside = (row < rows)[:, None] & (column < K)[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    there = (row < rows)[:, None]
+    x = tl.load(
+        x_ptr + row[:, None] * STRIDE + column[None, :], mask=there & (column < K)[None, :], other=0.0
+    )
+    x = x.to(tl.float32)
     scale, inverse = scale_of(tl.max(tl.abs(x), 1))
-    tl.store(values_ptr + at, to_e4m3(x * inverse[:, None], ROUND), mask=inside)
-    at = tl.program_id(1).to(tl.int64) * rows + row if TALL else row * block + tl.program_id(1)
+    at = row[:, None] * ALL + column[None, :]
+    tl.store(values_ptr + at, to_e4m3(x * inverse[:, None], ROUND), mask=there & (column < WIDTH)[None, :])
+    blocks: tl.constexpr = (ALL + 127) // 128
+    at = tl.program_id(1).to(tl.int64) * rows + row if TALL else row * blocks + tl.program_id(1)
     tl.store(scales_ptr + at, scale, mask=row < rows)
+
+
+def _narrow_rows(x_MK: Tensor, values: Tensor, scales: Tensor, first: int, width: int, tall: bool) -> None:
+    """Rows into columns `first` to `first + width` of `values` (M, ALL); scales lie (k, M) if `tall`."""
+    rows, K = x_MK.shape
+    block = first // BLOCK
+    _rows_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(width, BLOCK))](
+        x_MK,
+        values[:, first:],
+        scales[block:] if tall else scales[:, block:],
+        rows,
+        STRIDE=x_MK.stride(0),
+        K=K,
+        WIDTH=width,
+        ALL=values.shape[1],
+        ROWS=ROWS,
+        TALL=tall,
+        ROUND=not x_MK.is_cuda,
+        num_warps=ROW_WARPS,
+    )
 
 
 def quantise_rows(x: Tensor, *, tall: bool = False) -> tuple[Tensor, Tensor]:
     """`tall`, of a matrix: scales (M, k) whose first dimension lies dense, as cuBLAS wants them."""
-    x = x.contiguous()
     *shape, K = x.shape
     rows, blocks = x.numel() // max(1, K), triton.cdiv(K, BLOCK)
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scales = torch.empty((blocks, rows) if tall else (*shape, blocks), dtype=torch.float32, device=x.device)
     if rows:
-        grid = (triton.cdiv(rows, ROWS), blocks)
-        _rows_kernel[grid](
-            x, values, scales, rows, K=K, ROWS=ROWS, TALL=tall, ROUND=not x.is_cuda, num_warps=WARPS
-        )
+        flat = scales if tall else scales.view(rows, blocks)
+        _narrow_rows(x.contiguous().view(rows, K), values.view(rows, K), flat, 0, K, tall)
     return values, scales.mT if tall else scales
+
+
+def quantise_side_by_side(parts: Sequence[Tensor], *, tall: bool = False) -> tuple[Tensor, Tensor]:
+    """Matrices (M, K_i) as the rows of one, each from a block of its own on, zeros between."""
+    rows, device = parts[0].shape[0], parts[0].device
+    *firsts, width = places(part.shape[1] for part in parts)
+    values = torch.empty(rows, width, dtype=FP8, device=device)
+    shape = (width // BLOCK, rows) if tall else (rows, width // BLOCK)
+    scales = torch.empty(shape, dtype=torch.float32, device=device)
+    for part, (first, end) in zip(parts, pairwise((*firsts, width)), strict=True):
+        part = part if part.stride(1) == 1 else part.contiguous()
+        _narrow_rows(part, values, scales, first, end - first, tall)
+    return values, scales.mT if tall else scales
+
+
+def places(sizes: Iterable[int]) -> list[int]:
+    """Where each of several begins, and last where they end, if each begins at a block."""
+    return [0, *accumulate(triton.cdiv(size, BLOCK) * BLOCK for size in sizes)]
 
 
 @triton.jit
@@ -105,89 +153,91 @@ def _blocks_kernel(
     scales_ptr,
     values_t_ptr,
     scales_t_ptr,
+    STRIDE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALL: tl.constexpr,
     WRITE: tl.constexpr,
     WRITE_T: tl.constexpr,
-    SLICE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Block (program 0 of n k, matrix program 1): as it lies if WRITE, and its transpose if WRITE_T."""
+    """Block (program 0 of n k, matrix program 1): as it lies if WRITE, and its transpose if WRITE_T. N rows,
+    and zeros up to WIDTH, of the ALL that a matrix has where they go."""
     across: tl.constexpr = (K + 127) // 128
-    down: tl.constexpr = (N + 127) // 128
+    down: tl.constexpr = (ALL + 127) // 128
     n, k = tl.program_id(0) // across, tl.program_id(0) % across
     matrix = tl.program_id(1).to(tl.int64)
-    w_ptr += matrix * N * K
-    column = k * 128 + tl.arange(0, 128)
-    most = tl.zeros((128,), tl.float32)
-    for first in tl.static_range(0, 128, SLICE):
-        row = n * 128 + first + tl.arange(0, SLICE)
-        inside = (row < N)[:, None] & (column < K)[None, :]
-        w = tl.load(w_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
-        most = tl.maximum(most, tl.max(tl.abs(w.to(tl.float32)), 0))
-    scale, inverse = scale_of(tl.max(most, 0))
-    for first in tl.static_range(0, 128, SLICE):
-        row = n * 128 + first + tl.arange(0, SLICE)
-        inside = (row < N)[:, None] & (column < K)[None, :]
-        w = tl.load(w_ptr + row[:, None] * K + column[None, :], mask=inside, other=0.0)
-        values = to_e4m3(w.to(tl.float32) * inverse, ROUND)
-        if WRITE:
-            at = matrix * N * K + row[:, None] * K + column[None, :]
-            tl.store(values_ptr + at, values, mask=inside)
-        if WRITE_T:
-            at = matrix * N * K + column[:, None] * N + row[None, :]
-            tl.store(values_t_ptr + at, tl.trans(values), mask=(column < K)[:, None] & (row < N)[None, :])
+    row, column = n * 128 + tl.arange(0, 128), k * 128 + tl.arange(0, 128)
+    inside = (row < N)[:, None] & (column < K)[None, :]
+    w = tl.load(w_ptr + matrix * STRIDE + row[:, None] * K + column[None, :], mask=inside, other=0.0)
+    # Not widened before: the reduction does it, and a float32 copy would be held beside.
+    scale, inverse = scale_of(tl.max(tl.max(tl.abs(w), 1), 0).to(tl.float32))
+    values = to_e4m3(w.to(tl.float32) * inverse, ROUND)
+    kept = (row < WIDTH)[:, None] & (column < K)[None, :]
     if WRITE:
+        tl.store(values_ptr + matrix * ALL * K + row[:, None] * K + column[None, :], values, mask=kept)
         tl.store(scales_ptr + (matrix * down + n) * across + k, scale)
     if WRITE_T:
+        at = matrix * ALL * K + column[:, None] * ALL + row[None, :]
+        tl.store(values_t_ptr + at, tl.trans(values), mask=tl.trans(kept))
         tl.store(scales_t_ptr + (matrix * across + k) * down + n, scale)
 
 
-def _blocks(weight: Tensor, write: bool, write_t: bool) -> tuple[Tensor | None, ...]:
-    weight = weight.contiguous()
-    *stack, N, K = weight.shape
-    down, across = triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK)
+def _blocks(parts: Sequence[Tensor], write: bool, write_t: bool) -> tuple[Tensor | None, ...]:
+    """Of a weight, which keeps its size, or of several (..., N_i, K) as one."""
+    *stack, N, K = parts[0].shape
+    ends = [0, N] if len(parts) == 1 else places(part.shape[-2] for part in parts)
+    ALL, where = ends[-1], {"device": parts[0].device}
+    down, across = triton.cdiv(ALL, BLOCK), triton.cdiv(K, BLOCK)
     as_it_lies = transposed = (None, None)
-    where = {"device": weight.device}
     if write:
         as_it_lies = (
-            torch.empty(weight.shape, dtype=FP8, **where),
+            torch.empty(*stack, ALL, K, dtype=FP8, **where),
             torch.empty(*stack, down, across, dtype=torch.float32, **where),
         )
     if write_t:
         transposed = (
-            torch.empty(*stack, K, N, dtype=FP8, **where),
+            torch.empty(*stack, K, ALL, dtype=FP8, **where),
             torch.empty(*stack, across, down, dtype=torch.float32, **where),
         )
-    matrices = weight.numel() // max(1, N * K)
-    if weight.numel():
-        _blocks_kernel[(down * across, matrices)](
-            weight,
-            *as_it_lies,
-            *transposed,
-            N=N,
+    for part, (first, end) in zip(parts, pairwise(ends), strict=True):
+        if not part.numel():
+            continue
+        part = part if part.stride()[-2:] == (K, 1) else part.contiguous()
+        matrices = part.flatten(0, -3) if stack else part.unsqueeze(0)
+        _blocks_kernel[(triton.cdiv(part.shape[-2], BLOCK) * across, len(matrices))](
+            matrices,
+            *(None if t is None else t[..., first:, :] for t in as_it_lies[:1]),
+            *(None if t is None else t[..., first // BLOCK :, :] for t in as_it_lies[1:]),
+            *(None if t is None else t[..., first:] for t in transposed[:1]),
+            *(None if t is None else t[..., first // BLOCK :] for t in transposed[1:]),
+            STRIDE=matrices.stride(0),
+            N=part.shape[-2],
             K=K,
+            WIDTH=end - first,
+            ALL=ALL,
             WRITE=write,
             WRITE_T=write_t,
-            SLICE=SLICE,
-            ROUND=not weight.is_cuda,
-            num_warps=WARPS,
+            ROUND=not part.is_cuda,
+            num_warps=BLOCK_WARPS,
         )
     return *as_it_lies, *transposed
 
 
-def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return _blocks(weight, True, False)[:2]
+def quantise_blocks(*weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Several weights (..., N_i, K) as one, each from a block of its own on, zeros between."""
+    return _blocks(weights, True, False)[:2]
 
 
-def quantise_transposed(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_transposed(*weights: Tensor) -> tuple[Tensor, Tensor]:
     """Values (..., K, N) and scales (..., k, n) of the transpose."""
-    return _blocks(weight, False, True)[2:]
+    return _blocks(weights, False, True)[2:]
 
 
-def quantise_both(weight: Tensor) -> tuple[Tensor, ...]:
+def quantise_both(*weights: Tensor) -> tuple[Tensor, ...]:
     """Values and scales as the weight lies, then those of its transpose, in one reading."""
-    return _blocks(weight, True, True)
+    return _blocks(weights, True, True)
 
 
 def lacks_e4m3(x: Tensor) -> str | None:
@@ -196,7 +246,7 @@ def lacks_e4m3(x: Tensor) -> str | None:
     return None
 
 
-def quantise_refusal(x: Tensor) -> str | None:
+def quantise_refusal(x: Tensor, *_: Tensor) -> str | None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the tensor is {x.dtype}; the kernels read bfloat16, float16 and float32"
     return lacks_e4m3(x)
