@@ -284,7 +284,7 @@ def test_linears_of_the_same_rows_are_each_as_alone() -> None:
                 told = quantised.fp8_linears(leaf, tuple(leaves), quantised.fp8_pair(*leaves))
             else:
                 told = tuple(quantised.fp8_linear(leaf, w) for w in leaves)
-        sum(y.float().sin().sum() for y in told).backward()
+        torch.stack([y.float().sin().sum() for y in told]).sum().backward()
         results.append((told, [w.grad for w in leaves], leaf.grad))
     (alone, dalone, dx), (joint, djoint, dx_joint) = results
     for one, other in zip(alone, joint, strict=True):
@@ -482,7 +482,7 @@ def test_gradients_at_a_real_shape() -> None:
         leaves = [
             (t.double() if wide else t.clone()).requires_grad_() for t in (x, weights_TK, gate_up, down)
         ]
-        y = layer(leaves[0], experts_TK, *leaves[1:])
+        y = layer(leaves[0], experts_TK, leaves[1], leaves[2], leaves[3])
         y.backward(_normal(T, D, seed=4).to(y.dtype))
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for got, wanted in zip(*results, strict=True):

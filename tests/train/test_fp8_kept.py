@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.config.run import Keep, OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from shoal.model.layers import Linear
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
 from shoal.train import fp8
@@ -74,7 +75,8 @@ CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
 def test_what_has_changed_is_quantised_anew(change: str) -> None:
     model = parts.model()
     product = Fp8Product(Kept("step", model))
-    one = model.model.layers[0].self_attn.o_proj
+    one = model.get_submodule("model.layers.0.self_attn.o_proj")
+    assert isinstance(one, Linear)
     x = torch.randn(3, one.weight.shape[1], generator=torch.Generator().manual_seed(0))
     made: list[Tensor] = []
     with torch.no_grad():
@@ -109,8 +111,8 @@ def test_quantised_once_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_what_there_is_no_room_for_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.ModuleList([nn.Linear(8, 4, bias=False) for _ in range(3)])
-    kept = Kept("auto", model)
+    linears = [nn.Linear(8, 4, bias=False) for _ in range(3)]
+    kept = Kept("auto", nn.ModuleList(linears))
     monkeypatch.setattr(fp8, "_spare_bytes", lambda device: 2 * 2 * 32.0)  # two of the three
     made: list[int] = []
 
@@ -119,9 +121,9 @@ def test_what_there_is_no_room_for_is_made_again(monkeypatch: pytest.MonkeyPatch
         return (ops.fp8_pair(*weights),)
 
     for _ in range(5):
-        for one in model:
+        for one in linears:
             kept.of((one.weight,), make)
-    assert [made.count(id(one.weight)) for one in model] == [3, 3, 5]
+    assert [made.count(id(one.weight)) for one in linears] == [3, 3, 5]
 
 
 def test_another_tensor_in_a_parameters_place_is_not_kept() -> None:

@@ -120,9 +120,10 @@ def quantised_mlp(
 
 
 def fp8_pair(*weights: Tensor) -> tuple[Tensor, ...]:
+    weight = weights[0]
     if len(weights) > 1:
-        weights = (torch.cat([F.pad(w, (0, 0, 0, -w.shape[-2] % BLOCK)) for w in weights], -2),)
-    values, scales = quantise_blocks(weights[0])
+        weight = torch.cat([F.pad(w, (0, 0, 0, -w.shape[-2] % BLOCK)) for w in weights], -2)
+    values, scales = quantise_blocks(weight)
     return values, scales, values.mT.contiguous(), scales.mT.contiguous()
 
 
@@ -173,7 +174,7 @@ def fp8_grouped_mlp(
     parts = [x_TD.new_zeros(dropped, x_TD.shape[1])]
     for expert, start, end in spans:
         x = x_TD.index_select(0, token_M[start:end])
-        both, down = (None, None) if pairs is None else ([t[expert] for t in pair] for pair in pairs)
+        both, down = (None, None) if pairs is None else (tuple(t[expert] for t in pair) for pair in pairs)
         gate, up = fp8_linears(x, gate_ups[expert].chunk(2), both)
         parts.append(*fp8_linears(F.silu(gate) * up, (downs[expert],), down))
     return sum_choices(torch.cat(parts), order_M, weights_TK)
