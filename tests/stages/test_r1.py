@@ -136,6 +136,6 @@ def test_the_benchmark_of_a_round_runs(tmp_path: Path) -> None:
     assert benchmark.covered([(5, 9), (0, 3), (2, 4), (6, 7)]) == 8
     recipes = Recipes(scale_of("laptop", "addition", benchmark.TINY), tmp_path, 0)
     told = benchmark.measure(recipes, 2, "cpu", None)
-    assert 0 < told.share <= 1
+    assert 0 < told.kernels <= told.profiled
     assert told.hand_over_ms > 0
     assert 0 < told.sampling + told.looking_back < told.seconds
