@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-Attend = Callable[..., Tensor]  # rows of T tokens, and the batch of those tokens -> (T, X)
+# Rows of T tokens, the batch of those tokens, and where to put it, if that matters -> (T, D).
+Attend = Callable[..., Tensor]
 Between = Callable[[Attend, tuple[Tensor, ...]], Tensor]  # the same, asked for with the rows alone
 
 
@@ -120,9 +121,9 @@ class Batch:
         return self.cu_seqlens_S1.shape[0] - 1
 
     def attended(self, attend: Attend, *rows: Tensor) -> Tensor:
-        """`attend(*rows, self)`, here or between the pieces of a step."""
+        """`attend` of rows and this batch, here or between the pieces of a step."""
         between = None if self.kv is None else self.kv.between
-        return attend(*rows, self) if between is None else between(attend, rows)
+        return attend(*rows, self, None) if between is None else between(attend, rows)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, itself where it is there already. One with a cache stays with it."""

@@ -17,10 +17,10 @@ from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from tests.model.parts import Cache, draw_ids, fill
 
-LATENT = ["linears", "latent_queries", "latent_attention", "latent_values", "linears"]
+LATENT = ["linears", "latent_queries", "latent_attention", "linears"]
 LOW_RANK = ["linears", "rms_norm", "linears", *LATENT[1:]]
 GROUPED = ["linears", "write_kv_cache", "paged_attention", "linears"]
-MIXED, DENSE = ["add_rms_norm", "gate", "mixture"], ["add_rms_norm", "linears", "swiglu", "linears"]
+MIXED, DENSE = ["add_norm_gate", "open_mixture"], ["add_rms_norm", "linears", "swiglu", "linears"]
 
 
 @pytest.mark.parametrize(

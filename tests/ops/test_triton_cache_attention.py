@@ -306,6 +306,13 @@ def test_batch_invariant_mode_is_a_setting_of_the_dispatcher() -> None:
     assert torch.equal(got, cache_attention.latent_attention(*call, 24, 0.2, invariant=True))
 
 
+def test_many_rows_are_merged_where_they_lie_in_parts() -> None:
+    """More rows than the merge has small programs for, most of them whole, some in two or more parts."""
+    step = Step([1] * 72, [2 + 5 * s % 7 + 150 * (s % 24 == 5) for s in range(72)])
+    call = _call(step, 16, (16 + 8,), 16, HALF)
+    _assert_close(_latent(call, 16), _wanted(call, step, 24**-0.5, 16), HALF)
+
+
 @on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "batch", "context"), [(16, 1, 32768), (16, 33, 4096), (128, 8, 5000)])

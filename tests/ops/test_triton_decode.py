@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops import dispatch
-from shoal.ops.triton import experts, latent, linears, permutation, routing
+from shoal.ops.triton import cache_attention, experts, latent, linears, norms, permutation, routing
 from shoal.ops.triton.expert_plan import portable_plan
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
@@ -178,3 +178,77 @@ def test_the_layer_is_the_sum_of_rows_made_in_rounds(kind: str, T: int, dtype: t
         slots_M1 = table[experts_TK.reshape(-1, 1)]
         rows_MD += experts.grouped_mlp(x_MD, slots_M1, ones_M1, gate_up[round_], down[round_], plan=plan)
     assert torch.equal(permutation.sum_choices(rows_MD, experts_TK, weights_TK), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "D", "bias"), [((96, 41), 128, False), ((33,), 2304, True)])
+def test_one_row_is_a_product(sizes: tuple[int, ...], D: int, bias: bool, dtype: torch.dtype) -> None:
+    x_TD = draw(1, D, dtype=dtype)
+    weights = tuple(draw(size, D, dtype=dtype, seed=size, scale=D**-0.5) for size in sizes)
+    biases = tuple(draw(size, dtype=dtype, seed=size) if bias else None for size in sizes)
+    assert linears.choose(x_TD, weights, biases, invariant=False)[0] == "one row"
+    for ours, weight, add in zip(linears.linears(x_TD, weights, biases), weights, biases, strict=True):
+        wanted = x_TD.double() @ weight.double().t() + (0 if add is None else add.double())
+        assert_near(ours, wanted, dtype, 1, D)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [0, 1, 17])
+@pytest.mark.parametrize("S", [1, 2])
+def test_an_open_sum_is_closed_by_the_norm_that_reads_it(S: int, T: int, dtype: torch.dtype) -> None:
+    D, K = 200, 3
+    x_TD, weight_D = draw(T, 2 * D, dtype=dtype)[:, :D], draw(D, dtype=dtype, seed=1)
+    experts_TK = torch.arange(T * K, device=DEVICE).view(T, K) % 7 - (torch.arange(K, device=DEVICE) == 1) * 1
+    rows_MD, weights_TK = draw(T * K, D, dtype=dtype, seed=2), draw(T, K, dtype=torch.float32, seed=3).abs()
+    rows_MD[experts_TK.flatten() < 0] = float("nan")  # what nobody wrote
+    dense_STD = draw(S, T, D, dtype=torch.float32 if S > 1 else dtype, seed=4)
+    open_sum = rows_MD, experts_TK, weights_TK, dense_STD
+    closed_TD = permutation.close(*open_sum)
+    assert_near(closed_TD, dispatch.REFERENCE["close"](*open_sum), dtype, 2, K)
+    assert norms.add_sum_rms_norm_refusal(x_TD, *open_sum, weight_D, 1e-6) is None
+    total_TD, normal_TD = norms.add_sum_rms_norm(x_TD, *open_sum, weight_D, 1e-6)
+    assert torch.equal(total_TD, x_TD + closed_TD)
+    assert torch.equal(normal_TD, norms.add_rms_norm(x_TD, closed_TD, weight_D, 1e-6)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("context", "longest"), [(0, 300), (1, 300), (60, 64), (300, 300), (300, 4000)])
+def test_values_of_one_token_are_those_of_its_merged_parts(
+    context: int, longest: int, dtype: torch.dtype
+) -> None:
+    H, C, R, N, V = (16, 512, 64, 128, 128) if GPU else (3, 24, 8, 8, 20)
+    pages = draw(40, 16, C + R, dtype=dtype, seed=1)
+    table_SB = torch.randperm(40, generator=torch.Generator().manual_seed(2)).int().to(DEVICE)[None]
+    where = table_SB, torch.tensor([context], dtype=torch.int32, device=DEVICE), longest
+    cu_S1 = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    q_THL, kv_b = draw(1, H, C + R, dtype=dtype), draw(H * (N + V), C, dtype=dtype, seed=3, scale=C**-0.5)
+    call = q_THL, pages, *where, cu_S1, 1, C, (C + R) ** -0.5
+    assert cache_attention.latent_attention_refusal(*call, (kv_b, V)) is None
+    together = cache_attention.latent_attention(*call, (kv_b, V))
+    apart = latent.latent_values(cache_attention.latent_attention(*call), kv_b, V)
+    assert_near(together, apart.double(), dtype, 3, C)
+    fixed = cache_attention.latent_attention(*call, (kv_b, V), invariant=True)
+    assert_near(together, fixed.double(), dtype, 3, C)
+
+
+@pytest.mark.parametrize("T", [0, 1, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gate_behind_a_norm_is_both(T: int, bias: bool) -> None:
+    x_TD, y_TD, norm_D = (
+        draw(T, 600, dtype=HALF)[:, :300],
+        draw(T, 300, dtype=HALF, seed=1),
+        draw(300, dtype=HALF),
+    )
+    weight_ED = draw(72, 300, dtype=HALF, seed=2, scale=0.06)
+    bias_E = draw(72, dtype=torch.float32, seed=2) if bias else None
+    rule = (4, "sigmoid" if bias else "softmax", bias_E, 3, 2, True, 2.5, None)
+    assert routing.add_norm_gate_refusal(x_TD, y_TD, norm_D, 1e-6, weight_ED, *rule) is None
+    total_TD, normal_TD, *found = routing.add_norm_gate(x_TD, y_TD, norm_D, 1e-6, weight_ED, *rule)
+    wanted = norms.add_rms_norm(x_TD, y_TD, norm_D, 1e-6)
+    assert torch.equal(total_TD, wanted[0])
+    assert_near(normal_TD, wanted[1].double(), HALF, 2, 300)
+    logits_TE = routing.gate_logits(normal_TD, weight_ED)
+    assert_near(found[3], normal_TD.double() @ weight_ED.double().t(), torch.float32, 1, 300)
+    assert_near(found[3], logits_TE.double(), torch.float32, 1, 300)
+    for ours, theirs in zip(found[:3], routing.route(found[3], *rule), strict=True):
+        assert torch.equal(ours, theirs)

@@ -20,7 +20,6 @@ from shoal.config.cost import forward_bytes, step_bytes
 from shoal.config.model import ModelConfig
 from shoal.engine.buckets import default_contexts
 from shoal.engine.cache import count_page_bytes
-from shoal.engine.pieces import attended_width
 from shoal.engine.records import count_record_bytes
 from shoal.engine.settings import EngineSettings
 from shoal.engine.team import Team
@@ -137,7 +136,7 @@ def pieces_bytes(config: ModelConfig, longest: int, dtype_bytes: int) -> int:
     """Of steps recorded in pieces (pieces.py): the longest one, what attention gives it, and its results."""
     if not longest:
         return 0
-    kept = longest * (attended_width(config) + config.hidden_size) * dtype_bytes
+    kept = longest * 2 * config.hidden_size * dtype_bytes
     return kept + forward_bytes(config, longest, 0, dtype_bytes) + WORKSPACE_BYTES
 
 

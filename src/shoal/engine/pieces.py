@@ -4,7 +4,8 @@ but attention.
 An eager step has some forty launches a layer: of 27 layers it waits 40 ms for the host, in which an H200
 reads 4,000 tokens. Attention's launches depend on lengths of chunks and contexts; all else sees rows, and
 their number alone. So the forward pass is recorded as graphs that end where attention begins. A step replays
-a graph, attends with the rows that are its own, replays the next. Rows past them are padding: they write to
+a graph, attends with the rows that are its own, its output projected to where the next graph reads it, and
+replays that. Rows past them are padding: they write to
 the scratch page, and of attention they get what was there before.
 
 Graphs of all lengths share a pool, in which what one layer computes lies where the one before had it. What
@@ -57,8 +58,7 @@ class Pieces:
         longest = max(lengths, default=0)
         self._pad_31 = torch.tensor([[0], [0], [scratch]], device=device)
         self._rows = {length: self._pad_31.repeat(1, length) for length in self.lengths}
-        width = attended_width(config) if lengths else 0
-        self._attended_TX = torch.zeros(longest, width, dtype=dtype, device=device)
+        self._attended_TD = torch.zeros(longest, config.hidden_size, dtype=dtype, device=device)
         self._hidden_TD = torch.zeros(longest, config.hidden_size, dtype=dtype, device=device)
         self._made: dict[int, Recording] = {}
         self._pool: Any = None
@@ -78,8 +78,8 @@ class Pieces:
         torch.cat((rows_3T, self._pad_31.expand(3, length - used)), dim=1, out=self._rows[length])
 
         def attend(what: Attend, rows: tuple[Tensor, ...]) -> Tensor:
-            self._attended_TX[:used] = what(*(each[:used] for each in rows), batch)
-            return self._attended_TX[:length]
+            what(*(each[:used] for each in rows), batch, self._attended_TD[:used])
+            return self._attended_TD[:length]
 
         if not self._on_cuda:
             return forward(self._rows[length], attend)[:used]
@@ -103,7 +103,7 @@ class Pieces:
 
     def pad(self, length: int, forward: Forward) -> None:
         """A step of padding alone, eagerly and without attention: what is done the first time only."""
-        forward(self._rows[length], lambda *_: self._attended_TX[:length])
+        forward(self._rows[length], lambda *_: self._attended_TD[:length])
 
     def _record(self, length: int, forward: Forward) -> Recording:
         made = Recording()
@@ -116,7 +116,7 @@ class Pieces:
             made.graphs[-1].capture_end()
             made.calls.append((what, tuple(map(_where, rows))))
             begin()
-            return self._attended_TX[:length]
+            return self._attended_TD[:length]
 
         begin()
         self._hidden_TD[:length] = forward(self._rows[length], between)
@@ -163,13 +163,6 @@ def why_not(model: Transformer) -> str | None:
     if isinstance(attention, GQAConfig) or (isinstance(attention, MLAConfig) and attention.indexer is None):
         return None
     return "sparse attention computes more than attention from the lengths of a step"
-
-
-def attended_width(config: ModelConfig) -> int:
-    """Elements that attention gives a token."""
-    attention = config.attention
-    head = attention.head_dim if isinstance(attention, GQAConfig) else attention.v_head_dim
-    return attention.num_attention_heads * head
 
 
 def default_lengths(most: int) -> tuple[int, ...]:

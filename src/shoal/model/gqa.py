@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoal.batch import Batch
 from shoal.config.model import GQAConfig, ModelConfig
-from shoal.model.layers import Linear, RMSNorm, together
+from shoal.model.layers import Linear, RMSNorm, project, together
 from shoal.model.part import attend_part
 from shoal.model.rope import Angles
 from shoal.model.served import lay_out
@@ -68,9 +68,11 @@ class GQA(nn.Module):
             q_THQ, k_TGQ, v_TGQ = ops.write_kv_cache(
                 q_THQ, k_TGQ, v_TGQ, *angles, kv.pages[self.layer], kv.slots_T, **turn
             )
-        return self.o_proj(batch.attended(self._attend, q_THQ, k_TGQ, v_TGQ))
+        return batch.attended(self._attend, q_THQ, k_TGQ, v_TGQ)
 
-    def _attend(self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, batch: Batch) -> Tensor:
+    def _attend(
+        self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, batch: Batch, out: Tensor | None
+    ) -> Tensor:
         kv = batch.kv
         if kv is not None and (kv.has_prefix or ops.is_batch_invariant()):
             o_THQ = ops.paged_attention(
@@ -89,7 +91,7 @@ class GQA(nn.Module):
             o_THQ = attend_part(q_THQ, k_NGQ, v_NGQ, batch.part, self.scale)
         else:
             o_THQ = ops.attention(q_THQ, k_TGQ, v_TGQ, batch.cu_seqlens_S1, batch.max_seqlen, self.scale)
-        return o_THQ.flatten(1)
+        return project(self.o_proj, o_THQ.flatten(1), out)
 
     def _as_served(self, q_THQ: Tensor, k_TGQ: Tensor, v_TGQ: Tensor, angles: Angles, batch: Batch) -> Tensor:
         """Attention of a pack by the ops of the engine, with the gradient of the pack's own."""

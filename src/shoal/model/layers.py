@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.ops import api as ops
+from shoal.ops.api import OpenSum
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
 Joint = Callable[[Tensor, Any], tuple[Tensor, ...]]  # (x, linears) -> what each makes of x
@@ -66,6 +67,16 @@ def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     return tuple(linear.product(x, linear.weight, linear.bias) for linear in linears)
 
 
+def project(linear: nn.Module, x_TD: Tensor, out: Tensor | None) -> Tensor:
+    """linear(x), written to `out` where that is given, which has no gradient."""
+    if out is None:
+        return linear(x_TD)
+    if type(linear) is Linear and linear.product is F.linear and linear.bias is None:  # noqa: SIM102
+        if not ops.is_batch_invariant():
+            return torch.mm(x_TD, linear.weight.t(), out=out)
+    return out.copy_(linear(x_TD))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, *, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -75,8 +86,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, y: Tensor | OpenSum) -> tuple[Tensor, Tensor]:
         """x + y, and its norm, in one pass."""
+        if isinstance(y, OpenSum):
+            return ops.add_sum_rms_norm(x, y, self.weight, self.eps)
         return ops.add_rms_norm(x, y, self.weight, self.eps)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.dsa import Indexer, Selection
-from shoal.model.layers import Linear, RMSNorm, together
+from shoal.model.layers import Linear, RMSNorm, project, together
 from shoal.model.part import attend_part
 from shoal.model.rope import Angles
 from shoal.model.served import lay_out
@@ -114,12 +114,14 @@ class MLA(nn.Module):
             rows_XL = rows_TL if batch.kv is None else self._pages(batch.kv).flatten(0, 1)
             o_THV = self.selected(q_nope_THN, q_rope_THR, rows_XL, chosen.rows_TK)
             return self.o_proj(o_THV.flatten(1))
-        return self.o_proj(batch.attended(self._attend, q_THQ, latent_TC, k_rope_TR))
+        return batch.attended(self._attend, q_THQ, latent_TC, k_rope_TR)
 
-    def _attend(self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch) -> Tensor:
+    def _attend(
+        self, q_THQ: Tensor, latent_TC: Tensor, k_rope_TR: Tensor, batch: Batch, out: Tensor | None
+    ) -> Tensor:
         looks_back = batch.kv is not None and batch.kv.has_prefix
         attend = self.cached if looks_back else self.expanded
-        return attend(q_THQ, latent_TC, k_rope_TR, batch).flatten(1)
+        return project(self.o_proj, attend(q_THQ, latent_TC, k_rope_TR, batch).flatten(1), out)
 
     def expands(self, chunk: Chunk) -> bool:
         """Whether a chunk of n new tokens over p cached ones costs fewer FLOPs expanded than absorbed.
@@ -216,7 +218,7 @@ class MLA(nn.Module):
         """Attention over the cached latents, this step's tokens included, of queries that meet them."""
         mla, kv = self.mla, batch.kv
         assert kv is not None
-        o_THC = ops.latent_attention(
+        return ops.latent_attention(
             q_THL,
             self._pages(kv),
             kv.block_table_SB,
@@ -226,8 +228,8 @@ class MLA(nn.Module):
             batch.max_seqlen,
             mla.kv_lora_rank,
             self.scale,
+            (self.kv_b_proj.weight, mla.v_head_dim),
         )
-        return self._values(o_THC)
 
     def selected(self, q_nope_THN: Tensor, q_rope_THR: Tensor, rows_XL: Tensor, rows_TK: Tensor) -> Tensor:
         """Attention over the latents at `rows_TK` of all that there are."""

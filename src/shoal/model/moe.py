@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config.model import ModelConfig, MoEConfig
-from shoal.model.layers import MLP
+from shoal.model.layers import MLP, RMSNorm
 from shoal.ops import api as ops
-from shoal.ops.api import Routing
+from shoal.ops.api import OpenSum, Routing
 
 MIN_CAPACITY = 4  # of an expert, where there is a capacity at all (Switch and GShard's own floor)
 
@@ -107,12 +107,30 @@ class Gate(nn.Module):
             elif replay_TK is None and moe.topk_method == "segments":
                 given_TK = choose_segments(logits_TE.detach(), moe)
             routing = ops.route(logits_TE, **self._rule(given_TK))._replace(logits_TE=logits_TE)
+        return self._kept(routing, replay_TK)
+
+    def after(
+        self, norm: RMSNorm, x_TD: Tensor, y_TD: Tensor, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """x + y, its norm, and what the gate makes of that."""
+        if not self._is_plain():
+            total_TD, normal_TD = norm.add(x_TD, y_TD)
+            return total_TD, normal_TD, self(normal_TD, replay_TK)
+        rule = self._rule(replay_TK)
+        total_TD, normal_TD, routing = ops.add_norm_gate(
+            x_TD, y_TD, norm.weight, norm.eps, self.weight, **rule
+        )
+        return total_TD, normal_TD, self._kept(routing, replay_TK)
+
+    def _kept(self, routing: Routing, replay_TK: Tensor | None) -> Routing:
+        """What chance and capacity leave of a choice."""
+        moe = self.moe
         if moe.random_second and self.training and replay_TK is None:
             routing = self._leave_second_to_chance(routing)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         if factor is None or replay_TK is not None:
             return routing
-        share = x_TD.shape[0] * moe.num_experts_per_tok / moe.n_routed_experts
+        share = routing.experts_TK.shape[0] * moe.num_experts_per_tok / moe.n_routed_experts
         capacity = max(MIN_CAPACITY, math.ceil(factor * share))
         kept_TK = ops.limit_capacity(routing.experts_TK, moe.n_routed_experts, capacity)
         return routing._replace(
@@ -227,14 +245,18 @@ class Experts(nn.Module):
         experts_TK: Tensor,
         weights_TK: Tensor,
         shared: MLP | None = None,
-    ) -> Tensor:
-        """The routed experts; where it `takes` them, with those of all tokens."""
+        *,
+        leave_open: bool = False,
+    ) -> Tensor | OpenSum:
+        """The routed experts; where it `takes` them, with those of all tokens, and then the last sums may be
+        left open."""
         stacks = (self.gate_up_proj, self.down_proj)
         if shared is None:
             return self.product(x_TD, experts_TK, weights_TK, *stacks)
         matrices = shared.matrices()
         assert self.product is ops.grouped_mlp and matrices is not None, "see `takes`"
-        return ops.mixture(x_TD, experts_TK, weights_TK, *stacks, *matrices)
+        mixture = ops.open_mixture if leave_open else ops.mixture
+        return mixture(x_TD, experts_TK, weights_TK, *stacks, *matrices)
 
     def takes(self, shared: MLP) -> bool:
         """Whether the product has a form with shared experts: the op's own has, of plain products."""
@@ -257,11 +279,29 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD, replay_TK)
-        shared, local = self.shared_experts, type(self.dispatcher) is LocalDispatcher
-        if shared is not None and local and self.experts.takes(shared):
-            return self.experts(x_TD, routing.experts_TK, routing.weights_TK, shared), routing
+        return self._mix(x_TD, routing), routing
+
+    def open(
+        self, norm: RMSNorm, x_TD: Tensor, y_TD: Tensor, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | OpenSum, Routing]:
+        """x + y, and what forward gives for its norm, but the last sums may be left to who reads it."""
+        total_TD, normal_TD, routing = self.gate.after(norm, x_TD, y_TD, replay_TK)
+        shared, experts = self._taken(), self.experts
+        if shared is None or type(experts) is not Experts:
+            return total_TD, self._mix(normal_TD, routing), routing
+        rows_TK = routing.experts_TK, routing.weights_TK
+        return total_TD, experts(normal_TD, *rows_TK, shared, leave_open=True), routing
+
+    def _mix(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if (taken := self._taken()) is not None:
+            return self.experts(x_TD, routing.experts_TK, routing.weights_TK, taken)
         *rows, handle = self.dispatcher.dispatch(x_TD, routing.experts_TK, routing.weights_TK)
         y_TD = self.dispatcher.combine(self.experts(*rows), handle)
-        if shared is not None:
-            y_TD = y_TD + shared(x_TD)
-        return y_TD, routing
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD
+
+    def _taken(self) -> MLP | None:
+        """The shared experts, if the routed ones take them along."""
+        shared, local = self.shared_experts, type(self.dispatcher) is LocalDispatcher
+        return shared if shared is not None and local and self.experts.takes(shared) else None

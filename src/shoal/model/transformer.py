@@ -35,7 +35,9 @@ from shoal.model.moe import Gate, MoE, hash_experts
 from shoal.model.nsa import NSA
 from shoal.model.rope import Angles, RotaryEmbedding
 from shoal.ops import api as ops
-from shoal.ops.api import Routing
+from shoal.ops.api import OpenSum, Routing
+
+Added = Tensor | OpenSum  # what goes to a stream (T, D)
 
 
 def _attention(
@@ -65,6 +67,7 @@ class Block(nn.Module):
 
     The second sum is left to whoever comes next, because a sum and the norm of it are one pass: a block is
     given the stream x and what the block before has yet to add (None before the first), and returns the like.
+    That may be a mixture's rows that nobody has added up.
     How it runs is `call`'s business: inside it, so that whoever gathers a block's weights as it is entered,
     and drops them as it is left, does so once.
     """
@@ -88,25 +91,27 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
-    ) -> tuple[Tensor, Tensor, Routing | None]:
+        self, x_TD: Tensor, y_TD: Added | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Added, Routing | None]:
         return self.call(self, x_TD, y_TD, angles, batch, replay_TK)
 
     def run(
-        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
+        self, x_TD: Tensor, y_TD: Added | None, angles: Angles, batch: Batch, replay_TK: Tensor | None
     ) -> tuple[Tensor, Tensor, Routing | None]:
         x_TD, normal_TD = self.attend(x_TD, y_TD, angles, batch)
         return x_TD, *self.feed_forward(normal_TD, replay_TK)
 
-    def attend(
-        self, x_TD: Tensor, y_TD: Tensor | None, angles: Angles, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, x_TD: Tensor, y_TD: Added | None, angles: Angles, batch: Batch) -> tuple[Tensor, Tensor]:
         """The stream after attention, and the norm of it."""
+        return self.post_attention_layernorm.add(*self.look(x_TD, y_TD, angles, batch))
+
+    def look(self, x_TD: Tensor, y_TD: Added | None, angles: Angles, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The stream before attention, and what that has yet to add."""
         if y_TD is None:
             normal_TD = self.input_layernorm(x_TD)
         else:
             x_TD, normal_TD = self.input_layernorm.add(x_TD, y_TD)
-        return self.post_attention_layernorm.add(x_TD, self.self_attn(normal_TD, angles, batch))
+        return x_TD, self.self_attn(normal_TD, angles, batch)
 
     def feed_forward(self, normal_TD: Tensor, replay_TK: Tensor | None) -> tuple[Tensor, Routing | None]:
         if isinstance(self.mlp, MoE):
@@ -121,22 +126,27 @@ class CallBlock(Protocol):
         self,
         block: Block,
         x_TD: Tensor,
-        y_TD: Tensor | None,
+        y_TD: Added | None,
         angles: Angles,
         batch: Batch,
         replay_TK: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Routing | None]: ...
+    ) -> tuple[Tensor, Added, Routing | None]: ...
 
 
 def call_block(
     block: Block,
     x_TD: Tensor,
-    y_TD: Tensor | None,
+    y_TD: Added | None,
     angles: Angles,
     batch: Batch,
     replay_TK: Tensor | None,
-) -> tuple[Tensor, Tensor, Routing | None]:
-    return block.run(x_TD, y_TD, angles, batch, replay_TK)
+) -> tuple[Tensor, Added, Routing | None]:
+    """As `Block.run`, but what a mixture has to add up may be left open. Not of a prediction module, whose
+    parts are called whole (parallel/shard.py)."""
+    if not isinstance(block.mlp, MoE) or isinstance(block, PredictionModule):
+        return block.run(x_TD, y_TD, angles, batch, replay_TK)
+    stream = block.look(x_TD, y_TD, angles, batch)
+    return block.mlp.open(block.post_attention_layernorm, *stream, replay_TK)
 
 
 class SharedHead(nn.Module):
@@ -298,7 +308,10 @@ class Transformer(nn.Module):
                 routings.append(routing)
         assert y_TD is not None
         ends = layers.stop == blocks
-        hidden_TD = self.model.norm.add(x_TD, y_TD)[1] if ends else x_TD + y_TD
+        if ends:
+            hidden_TD = self.model.norm.add(x_TD, y_TD)[1]
+        else:
+            hidden_TD = x_TD + (ops.close(y_TD) if isinstance(y_TD, OpenSum) else y_TD)
         return Output(hidden_TD, tuple(routings), ends, before)
 
     def predict_ahead(self, hidden_TD: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0) -> Output:
@@ -340,6 +353,8 @@ class Transformer(nn.Module):
 
     def project(self, rows_XD: Tensor) -> Tensor:
         """Logits (X, V) of rows, whatever made them."""
+        if len(rows_XD) == 1 and self.has_plain_head:
+            return ops.linears(rows_XD, (self.head_weight(),), (None,))[0]
         if self.lm_head is not None:
             return self.lm_head.product(rows_XD, self.lm_head.weight, None)
         return F.linear(rows_XD, self.head_weight())

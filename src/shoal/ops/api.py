@@ -39,6 +39,15 @@ class Routing(NamedTuple):
     )
 
 
+class OpenSum(NamedTuple):
+    """What a mixture has yet to add up: whoever reads it does so in passing."""
+
+    rows_MD: Tensor  # of each choice; of a dropped one whatever lay there
+    experts_TK: Tensor
+    weights_TK: Tensor
+    dense_STD: Tensor  # what all tokens get, in S parts
+
+
 class CrossEntropy(NamedTuple):
     """The loss of a step, and the loss of each token."""
 
@@ -132,6 +141,11 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Te
     x and y are alike in shape and dtype. Differentiable in x, y and weight, through both results.
     """
     return call("add_rms_norm", x, y, weight_D, eps)
+
+
+def add_sum_rms_norm(x_TD: Tensor, y: OpenSum, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of x and `close(y)`, with the casts of both. No gradient."""
+    return call("add_sum_rms_norm", x_TD, *y, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -248,6 +262,30 @@ def gate(
     )
 
 
+def add_norm_gate(
+    x_TD: Tensor,
+    y_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    weight_ED: Tensor,
+    top_k: int,
+    *,
+    scoring_func: Literal["softmax", "sigmoid"],
+    bias_E: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = False,
+    routed_scaling_factor: float = 1.0,
+    replay_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Routing]:
+    """`add_rms_norm`, and `gate` of its norm: what stands between a layer's attention and its experts."""
+    rule = scoring_func, bias_E, n_group, topk_group, norm_topk_prob, routed_scaling_factor, replay_TK
+    total_TD, normal_TD, *made = call(
+        "add_norm_gate", x_TD, y_TD, norm_D, eps, weight_ED, top_k, *rule
+    )  # fmt: skip
+    return total_TD, normal_TD, Routing(*made)
+
+
 def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
     """`experts_TK` with -1 where an expert already had `capacity` tokens (Switch, GShard).
 
@@ -285,10 +323,33 @@ def mixture(
 ) -> Tensor:
     """`grouped_mlp`, plus down(silu(gate x) * up x) of the shared experts: a dense MLP that all tokens take.
 
-    Both are cast to x's dtype before they are added. Differentiable as `grouped_mlp`, and in the shared
-    matrices.
+    Both are cast to x's dtype before they are added. On a GPU x was there before the launch that wrote the
+    choice, as it is where a gate chooses by it. Differentiable as `grouped_mlp`, and in the shared matrices.
     """
     return call("mixture", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_GD, up_GD, down_DG)
+
+
+def open_mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    gate_GD: Tensor,
+    up_GD: Tensor,
+    down_DG: Tensor,
+) -> Tensor | OpenSum:
+    """`mixture`, or where no gradient is asked for what it would add up last: `add_sum_rms_norm` does so in
+    passing, and `close` alone.
+    """
+    made = call("open_mixture", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, gate_GD, up_GD, down_DG)
+    return made if isinstance(made, Tensor) else OpenSum(*made)
+
+
+def close(y: OpenSum) -> Tensor:
+    """The rows (T, D) of an open mixture: sums over k of weights[t,k] * rows[t K + k], and over s of
+    dense[s,t], each in float32 and cast, then added."""
+    return call("close", *y)
 
 
 def sum_choices(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -500,8 +561,10 @@ def latent_attention(
     max_seqlen: int,
     latent_rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Absorbed MLA over a paged latent cache, `pages` (P, page_size, C + R): o_THC, with C = `latent_rank`.
+    With `values`, (kv_b, V), what `latent_values` makes of that: (T, H, V).
 
     One key head of C + R elements serves every query head, and its first C elements are the value. Queries
     are already multiplied by W_UK (first C) and rotated (last R). Positions and masking as in
@@ -518,6 +581,7 @@ def latent_attention(
         max_seqlen,
         latent_rank,
         scale,
+        values,
     )
 
 

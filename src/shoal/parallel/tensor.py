@@ -26,7 +26,7 @@ from shoal.model.layers import Linear, RMSNorm
 from shoal.model.mla import MLA
 from shoal.model.quantised import is_quantised
 from shoal.model.rope import Angles
-from shoal.model.transformer import Block, Transformer
+from shoal.model.transformer import Added, Block, Transformer
 from shoal.ops import api as ops
 from shoal.ops.api import Routing
 
@@ -153,7 +153,7 @@ class _Summed:
         self,
         block: Block,
         x_TD: Tensor,
-        y_TD: Tensor | None,
+        y_TD: Added | None,
         angles: Angles,
         batch: Batch,
         replay_TK: Tensor | None,

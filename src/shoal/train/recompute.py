@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from shoal.batch import Batch
 from shoal.config.run import Recompute
 from shoal.model.rope import Angles
-from shoal.model.transformer import Block, PredictionModule, Transformer
-from shoal.ops.api import Routing
+from shoal.model.transformer import Added, Block, PredictionModule, Transformer
+from shoal.ops.api import OpenSum, Routing
 
 # (inputs, recorded choices or None) -> outputs, and the routing where there is one
 Run = Callable[[tuple[Tensor | None, ...], Tensor | None], tuple[tuple[Tensor, ...], Routing | None]]
@@ -58,13 +58,14 @@ class Remaking:
         self,
         block: Block,
         x_TD: Tensor,
-        y_TD: Tensor | None,
+        y_TD: Added | None,
         angles: Angles,
         batch: Batch,
         replay_TK: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         if not torch.is_grad_enabled():
             return block.run(x_TD, y_TD, angles, batch, replay_TK)
+        assert not isinstance(y_TD, OpenSum), "nothing that learns is left open"
 
         def whole(stream: Any, replay_TK: Tensor | None) -> tuple[tuple[Tensor, ...], Routing | None]:
             x_TD, y_TD = stream

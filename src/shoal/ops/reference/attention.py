@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.ops.reference.cache import latent_values
 from shoal.ops.reference.narrow_rows import as_kept
 
 
@@ -228,8 +229,9 @@ def latent_attention(
     max_seqlen: int,
     latent_rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    return _attend_cache(
+    o_THC = _attend_cache(
         q_THL,
         pages,
         block_table_SB,
@@ -240,3 +242,4 @@ def latent_attention(
         scale,
         latent_rank,
     )
+    return o_THC if values is None else latent_values(o_THC, *values)

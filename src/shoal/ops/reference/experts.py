@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.ops.reference.layers import swiglu
+from shoal.ops.reference.layers import add_rms_norm, swiglu
 
 FEW_TOKENS = 64  # up to which calls cost more than arithmetic
 
@@ -187,3 +187,21 @@ def mixture(
 ) -> Tensor:
     routed_TD = grouped_mlp(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
     return routed_TD + F.linear(swiglu(F.linear(x_TD, gate_GD), F.linear(x_TD, up_GD)), down_DG)
+
+
+def close(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor, dense_STD: Tensor) -> Tensor:
+    dense_TD = dense_STD.sum(0, dtype=torch.promote_types(dense_STD.dtype, torch.float32)).to(rows_MD.dtype)
+    kept_MD = rows_MD.masked_fill(experts_TK.reshape(-1, 1) < 0, 0)
+    return sum_rows(kept_MD, experts_TK, weights_TK) + dense_TD
+
+
+def add_sum_rms_norm(
+    x_TD: Tensor,
+    rows_MD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    dense_STD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return add_rms_norm(x_TD, close(rows_MD, experts_TK, weights_TK, dense_STD), weight_D, eps)

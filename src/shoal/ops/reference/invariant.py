@@ -124,6 +124,13 @@ def gate(x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any) -> tuple[Tenso
     return *route(logits_TE, top_k, *rule), logits_TE
 
 
+def add_norm_gate(
+    x_TD: Tensor, y_TD: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor, top_k: int, *rule: Any
+) -> tuple[Tensor, ...]:
+    total_TD, normal_TD = add_rms_norm(x_TD, y_TD, norm_D, eps)
+    return total_TD, normal_TD, *gate(normal_TD, weight_ED, top_k, *rule)
+
+
 def grouped_mlp(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
@@ -214,6 +221,7 @@ def latent_attention(
     max_seqlen: int,
     latent_rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     o_THC = q_THL.new_zeros(*q_THL.shape[:2], latent_rank)
     bounds, lengths = cu_seqlens_S1.tolist(), context_lens_S.tolist()
@@ -223,7 +231,7 @@ def latent_attention(
             rows_N1L = rows_NL.unsqueeze(1)
             queries = slice(bounds[s], bounds[s + 1])
             o_THC[queries] = _attend(q_THL[queries], rows_N1L, rows_N1L[..., :latent_rank], scale)
-    return o_THC
+    return o_THC if values is None else latent_values(o_THC, *values)
 
 
 def _attend(q_nHd: Tensor, k_NGd: Tensor, v_NGv: Tensor, scale: float) -> Tensor:

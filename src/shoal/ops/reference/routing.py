@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.ops.reference.layers import add_rms_norm
+
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return F.linear(x_TD.float(), weight_ED.float())
@@ -109,3 +111,10 @@ def limit_capacity(experts_TK: Tensor, n_experts: int, capacity: int) -> Tensor:
 def gate(x_TD: Tensor, weight_ED: Tensor, top_k: int, *rule: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits_TE = gate_logits(x_TD, weight_ED)
     return *route(logits_TE, top_k, *rule), logits_TE
+
+
+def add_norm_gate(
+    x_TD: Tensor, y_TD: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor, top_k: int, *rule: Any
+) -> tuple[Tensor, ...]:
+    total_TD, normal_TD = add_rms_norm(x_TD, y_TD, norm_D, eps)
+    return total_TD, normal_TD, *gate(normal_TD, weight_ED, top_k, *rule)

@@ -2,7 +2,8 @@
 
     o_t = sum_{j <= t} softmax_j(scale q_t k_j) v_j,   k_j and v_j in pages
 
-Two launches a call, `split` and `merge` (`cache_splits`). Nothing waits for the device: how the positions are
+Two launches a call, `split` and `merge` (`cache_splits`); with the values of latents three, of one token two
+(`cache_values`). Nothing waits for the device: how the positions are
 shared out is decided there, from the lengths it holds, so lengths of 0 or far below `max_context_len` cost
 nothing.
 
@@ -26,7 +27,9 @@ from shoal.ops.triton.cache import are_rows
 from shoal.ops.triton.cache_plan import UNIT_POSITIONS, Plan, choose_plan, pieces
 from shoal.ops.triton.cache_splits import merge_kernel, split_kernel
 from shoal.ops.triton.cache_turns import LATENT, ROPE, turns_kernel
+from shoal.ops.triton.cache_values import MAX_PARTS, merge_values
 from shoal.ops.triton.expert_plan import num_multiprocessors
+from shoal.ops.triton.latent import latent_values, latent_values_refusal
 from shoal.ops.triton.narrow_rows import NARROW
 from shoal.ops.triton.quantise import lacks_e4m3
 
@@ -70,9 +73,11 @@ def latent_attention_refusal(
     most: int,
     rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
 ) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    return _refusal(q_THL, pages, table_SB, 1, rank, q_THL.shape[2] - rank)
+    refused = None if values is None else latent_values_refusal(q_THL, *values)
+    return refused or _refusal(q_THL, pages, table_SB, 1, rank, q_THL.shape[2] - rank)
 
 
 def _hopper(device: torch.device) -> bool:
@@ -114,6 +119,7 @@ def choose_latent(
     most: int,
     rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
     *,
     invariant: bool = False,
 ) -> tuple[str, str]:
@@ -140,12 +146,13 @@ def _attend(
     latent: bool,
     invariant: bool,
     plan: Plan | None,
+    values: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     T, H, dim = q_THd.shape
     S, page, groups = table_SB.shape[0], pages.shape[1], 1 if latent else pages.shape[3]
     out_THC = q_THd.new_empty(T, H, rank)
     if T == 0:
-        return out_THC
+        return out_THC if values is None else q_THd.new_empty(T, H, values[1])
     rep, narrow = H // groups, pages.dtype == NARROW
     plan = plan or _choose(q_THd, pages, S, longest, most, rank, latent=latent, invariant=invariant)
     if plan.turns and (reason := turns_refusal(q_THd, pages, rank)) is not None:
@@ -201,10 +208,13 @@ def _attend(
             num_stages=plan.stages,
             **shared,
         )
+    if values is not None and T == S == 1 and not invariant and min(programs, tiles) <= MAX_PARTS:
+        return merge_values(contexts_S, cu_S1, out_THC, partial, lse, programs, *values, shared)
     # How many parts are added at a time, hence the order of their sum, follows from these two.
-    few = T * H <= 256 and not invariant
+    few, many = T * H <= 256 and not invariant, T * H > 1024 and not invariant
     heads = math.gcd(rep, 1 if few else 4 if T * H <= 1024 and not invariant else 16)
-    width = min(column, 64 if few else 128)
+    # Of many rows most lie whole: as few programs as there are rows look for their sequence, and leave.
+    width = min(column, 64 if few else 512 if many else 128)
     merge_kernel[(T * H // heads, column // width)](
         contexts_S,
         cu_S1,
@@ -216,13 +226,13 @@ def _attend(
         BC=column,
         HB=heads,
         VB=width,
-        UB=64 if few else 32 // heads,
+        UB=64 if few else 1 if many else 32 // heads,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=4,
+        num_warps=8 if many else 4,
         **shared,
     )
-    return out_THC
+    return out_THC if values is None else latent_values(out_THC, *values, invariant=invariant)
 
 
 @torch.no_grad()
@@ -236,13 +246,16 @@ def latent_attention(
     most: int,
     rank: int,
     scale: float,
+    values: tuple[Tensor, int] | None = None,
     *,
     invariant: bool = False,
     plan: Plan | None = None,
 ) -> Tensor:
     """As `ops.api.latent_attention` says. `plan` overrides the choice of tiles."""
     where = (table_SB, contexts_S, longest, cu_S1, most)
-    return _attend(q_THL, pages, *where, rank, scale, latent=True, invariant=invariant, plan=plan)
+    return _attend(
+        q_THL, pages, *where, rank, scale, latent=True, invariant=invariant, plan=plan, values=values
+    )
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from shoal.ops.triton.cache_tiles import (
     load_behind_tile,
@@ -35,7 +34,7 @@ from shoal.ops.triton.launch import wait_for_previous
 
 
 @triton.jit
-def _count_tiles(
+def count_tiles(
     cu_ptr, contexts_ptr, S, row, S_PAD: tl.constexpr, REP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Tiles of each sequence (S_PAD) that the BM rows from `row` see; none where it has no such rows."""
@@ -111,8 +110,7 @@ def split_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()  # and nothing is let in early: the merge would take the place of other programs
+    wait_for_previous(PDL)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
     lane = tl.program_id(0) % (RB * G)
@@ -121,7 +119,7 @@ def split_kernel(
     row = lane % RB * BM
     head_row: tl.constexpr = C + 4 * ((C + 127) // 128) if NARROW else C
     base = pages_ptr if LATENT else pages_ptr + group * head_row
-    tiles = _count_tiles(cu_ptr, contexts_ptr, S, row, S_PAD, REP, BM, BN)
+    tiles = count_tiles(cu_ptr, contexts_ptr, S, row, S_PAD, REP, BM, BN)
     index = tl.arange(0, S_PAD)
     line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
     ends = tl.cumsum(line, 0)
@@ -274,7 +272,7 @@ def merge_kernel(
     s = tl.sum((last <= token).to(tl.int32), 0)
     i = (token - tl.load(cu_ptr + s)) * REP + head % REP
     lane = head // REP * RB + i // BM
-    tiles = _count_tiles(cu_ptr, contexts_ptr, S, i // BM * BM, S_PAD, REP, BM, BN)
+    tiles = count_tiles(cu_ptr, contexts_ptr, S, i // BM * BM, S_PAD, REP, BM, BN)
     line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
     total = tl.sum(line, 0)
     piece = UNIT if FIXED else tl.maximum((total + W - 1) // W, 1)

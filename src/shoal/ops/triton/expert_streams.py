@@ -16,7 +16,8 @@ is the launches that cost: 8 of 31 us.
 
 SHARED: the shared experts of the layer ride along. They are one dense MLP, S times as wide as a routed
 expert, which every token takes: S more experts whose tiles come first. Each writes its part of the sum over
-the S F hidden elements in float32, and `sum_choices` adds the parts.
+the S F hidden elements in float32, and `sum_choices` adds the parts. Whoever chose has read x, so these tiles
+need not wait for the choice: they do so only before they write, where memory may have been somebody's.
 
 SCAN: up to MAX_SCAN choices need no permutation. The program of choice c reads all choices, and the first of
 each BM choices of an expert takes them all; the others leave at once. One launch less. Rows of h are then in
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 
 from shoal.ops.triton.expert_products import load_choices, load_weight
-from shoal.ops.triton.launch import wait_for_previous
+from shoal.ops.triton.launch import let_next_in, wait, wait_for_previous
 
 MAX_SCAN = 64
 
@@ -38,8 +39,8 @@ MAX_SCAN = 64
 def _claim(experts_ptr, mine, M, BM: tl.constexpr, SCAN: tl.constexpr):
     """The expert of choice `mine` and the choices (BM, -1 beyond) it leads; expert -1 if it leads none."""
     at = tl.arange(0, SCAN)
-    expert = tl.load(experts_ptr + mine).to(tl.int32)
-    same = tl.load(experts_ptr + at, mask=at < M, other=-1).to(tl.int32) == expert
+    expert = tl.load(experts_ptr + mine, cache_modifier=".cg").to(tl.int32)
+    same = tl.load(experts_ptr + at, mask=at < M, other=-1, cache_modifier=".cg").to(tl.int32) == expert
     rank = tl.cumsum(same.to(tl.int32), 0) - 1
     ahead = tl.sum((same & (at < mine)).to(tl.int32), 0)
     hit = same[None, :] & (rank[None, :] == ahead + tl.arange(0, BM)[:, None])
@@ -59,15 +60,15 @@ def find_rows(
     BM: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Expert (-1: nothing to do), choices and rows of h of a tile."""
+    """Expert (-1: nothing to do), choices and rows of h of a tile. Past the L1, for who has not waited."""
     if SCAN:
         expert, choice = _claim(experts_ptr, tile, M, BM, SCAN)
         row = choice
     else:
-        exists = tile < tl.load(first_tile_ptr + E)
-        expert = tl.load(tile_experts_ptr + tile, mask=exists, other=-1)
+        exists = tile < tl.load(first_tile_ptr + E, cache_modifier=".cg")
+        expert = tl.load(tile_experts_ptr + tile, mask=exists, other=-1, cache_modifier=".cg")
         row = tile * BM + tl.arange(0, BM)
-        choice = tl.load(choices_ptr + row, mask=exists, other=-1)
+        choice = tl.load(choices_ptr + row, mask=exists, other=-1, cache_modifier=".cg")
     return expert, choice, row
 
 
@@ -92,6 +93,7 @@ def _swiglu_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
     TMA: tl.constexpr,
+    LATE: tl.constexpr,  # to wait for the kernel before as late as this writes
     PRECISION: tl.constexpr,
 ):
     """Columns `first` to `first` + BN of h, for the tokens of a tile."""
@@ -112,6 +114,7 @@ def _swiglu_tile(
             up,
             input_precision=PRECISION,
         )
+    wait(LATE)
     gate = gate.to(dtype).to(tl.float32)
     h = gate * tl.sigmoid(gate) * up.to(dtype).to(tl.float32)
     column = first + tl.arange(0, BN)
@@ -146,7 +149,6 @@ def swiglu_stream_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     first = tl.program_id(0) * BN
     tile = tl.program_id(1)
     mine = True
@@ -154,21 +156,23 @@ def swiglu_stream_kernel(
         ahead = (T + BM - 1) // BM * SHARED
         mine = tile >= ahead
         if not mine:
+            let_next_in(PDL)
             token = tile // SHARED * BM + tl.arange(0, BM)
             start = tile % SHARED * F
             _swiglu_tile(
                 x_ptr, shared_gate, shared_up, shared_h_ptr + start, tl.program_id(0) * 0, token, token < T,
-                token, start, start, first, SHARED * F, SHARED * F, D, F, BM, BN, BK, TMA, PRECISION,
+                token, start, start, first, SHARED * F, SHARED * F, D, F, BM, BN, BK, TMA, PDL, PRECISION,
             )  # fmt: skip
         tile -= ahead
     if mine:
+        wait_for_previous(PDL)
         expert, choice, row = find_rows(
             experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
         )
         if expert >= 0:
             _swiglu_tile(
                 x_ptr, w, w, h_ptr, expert, choice // K, choice >= 0, row, 0, F, first,
-                F, 2 * F, D, F, BM, BN, BK, TMA, PRECISION,
+                F, 2 * F, D, F, BM, BN, BK, TMA, False, PRECISION,
             )  # fmt: skip
 
 
@@ -233,26 +237,29 @@ def stream_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     first = tl.program_id(0) * BN
     tile = tl.program_id(1)
     mine = True
     if SHARED:
         ahead = (T + BM - 1) // BM * SHARED
         mine = tile >= ahead
+    else:
+        ahead = 0
+    # Where choices stand is older than the kernel before: `swiglu_stream_kernel` reads it, too.
+    place = tl.where(mine, tile - ahead, 0)
+    expert, choice, row = find_rows(
+        experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, place, E, BM, SCAN
+    )
+    wait_for_previous(PDL)
+    if SHARED:  # noqa: SIM102
         if not mine:
             token, part = tile // SHARED * BM + tl.arange(0, BM), tile % SHARED
             _down_tile(
                 shared_h_ptr, shared_down, shared_y_ptr, tl.program_id(0) * 0, token, token < T,
                 part * T + token, first, part * F, SHARED * F, D, F, BM, BN, BK, TMA, PRECISION,
             )  # fmt: skip
-        tile -= ahead
-    if mine:
-        expert, choice, row = find_rows(
-            experts_ptr, choices_ptr, tile_experts_ptr, first_tile_ptr, M, tile, E, BM, SCAN
-        )
-        if expert >= 0:
-            _down_tile(
-                h_ptr, w, y_ptr, expert, row, choice >= 0, choice, first, tl.program_id(0) * 0,
-                F, D, F, BM, BN, BK, TMA, PRECISION,
-            )  # fmt: skip
+    if mine & (expert >= 0):
+        _down_tile(
+            h_ptr, w, y_ptr, expert, row, choice >= 0, choice, first, tl.program_id(0) * 0,
+            F, D, F, BM, BN, BK, TMA, PRECISION,
+        )  # fmt: skip

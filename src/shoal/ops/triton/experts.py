@@ -42,7 +42,7 @@ from shoal.ops.triton.expert_products import (
 )
 from shoal.ops.triton.expert_streams import stream_kernel, swiglu_stream_kernel
 from shoal.ops.triton.linears import linears
-from shoal.ops.triton.permutation import Groups, gather_rows, group_by_expert, sum_choices
+from shoal.ops.triton.permutation import Groups, close, gather_rows, group_by_expert, sum_choices
 from shoal.ops.triton.swiglu import swiglu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -317,19 +317,17 @@ def stream(
     return y_MD, parts
 
 
-def _forward(
+def _rows(
     x_TD: Tensor,
     experts_TK: Tensor,
-    weights_TK: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     plan: Plan,
     save: bool,
     shared: Shared | None = None,
-    dense_STD: Tensor | None = None,
-) -> tuple[Tensor, Groups | None, Tensor | None]:
-    """y, and what backward wants. `shared` experts ride along; `dense_STD` is what they made already."""
-    groups = gate_up_P2F = None
+) -> tuple[Tensor, Tensor | None, Groups | None, Tensor | None]:
+    """The rows of the choices, parts of `shared` ones that ride along, and what backward wants."""
+    groups = gate_up_P2F = parts = None
     how = {"tma": plan.tma, "pdl": plan.pdl}
     if plan.kind != "scan":
         groups = group_by_expert(experts_TK, gate_up_E2FD.shape[0], plan.rows, pdl=plan.pdl)
@@ -342,9 +340,21 @@ def _forward(
         h, shared_h = swiglu_stream(x_TD, experts_TK, gate_up_E2FD, groups, plan.gate_up, shared, **how)
         down = None if shared is None else shared[2]
         y_MD, parts = stream(h, experts_TK, down_EDF, groups, plan.down, shared_h, down, **how)
-        dense_STD = dense_STD if parts is None else parts
-    y_TD = sum_choices(y_MD, experts_TK, weights_TK, shared_STD=dense_STD, pdl=plan.pdl)
-    return y_TD, groups, gate_up_P2F
+    return y_MD, parts, groups, gate_up_P2F
+
+
+def _forward(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    plan: Plan,
+    save: bool,
+) -> tuple[Tensor, Groups | None, Tensor | None]:
+    """y, and what backward wants."""
+    y_MD, _, *saved = _rows(x_TD, experts_TK, gate_up_E2FD, down_EDF, plan, save)
+    return sum_choices(y_MD, experts_TK, weights_TK, pdl=plan.pdl), *saved
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -477,7 +487,7 @@ def mixture_refusal(
     return grouped_mlp_refusal(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF)
 
 
-def mixture(
+def open_mixture(
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -489,24 +499,38 @@ def mixture(
     *,
     invariant: bool = False,
     plan: Plan | None = None,
-) -> Tensor:
-    """Routed and shared experts, as `ops.api.mixture` says: together where the rows are few."""
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `close` takes, or where a gradient is asked for the sum of it: routed and shared experts, as
+    `ops.api.open_mixture` says, together where the rows are few."""
     shared = (gate_GD, up_GD, down_DG)
     inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
     serves = x_TD.shape[0] > 0 and not _learns(*inputs, *shared)
     plan = plan or (_plan(*inputs, training=False) if serves else None)
-    if (
-        serves
-        and plan is not None
-        and not invariant
-        and _rides(plan, x_TD.shape[0], down_EDF.shape[2], shared)
-    ):
-        return _forward(*inputs, plan, save=False, shared=shared)[0]
+    x_TD, experts_TK, weights_TK, *stacks = inputs
+    rides = plan is not None and not invariant and _rides(plan, x_TD.shape[0], down_EDF.shape[2], shared)
+    if serves and plan is not None and rides:
+        y_MD, dense_STD, *_ = _rows(x_TD, experts_TK, *stacks, plan, save=False, shared=shared)
+        assert dense_STD is not None
+        return y_MD, experts_TK, weights_TK, dense_STD
     gate_TG, up_TG = linears(x_TD, (gate_GD, up_GD), (None, None), invariant=invariant)
     (dense_TD,) = linears(swiglu(gate_TG, up_TG), (down_DG,), (None,), invariant=invariant)
     if serves and plan is not None:
-        return _forward(*inputs, plan, save=False, dense_STD=dense_TD.unsqueeze(0))[0]
-    return grouped_mlp(x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, plan=plan) + dense_TD
+        y_MD = _rows(x_TD, experts_TK, *stacks, plan, save=False)[0]
+        return y_MD, experts_TK, weights_TK, dense_TD.unsqueeze(0)
+    return grouped_mlp(*inputs, plan=plan) + dense_TD
+
+
+def mixture(
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    *matrices: Tensor,
+    invariant: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """Routed and shared experts, as `ops.api.mixture` says."""
+    made = open_mixture(x_TD, experts_TK, weights_TK, *matrices, invariant=invariant, plan=plan)
+    return made if isinstance(made, Tensor) else close(*made)
 
 
 def fixed_mixture(

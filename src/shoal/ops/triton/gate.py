@@ -12,6 +12,9 @@ Bound: bytes. At one token the weight is read once (V3: 3.7 MB); at many, x. On 
 us at 1 to 8 tokens, 4 (V2-Lite) and 12 (V3) at 256; at 16k 66 and 37% of 4.555 TB/s, a tenth of the time of
 the float32 product.
 
+One row, which a stream's last addition and a norm precede, has these made by the programs of its chunks, each
+by itself: one launch for two.
+
 Backward: a float32 gradient is three bfloat16 numbers, high, middle and low, and the products with the narrow
 operands are one cuBLAS product each of three times the depth, or height: as exact as float32, at the tensor
 cores' rate.
@@ -33,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from shoal.ops.invariance import is_batch_invariant
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 from shoal.ops.triton.linears import fixed_linears
+from shoal.ops.triton.norms import rows_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 128
@@ -40,38 +44,28 @@ MAX_SPLIT = 512  # tokens up to which each chunk has a program of its own
 
 
 @triton.jit
-def _chunk(
-    x_ptr,
-    weight_ptr,
-    token,
-    expert,
-    first,
-    T,
-    x_stride,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def _weights(weight_ptr, expert, first, E: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Both halves of a chunk of the weights (experts, CHUNK / 2)."""
+    column = first + tl.arange(0, CHUNK // 2)
+    at, kept = weight_ptr + expert[:, None] * D, (expert < E)[:, None]
+    low = tl.load(at + column[None, :], mask=kept & (column < D)[None, :], other=0.0)
+    column += CHUNK // 2
+    return low, tl.load(at + column[None, :], mask=kept & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _chunk(low, high, x_ptr, token, first, T, x_stride, D: tl.constexpr, CHUNK: tl.constexpr):
     """The partial logits (experts, tokens) of one chunk, from zero.
 
     Two products, because a compiler may make one and the sum it goes into a single chain of additions.
     """
-    half: tl.constexpr = CHUNK // 2
-    part = tl.zeros((expert.shape[0], token.shape[0]), tl.float32)
-    for step in tl.static_range(2):
-        column = first + step * half + tl.arange(0, half)
-        weight = tl.load(
-            weight_ptr + expert[:, None] * D + column[None, :],
-            mask=(expert < E)[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + token[:, None] * x_stride + column[None, :],
-            mask=(token < T)[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        part = tl.dot(weight, x.T, part)
-    return part
+    column = first + tl.arange(0, CHUNK // 2)
+    at, kept = x_ptr + token[:, None] * x_stride, (token < T)[:, None]
+    x = tl.load(at + column[None, :], mask=kept & (column < D)[None, :], other=0.0)
+    part = tl.dot(low, x.T, tl.zeros((low.shape[0], token.shape[0]), tl.float32))
+    column += CHUNK // 2
+    x = tl.load(at + column[None, :], mask=kept & (column < D)[None, :], other=0.0)
+    return tl.dot(high, x.T, part)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -88,10 +82,11 @@ def _split_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
-    expert = tl.program_id(0) * BE + tl.arange(0, BE)
+    expert, first = tl.program_id(0) * BE + tl.arange(0, BE), tl.program_id(2) * CHUNK
     token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    part = _chunk(x_ptr, weight_ptr, token, expert, tl.program_id(2) * CHUNK, T, x_stride, E, D, CHUNK)
+    low, high = _weights(weight_ptr, expert, first, E, D, CHUNK)
+    wait_for_previous(PDL)
+    part = _chunk(low, high, x_ptr, token, first, T, x_stride, D, CHUNK)
     at = (tl.program_id(2) * T + token)[None, :] * E + expert[:, None]
     tl.store(parts_ptr + at, part, mask=(expert < E)[:, None] & (token < T)[None, :])
 
@@ -123,7 +118,8 @@ def _whole_kernel(
     token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     total = tl.zeros((BE, BT), tl.float32)
     for first in range(0, D, CHUNK):
-        total += _chunk(x_ptr, weight_ptr, token, expert, first, T, x_stride, E, D, CHUNK)
+        low, high = _weights(weight_ptr, expert, first, E, D, CHUNK)
+        total += _chunk(low, high, x_ptr, token, first, T, x_stride, D, CHUNK)
     at = token[None, :] * E + expert[:, None]
     tl.store(out_ptr + at, total, mask=(expert < E)[:, None] & (token < T)[None, :])
 
@@ -183,6 +179,76 @@ def gate_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor | None:
         launch_pdl=pdl,
     )
     return parts
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _norm_parts_kernel(
+    x_ptr,
+    y_ptr,
+    norm_ptr,
+    weight_ptr,
+    sum_ptr,
+    normal_ptr,
+    parts_ptr,
+    eps,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    BE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """x + y of one row, its norm, and the partial logits of chunk p. Every program sees the whole row."""
+    dtype: tl.constexpr = normal_ptr.dtype.element_ty
+    expert = tl.program_id(1) * BE + tl.arange(0, BE)
+    column = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = column < D
+    there = (expert < E)[:, None] & inside[None, :]
+    weight = tl.load(weight_ptr + expert[:, None] * D + column[None, :], mask=there, other=0.0)
+    norm = tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    d = tl.arange(0, BLOCK)
+    whole = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    whole = (whole + tl.load(y_ptr + d, mask=d < D, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    x = (x + tl.load(y_ptr + column, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(whole * whole, 0) / D + eps)
+    normal = (x.to(tl.float32) * inverse).to(dtype).to(tl.float32)
+    normal = (normal * norm).to(dtype)
+    if tl.program_id(1) == 0:
+        tl.store(sum_ptr + column, x, mask=inside)
+        tl.store(normal_ptr + column, normal, mask=inside)
+    part = tl.sum(weight.to(tl.float32) * normal.to(tl.float32)[None, :], 1)
+    tl.store(parts_ptr + tl.program_id(0) * E + expert, part, mask=expert < E)
+
+
+def norm_parts(
+    x_1D: Tensor, y_1D: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one row x + y, its norm, and what `gate_parts` gives for that."""
+    E, D = weight_ED.shape
+    chunks, pdl = triton.cdiv(D, CHUNK), programmatic(x_1D.device)
+    sum_1D, normal_1D = (torch.empty(1, D, dtype=x_1D.dtype, device=x_1D.device) for _ in range(2))
+    parts = torch.empty(chunks, 1, E, dtype=torch.float32, device=x_1D.device)
+    _norm_parts_kernel[(chunks, triton.cdiv(E, 64))](
+        rows_of(x_1D),
+        rows_of(y_1D),
+        norm_D,
+        weight_ED,
+        sum_1D,
+        normal_1D,
+        parts,
+        eps,
+        E=E,
+        D=D,
+        BE=64,
+        BLOCK=triton.next_power_of_2(D),
+        CHUNK=CHUNK,
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
+    )
+    return sum_1D, normal_1D, parts
 
 
 @triton.jit

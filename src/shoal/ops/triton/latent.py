@@ -71,7 +71,7 @@ def _queries_kernel(
         head = program % (H * columns) // columns
         n, c = tl.arange(0, BN), program % columns * BC + tl.arange(0, BC)
         at = kv_b_ptr + (head * (N + V) + n).to(tl.int64)[:, None] * C + c[None, :]
-        real = (n < N)[:, None] & (c < C)[None, :]
+        w = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
         wait_for_previous(PDL)
         token = (program // (H * columns) * BT + tl.arange(0, BT)).to(tl.int64)
         kept = token < T
@@ -80,7 +80,7 @@ def _queries_kernel(
             mask=kept[:, None] & (n < N)[None, :],
             other=0.0,
         )
-        made = tl.dot(q, tl.load(at, mask=real, other=0.0), input_precision=PRECISION)
+        made = tl.dot(q, w, input_precision=PRECISION)
         to = out_ptr + (token * H + head)[:, None] * (C + R) + c[None, :]
         tl.store(to, made.to(out_ptr.dtype.element_ty), mask=kept[:, None] & (c < C)[None, :])
     else:

@@ -3,7 +3,8 @@
 In a CUDA graph of small kernels the gap between two of them costs as much as they do. From Hopper on a kernel
 launched with `launch_pdl` may begin before its predecessor has ended. The law: every program waits, before it
 reads what that one wrote and whether it has work or not, so the order is that of plain launches, also two
-kernels on.
+kernels on. What is older than that one may be read before the wait, past the L1: it is whole, since that one
+let nobody in before it had waited itself.
 
 A kernel of few programs lets its successor in as soon as it has waited; one that fills the chip does not,
 since the successor's programs would take the place of its own.
@@ -20,11 +21,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """With programmatic launch: from here on, what ran before is visible, and what follows may be set up."""
+def wait(PDL: tl.constexpr):
+    """With programmatic launch: from here on, what ran before is visible and done with its memory."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def let_next_in(PDL: tl.constexpr):
+    """With programmatic launch: what follows may be set up, once all programs say so."""
+    if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Both, as nearly every kernel does."""
+    wait(PDL)
+    let_next_in(PDL)
 
 
 @lru_cache

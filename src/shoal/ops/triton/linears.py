@@ -12,6 +12,11 @@ and 7.5 at 64, of which the bytes are 3.3; cuBLAS takes 12.4. Sums run over D in
 a row's result depends on how many rows there are by the instruction alone (16, 32 or 64 rows high);
 batch-invariant mode takes 16 always, also where a gradient is asked for, and then differentiates cuBLAS's
 product (`fixed_linears`). Many rows are cuBLAS's.
+
+One row needs no tensor core. What it needs is its weights, and these nobody writes: they are asked for before
+the wait for the kernel before (`launch`), while that one leaves the bus idle. A warp has whole columns of the
+result, the row's elements are read by the threads that hold what they meet, and only the end is a sum over
+lanes. Programs are so small that all of them are there at once.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from shoal.ops.triton.norms import DTYPES
 
 MAX_ROWS, MAX_WEIGHTS = 64, 3
 MIN_STEP = 64  # of the sum
+PIECE = 256  # of a row, which a warp reads at once
+ROW_COLUMNS, EARLY = 4, 8  # of a program for one row: columns, a warp each, and pieces read before the wait
 
 
 @triton.jit
@@ -126,6 +133,89 @@ def _linears_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def _piece_of_row(x_ptr, at, D: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr):
+    """A row's elements `at` (1, PIECE), BN times: each thread reads what meets its weights."""
+    at = tl.broadcast_to(at, (BN, PIECE))
+    return tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dot_row(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    block,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    EARLY: tl.constexpr,
+    PIECE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BN columns for one row. Weights, or the first EARLY of each, are on their way before the wait.
+
+    A warp has whole rows of the weight, so that what its threads have is added up once.
+    """
+    column, k = block * BN + tl.arange(0, BN), tl.arange(0, PIECE)[None, :]
+    inside = (column < N)[:, None]
+    rows = weight_ptr + column.to(tl.int64)[:, None] * D
+    early = ()
+    for piece in tl.static_range(EARLY):
+        at = piece * PIECE + k
+        w = tl.load(rows + at, mask=inside & (at < D) if D % PIECE else inside, other=0.0)
+        early = early + (w,)  # noqa: RUF005 (Triton has no *)
+    wait_for_previous(PDL)
+    total = tl.zeros((BN, PIECE), tl.float32)
+    for piece in tl.static_range(EARLY):
+        total += early[piece].to(tl.float32) * _piece_of_row(x_ptr, piece * PIECE + k, D, BN, PIECE)
+    for first in range(EARLY * PIECE, D, PIECE):
+        at = first + k
+        late = tl.load(rows + at, mask=inside & (at < D), other=0.0)
+        total += late.to(tl.float32) * _piece_of_row(x_ptr, at, D, BN, PIECE)
+    y = tl.sum(total, 1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + column, y.to(out_ptr.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def _row_kernel(
+    x_ptr,
+    w0_ptr,
+    w1_ptr,
+    w2_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
+    N0: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    EARLY: tl.constexpr,
+    PIECE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    block = tl.program_id(0)
+    P0: tl.constexpr = (N0 + BN - 1) // BN
+    P1: tl.constexpr = (N1 + BN - 1) // BN
+    if block < P0:
+        _dot_row(x_ptr, w0_ptr, b0_ptr, y0_ptr, block, N0, D, BN, EARLY, PIECE, HAS_BIAS, PDL)
+    if N1:  # noqa: SIM102
+        if (block >= P0) & (block < P0 + P1):
+            _dot_row(x_ptr, w1_ptr, b1_ptr, y1_ptr, block - P0, N1, D, BN, EARLY, PIECE, HAS_BIAS, PDL)
+    if N2:  # noqa: SIM102
+        if block >= P0 + P1:
+            _dot_row(x_ptr, w2_ptr, b2_ptr, y2_ptr, block - P0 - P1, N2, D, BN, EARLY, PIECE, HAS_BIAS, PDL)
+
+
 def tiles(rows: int, columns: int, depth: int, *, invariant: bool) -> dict[str, int]:
     """Of a program: as few columns as give each multiprocessor of a large GPU one, 16 at least."""
     bt = 16 if rows <= 16 or invariant else 32 if rows <= 32 else 64
@@ -177,7 +267,7 @@ def choose(
         return "cublas", "a gradient is asked for"
     if x_TD.shape[0] > MAX_ROWS:
         return "cublas", f"{x_TD.shape[0]} rows, more than {MAX_ROWS}"
-    return "few rows", f"{x_TD.shape[0]} rows"
+    return "one row" if x_TD.shape[0] == 1 else "few rows", f"{x_TD.shape[0]} rows"
 
 
 def linears(
@@ -197,30 +287,24 @@ def linears(
     if not T:
         return outs
     spare, pdl = MAX_WEIGHTS - len(weights), programmatic(x_TD.device)
-    shape: dict[str, Any] = tiles(T, sum(sizes), D, invariant=invariant)
-    grid = (sum(triton.cdiv(size, shape["BN"]) for size in sizes), triton.cdiv(T, shape["BT"]))
     first_w, first_b, first_y = weights[0], biases[0], outs[0]
     n0, n1, n2 = *sizes, *(0,) * spare
+    tensors = (
+        x_TD, *weights, *(first_w,) * spare, *biases, *(first_b,) * spare, *outs, *(first_y,) * spare,
+    )  # fmt: skip
+    how = {"N0": n0, "N1": n1, "N2": n2, "D": D, "HAS_BIAS": first_b is not None, "PDL": pdl}
+    if name == "one row":
+        early = min(EARLY, triton.cdiv(D, PIECE))
+        _row_kernel[(sum(triton.cdiv(size, ROW_COLUMNS) for size in sizes),)](
+            *tensors, BN=ROW_COLUMNS, EARLY=early, PIECE=PIECE, num_warps=ROW_COLUMNS, launch_pdl=pdl, **how
+        )
+        return outs
+    shape: dict[str, Any] = tiles(T, sum(sizes), D, invariant=invariant)
+    grid = (sum(triton.cdiv(size, shape["BN"]) for size in sizes), triton.cdiv(T, shape["BT"]))
+    precision = "ieee" if x_TD.dtype == torch.float32 else "tf32"
     _linears_kernel[grid](
-        x_TD,
-        *weights,
-        *(first_w,) * spare,
-        *biases,
-        *(first_b,) * spare,
-        *outs,
-        *(first_y,) * spare,
-        T,
-        x_TD.stride(0),
-        N0=n0,
-        N1=n1,
-        N2=n2,
-        D=D,
-        HAS_BIAS=first_b is not None,
-        PDL=pdl,
-        PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32",
-        launch_pdl=pdl,
-        **shape,
-    )
+        *tensors, T, x_TD.stride(0), PRECISION=precision, launch_pdl=pdl, **how, **shape
+    )  # fmt: skip
     return outs
 
 

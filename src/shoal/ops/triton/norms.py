@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from shoal.ops.triton.expert_plan import num_multiprocessors
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.permutation import sum_row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 16384  # a row of 32 warps with 16 elements to a thread; twice as many spill
@@ -65,6 +66,41 @@ def _norm_kernel(
         x += tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
         x = x.to(dtype).to(tl.float32)
         tl.store(sum_ptr + row * D + column, x.to(dtype), mask=inside)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    normal, _ = normalise(x, eps, D, dtype)
+    tl.store(out_ptr + row * D + column, (normal * weight).to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "eps"])
+def _sum_norm_kernel(
+    x_ptr,
+    rows_ptr,
+    experts_ptr,
+    weights_ptr,
+    dense_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    N,
+    x_stride,
+    eps,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_norm_kernel`, whose y is first added up of what a mixture left: in its layout, so the same bits."""
+    wait_for_previous(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < N) & (column < D)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y = sum_row(rows_ptr, experts_ptr, weights_ptr, dense_ptr, row, N, column, inside, dtype, K, D, True, S)
+    x = (x + y.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+    tl.store(sum_ptr + row * D + column, x.to(dtype), mask=inside)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     normal, _ = normalise(x, eps, D, dtype)
     tl.store(out_ptr + row * D + column, (normal * weight).to(dtype), mask=inside)
@@ -244,3 +280,53 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Te
     total, out = _forward(x, y, weight_D, eps)
     assert total is not None
     return total, out
+
+
+def add_sum_rms_norm_refusal(
+    x_TD: Tensor,
+    rows_MD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    dense_STD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+) -> str | None:
+    """Why the kernel does not take this call; None if it does."""
+    if x_TD.dtype != rows_MD.dtype:
+        return f"x is {x_TD.dtype} but the rows are {rows_MD.dtype}; the kernel adds equals"
+    return rms_norm_refusal(x_TD, weight_D, eps)
+
+
+@torch.no_grad()
+def add_sum_rms_norm(
+    x_TD: Tensor,
+    rows_MD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    dense_STD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum and its normalised rows, as `ops.api.add_sum_rms_norm` says."""
+    x_TD, shape, pdl = rows_of(x_TD), _shape(x_TD.shape[1]), programmatic(x_TD.device)
+    total_TD, out_TD = (torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
+    if (T := len(x_TD)) > 0:
+        _sum_norm_kernel[(triton.cdiv(T, shape["ROWS"]),)](
+            x_TD,
+            rows_MD,
+            experts_TK,
+            weights_TK,
+            dense_STD,
+            weight_D,
+            total_TD,
+            out_TD,
+            T,
+            x_TD.stride(0),
+            eps,
+            K=experts_TK.shape[1],
+            S=dense_STD.shape[0],
+            PDL=pdl,
+            launch_pdl=pdl,
+            **shape,
+        )
+    return total_TD, out_TD

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal.ops.triton.launch import wait_for_previous
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 ONE_LAUNCH = ((128, 1), (512, 4), (1024, 4), (2048, 8))  # choices a program holds, and its warps
 MIN_SEGMENT, MAX_SEGMENTS = 1024, 32
@@ -296,6 +296,40 @@ def gather_rows(x_TD: Tensor, experts_TK: Tensor, groups: Groups) -> Tensor:
 
 
 @triton.jit
+def sum_row(
+    rows_ptr,
+    experts_ptr,
+    weights_ptr,
+    shared_ptr,
+    token,
+    T,
+    column,
+    inside,
+    dtype: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Columns of tokens' choices, weighted and added, in float32 and not cast where nothing is SHARED."""
+    total = tl.where(inside, 0.0, 0.0)
+    for k in tl.static_range(K):
+        choice = token * K + k
+        row = tl.load(rows_ptr + choice * D + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row *= tl.load(weights_ptr + choice, mask=token < T, other=0.0)
+        # The row of a dropped choice was never written; no load waits to know which it is.
+        total += tl.where(tl.load(experts_ptr + choice, mask=token < T, other=-1) >= 0, row, 0.0)
+    if SHARED:  # what the layer adds is a row of the output's dtype, and so is what it is added to
+        dense = tl.where(inside, 0.0, 0.0)
+        for part in tl.static_range(SHARED):
+            at = (part * T + token) * D + column
+            dense += tl.load(shared_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32) + dense.to(dtype).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _sum_kernel(
     rows_ptr,
     experts_ptr,
@@ -312,21 +346,10 @@ def _sum_kernel(
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(K):
-        choice = token * K + k
-        row = tl.load(rows_ptr + choice * D + column, mask=column < D, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row *= tl.load(weights_ptr + choice)
-        # The row of a dropped choice was never written; no load waits to know which it is.
-        total += tl.where(tl.load(experts_ptr + choice) >= 0, row, 0.0)
-    if SHARED:  # what the layer adds is a row of the output's dtype, and so is what it is added to
-        dtype: tl.constexpr = out_ptr.dtype.element_ty
-        dense = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(SHARED):
-            at = (part * tl.num_programs(0) + token) * D + column
-            dense += tl.load(shared_ptr + at, mask=column < D, other=0.0).to(tl.float32)
-        total = total.to(dtype).to(tl.float32) + dense.to(dtype).to(tl.float32)
+    total = sum_row(
+        rows_ptr, experts_ptr, weights_ptr, shared_ptr, token, tl.num_programs(0), column, column < D,
+        out_ptr.dtype.element_ty, K, D, WEIGHTED, SHARED,
+    )  # fmt: skip
     tl.store(out_ptr + token * D + column, total, mask=column < D)
 
 
@@ -362,3 +385,9 @@ def sum_choices(
         launch_pdl=pdl,
     )
     return out_TD
+
+
+def close(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor, dense_STD: Tensor) -> Tensor:
+    """The rows that a mixture left open, as `ops.api.close` says."""
+    pdl = programmatic(rows_MD.device)
+    return sum_choices(rows_MD, experts_TK, weights_TK, shared_STD=dense_STD, pdl=pdl)

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shoal.ops.triton.gate import gate_logits, gate_logits_refusal, gate_parts
+from shoal.ops.triton.gate import gate_logits, gate_logits_refusal, gate_parts, norm_parts
 from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.norms import add_rms_norm, add_rms_norm_refusal
 
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 
@@ -419,6 +420,34 @@ def gate(
         return *route(logits_TE, top_k, *rule, invariant=invariant), logits_TE
     logits_TE = torch.empty(parts.shape[1:], dtype=torch.float32, device=x_TD.device)
     return *_choose(logits_TE, top_k, *rule, parts=parts), logits_TE
+
+
+def add_norm_gate_refusal(
+    x_TD: Tensor, y_TD: Tensor, norm_D: Tensor, eps: float, weight_ED: Tensor, *rule: Any
+) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    return add_rms_norm_refusal(x_TD, y_TD, norm_D, eps) or gate_refusal(x_TD, weight_ED, *rule)
+
+
+def add_norm_gate(
+    x_TD: Tensor,
+    y_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    weight_ED: Tensor,
+    top_k: int,
+    *rule: Any,
+    invariant: bool = False,
+) -> tuple[Tensor, ...]:
+    """The sum, its norm, and what `gate` gives, as `ops.api.add_norm_gate` says: one row in two launches."""
+    inputs = (x_TD, y_TD, norm_D, weight_ED)
+    learns = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    if len(x_TD) != 1 or learns or invariant:
+        total_TD, normal_TD = add_rms_norm(x_TD, y_TD, norm_D, eps)
+        return total_TD, normal_TD, *gate(normal_TD, weight_ED, top_k, *rule, invariant=invariant)
+    *rows, parts = norm_parts(x_TD, y_TD, norm_D, eps, weight_ED)
+    logits_TE = torch.empty(parts.shape[1:], dtype=torch.float32, device=x_TD.device)
+    return *rows, *_choose(logits_TE, top_k, *rule, parts=parts), logits_TE
 
 
 @triton.jit(do_not_specialize=["T", "capacity"])
