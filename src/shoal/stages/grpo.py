@@ -114,6 +114,7 @@ def run(
             observe=observe,
         )
         trainer.resume()
+        sampler.warm_up(lambda what: observe(Phase(what)))
         try:
             outcome = trainer.run()
             if not outcome.interrupted:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -100,6 +100,14 @@ class Rollout:
             ),
         )
         self.hand_over_seconds = 0.0  # between the trainer's last step and the engine's first
+
+    def warm_up(self, tell: Callable[[str], None] = lambda what: None) -> None:
+        """Do now what rounds would do the first time they meet a size: on CUDA graphs are recorded. `tell` is
+        told what begins."""
+        training = self.model.training
+        self.model.eval()
+        self.engine.warm_up(tell)
+        self.model.train(training)
 
     def hand_over(self) -> None:
         """The trainer's weights to the engine, which reads them where they are and forgets older prefixes."""
