@@ -141,9 +141,9 @@ def call_block(
     batch: Batch,
     replay_TK: Tensor | None,
 ) -> tuple[Tensor, Added, Routing | None]:
-    """As `Block.run`, but what a mixture has to add up may be left open. Not of a prediction module, whose
-    parts are called whole (parallel/shard.py)."""
-    if not isinstance(block.mlp, MoE) or isinstance(block, PredictionModule):
+    """As `Block.run`, but where nothing learns, what a mixture has to add up may be left open. Not of a
+    prediction module, whose parts are called whole (parallel/shard.py)."""
+    if torch.is_grad_enabled() or not isinstance(block.mlp, MoE) or isinstance(block, PredictionModule):
         return block.run(x_TD, y_TD, angles, batch, replay_TK)
     stream = block.look(x_TD, y_TD, angles, batch)
     return block.mlp.open(block.post_attention_layernorm, *stream, replay_TK)
