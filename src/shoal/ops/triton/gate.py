@@ -12,8 +12,8 @@ Bound: bytes. At one token the weight is read once (V3: 3.7 MB); at many, x. On 
 us at 1 to 8 tokens, 4 (V2-Lite) and 12 (V3) at 256; at 16k 66 and 37% of 4.555 TB/s, a tenth of the time of
 the float32 product.
 
-One row, which a stream's last addition and a norm precede, has these made by the programs of its chunks, each
-by itself: one launch for two.
+Where one row's residual sum and norm come before, the programs of its chunks make those too, each by itself:
+one launch for two.
 
 Backward: a float32 gradient is three bfloat16 numbers, high, middle and low, and the products with the narrow
 operands are one cuBLAS product each of three times the depth, or height: as exact as float32, at the tensor

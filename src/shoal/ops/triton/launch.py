@@ -6,8 +6,8 @@ reads what that one wrote and whether it has work or not, so the order is that o
 kernels on. What is older than that one may be read before the wait, past the L1: it is whole, since that one
 let nobody in before it had waited itself.
 
-A kernel of few programs lets its successor in as soon as it has waited; one that fills the chip does not,
-since the successor's programs would take the place of its own.
+A kernel lets its successor in as soon as it has waited. The device does so once all of its programs have said
+it, so none that is still to begin loses its place.
 """
 
 from __future__ import annotations
