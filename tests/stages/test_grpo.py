@@ -22,7 +22,7 @@ from shoal.data.text import Tokenizer
 from shoal.engine import Completion
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
-from shoal.stages import grpo, rollout
+from shoal.stages import grpo, rollout, round_batches
 from shoal.stages.claim import claim
 from shoal.stages.judge import Judge
 from shoal.stages.rollout import Episode, Question, Rollout
@@ -113,7 +113,10 @@ def test_engine_and_trainer_agree_on_what_was_sampled(start: Path, tmp_path: Pat
     assert ids == [[e.completion.ids for e in group] for group in again]  # a function of weights and seed
     assert ids != [[e.completion.ids for e in group] for group in other]
     assert model.training  # left as it was
-    (batches,) = rollout.batches_of(groups, run, torch.Generator(), torch.device("cpu"))
+    answers = [answer for group in groups for answer in group]
+    dealt = round_batches.deal(answers, run, torch.Generator())
+    assert sorted(i for parts in dealt for part in parts for i in part) == list(range(len(answers)))
+    (batches,) = round_batches.batches_of(answers, dealt, run, torch.device("cpu"))
     for batch in batches:
         gap = rollout.measure_gap(model, batch)
         # Some 1e3 roundings of 6e-8 on the way to a logit of order 1, random in sign: 2e-6.
@@ -127,27 +130,29 @@ def test_engine_and_trainer_agree_on_what_was_sampled(start: Path, tmp_path: Pat
     assert total == pytest.approx(1)
 
 
-def episode(prompt: tuple[int, ...], answer: tuple[int, ...], advantage: float) -> Episode:
+def episode(prompt: tuple[int, ...], answer: tuple[int, ...]) -> Episode:
     logprobs = tuple(-float(token) / 100 for token in answer)
     tops = tuple(((token, -0.1), (7, -3.0)) for token in answer)
     completion = Completion(answer, logprobs, tops, "stop")
     with Judge({LETTERS: 1.0}) as judge:
         (score,) = judge.score([""], [{}])
-    return Episode(Question(prompt, {}), completion, "", score, 0.0, advantage)
+    return Episode(Question(prompt, {}), completion, "", score, 0.0)
 
 
 def test_rows_of_a_batch_are_the_tokens_that_were_sampled(start: Path, tmp_path: Path) -> None:
     settings = config(start, tmp_path).rollout
     kept = replace(settings, keep_sampling=True, top_k=2, top_p=0.9)
-    answers = [episode((10, 11), (20, 21, 1), 0.5), episode((12,), (1,), -1.0)]
-    batch = rollout.to_batch(answers, [0.25, 0.5], kept, torch.device("cpu"))
+    answers = [episode((10, 11), (20, 21, 1)), episode((12,), (1,))]
+    batch = round_batches.to_batch(answers, [0.25, 0.5], kept, torch.device("cpu"))
     assert batch.ids_T.tolist() == [10, 11, 20, 21, 12]
     assert batch.targets_T is not None
     assert batch.targets_T.tolist() == [11, 20, 21, 1, 1]
     assert batch.weights_T is not None
     assert batch.weights_T.tolist() == [0, 0.25, 0.25, 0.25, 0.5]
-    assert batch.advantages_T is not None
-    assert batch.advantages_T.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
+    weighed = round_batches.give_advantages(batch, [0.5, -1.0])
+    assert batch.advantages_T is None
+    assert weighed.advantages_T is not None
+    assert weighed.advantages_T.tolist() == [0, 0.5, 0.5, 0.5, -1.0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0]
     assert batch.cu_seqlens_S1.tolist() == [0, 4, 5]
     assert batch.kept_TK is not None
@@ -167,7 +172,7 @@ def test_rows_of_a_batch_are_the_tokens_that_were_sampled(start: Path, tmp_path:
 def test_recorded_experts_are_replayed(start: Path, tmp_path: Path) -> None:
     """A record of the trainer's own choices changes nothing; another record is what the tokens then use."""
     settings, model = config(start, tmp_path).rollout, hf.load(start)
-    batch = rollout.to_batch([episode((10, 11), (20, 21, 1), 0.5)], [0.25], settings, torch.device("cpu"))
+    batch = round_batches.to_batch([episode((10, 11), (20, 21, 1))], [0.25], settings, torch.device("cpu"))
     own = torch.stack([layer.experts_TK for layer in model(batch).routing], 1)
     same = rollout.measure_gap(model, replace(batch, routing=own))
     assert same.routing == same.replayed == 0

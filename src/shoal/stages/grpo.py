@@ -14,6 +14,7 @@ reference policy; everything else is a function of the weights, the recipe and t
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import shutil
 import time
@@ -35,12 +36,12 @@ from shoal.data.text import Tokenizer
 from shoal.engine.sampling import hash_pair
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
-from shoal.stages import rollout
+from shoal.stages import rollout, round_batches
 from shoal.stages.appraise import PREFERENCE, Appraiser
 from shoal.stages.claim import claim
 from shoal.stages.judge import Judge, chosen
 from shoal.stages.published import as_problem
-from shoal.stages.rollout import Question, Rollout
+from shoal.stages.rollout import Answer, Question, Rollout
 from shoal.train.metrics import MetricsLog, Observer, Phase
 from shoal.train.policy import Policy, PolicyBatch
 from shoal.train.trainer import Outcome, Trainer
@@ -175,11 +176,12 @@ class Rounds:
         groups, drawn = self._sample(step)
         sampled = time.perf_counter()
         order = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, DEALING), step) >> 1)
-        steps = rollout.batches_of(groups, config, order, self.device)
+        answers = [answer for group in groups for answer in group]
+        dealt = round_batches.deal(answers, config, order)
+        steps = round_batches.batches_of(answers, dealt, config, self.device)
         first = steps[0][0]
         with torch.no_grad():
             out = self.model(first)
-        gap = rollout.measure_gap(self.model, first, out)
         temperature = config.rollout.temperature
         steps = [
             [
@@ -190,6 +192,17 @@ class Rounds:
             ]
             for batches in steps
         ]
+        # The device looks back; the judges need not wait for it.
+        judged = groups if rollout.are_judged(groups) else self.sampler.weigh(groups)
+        worth = [episode.advantage for group in judged for episode in group]
+        steps = [
+            [
+                round_batches.give_advantages(batch, [worth[i] for i in part])
+                for batch, part in zip(batches, parts, strict=True)
+            ]
+            for batches, parts in zip(steps, dealt, strict=True)
+        ]
+        gap = rollout.measure_gap(self.model, first, out)
         if config.teacher is not None:
             steps = [[rollout.follow_teacher(batch) for batch in batches] for batches in steps]
         if config.steps_per_round > 1:
@@ -202,29 +215,35 @@ class Rounds:
         self._log(
             "rollouts.jsonl",
             step,
-            {"kind": "rollout", "step": step, **rollout.count(groups), "drawn": drawn, "gap": asdict(gap)},
+            {"kind": "rollout", "step": step, **rollout.count(judged), "drawn": drawn, "gap": asdict(gap)},
             timing,
         )
         for fault, example in self.sampler.judge.examples.items():
             self.observe(Phase(f"rewards: {self.sampler.judge.faults[fault]} {fault}; the first: {example}"))
         return steps
 
-    def _sample(self, step: int) -> tuple[list[list[rollout.Episode]], int]:
-        """As many groups as a round has questions; flat ones are sampled anew while that is allowed.
-
-        And how many tokens it took, prompts and what was not used included.
+    def _sample(self, step: int) -> tuple[list[Sequence[Answer]], int]:
+        """As many groups as a round has questions, and how many tokens it took, prompts and what was not used
+        included. Where flat ones may be sampled anew all are judged to know which.
         """
         config, wanted = self.config, self.config.rollout.questions
         chosen = torch.Generator().manual_seed(hash_pair(hash_pair(config.seed, SAMPLING), step) >> 1)
-        groups: list[list[rollout.Episode]] = []
-        flat: list[list[rollout.Episode]] = []
+        groups: list[Sequence[Answer]] = []
+        flat: list[Sequence[Answer]] = []
         drawn = 0
         for attempt in range(1 + config.rollout.extra_rounds):
             picks = torch.randint(len(self.questions), (wanted,), generator=chosen).tolist()
+            asked = [self.questions[i] for i in picks]
             seed = hash_pair(hash_pair(config.seed, step), attempt)
-            for group in self.sampler.sample([self.questions[i] for i in picks], seed):
-                drawn += sum(len(e.question.ids) + len(e.completion.ids) for e in group)
-                (flat if config.rollout.extra_rounds and rollout.is_flat(group) else groups).append(group)
+            told: Sequence[Sequence[Answer]]
+            if config.rollout.extra_rounds:
+                told = judged = self.sampler.sample(asked, seed)
+                flat += filter(rollout.is_flat, judged)
+                groups += itertools.filterfalse(rollout.is_flat, judged)
+            else:
+                told = self.sampler.draw(asked, seed)
+                groups += told
+            drawn += sum(len(a.question.ids) + len(a.completion.ids) for group in told for a in group)
             if len(groups) >= wanted:
                 break
         return (groups + flat)[:wanted], drawn
@@ -250,7 +269,7 @@ class Rounds:
             f"{at}.{part}.{name}": tensor.cpu()
             for at, batches in enumerate(steps)
             for part, batch in enumerate(batches)
-            for name, tensor in rollout.as_tensors(batch).items()
+            for name, tensor in round_batches.as_tensors(batch).items()
         }
         file = self._round_file(step)
         with write_atomically(file) as opened:
@@ -273,7 +292,7 @@ class Rounds:
         for name, tensor in tensors.items():
             at, part, field = name.split(".")
             steps[int(at)][int(part)][field] = tensor
-        return [[rollout.from_tensors(batch) for batch in batches] for batches in steps]
+        return [[round_batches.from_tensors(batch) for batch in batches] for batches in steps]
 
     def _round_file(self, step: int) -> Path:
         return self.folder / "round" / f"step-{step:06d}.safetensors"

@@ -1,9 +1,8 @@
-"""Rollouts: groups of answers from the very model that is being trained, and the batches they become.
+"""Rollouts: groups of answers from the very model that is being trained.
 
-An Engine over the Transformer in training samples `group` answers to each question; the judge scores them;
-each answer with its prompt becomes one sequence of a PolicyBatch, with its advantage, the engine's
-log-probabilities and the experts that its tokens were sent to. The trainer then runs the same tokens, to have
-the log-probabilities it starts from, and to say how far the two sides are apart.
+An Engine over the Transformer in training samples `group` answers to each question; the judge scores them.
+The trainer then runs the same tokens (round_batches.py), to have the log-probabilities it starts from, and to
+say how far the two sides are apart.
 
 The law: a rollout is a function of the weights, the questions and a seed. Nothing is copied: the engine is
 told that the weights have changed, and reads them.
@@ -17,15 +16,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.batch import Batch
-from shoal.config.tune import GRPOConfig, RolloutConfig
+from shoal.config.tune import GRPOConfig
 from shoal.data.text import Tokenizer
 from shoal.engine import Completion, Engine, EngineSettings, SamplingParams
 from shoal.engine.sampling import hash_pair
@@ -43,11 +39,17 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Episode:
-    """One answer."""
+class Answer:
+    """One answer, as it was drawn."""
 
     question: Question
     completion: Completion
+
+
+@dataclass(frozen=True, eq=False)
+class Episode(Answer):
+    """One answer that was judged."""
+
     text: str
     score: Score
     reward: float  # the score's total, less what an over-long answer costs
@@ -74,6 +76,7 @@ class Gap:
 
 class Rollout:
     """Samples from `model` and scores, by rules and by the `appraiser` where a problem asks for preference.
+    What is drawn need not be scored at once: a trainer's device can work meanwhile.
 
     The model is in `eval` mode while it samples, and left as it was.
     """
@@ -118,6 +121,10 @@ class Rollout:
 
     def sample(self, questions: Sequence[Question], seed: int) -> list[list[Episode]]:
         """A group of answers to each question, with advantages."""
+        return self.weigh(self.draw(questions, seed))
+
+    def draw(self, questions: Sequence[Question], seed: int) -> list[list[Answer]]:
+        """A group of answers to each question."""
         settings = self.config.rollout
         params = SamplingParams(
             temperature=settings.temperature,
@@ -127,8 +134,11 @@ class Rollout:
             logprobs=settings.top_k if settings.keep_sampling else 0,
             routing=self.records,
         )
-        answers = self._answer(questions, settings.group, params, seed)
-        return [self._weigh(self._appraise(group)) for group in answers]
+        return self._answer(questions, settings.group, params, seed)
+
+    def weigh(self, groups: Sequence[Sequence[Answer]]) -> list[list[Episode]]:
+        """The groups with scores and advantages."""
+        return [self._weigh(self._appraise(group)) for group in self._judge(groups)]
 
     def _appraise(self, group: list[Episode]) -> list[Episode]:
         """The group with what the reward model thinks of it, where that counts."""
@@ -158,7 +168,7 @@ class Rollout:
 
     def _answer(
         self, questions: Sequence[Question], count: int, params: SamplingParams, seed: int
-    ) -> list[list[Episode]]:
+    ) -> list[list[Answer]]:
         asked = [question for question in questions for _ in range(count)]
         each = [params.seeded(hash_pair(seed, n)) for n in range(len(asked))]
         training = self.model.training
@@ -169,20 +179,25 @@ class Rollout:
             self.model.train(training)
         if bad := sum(completion.finish == "error" for completion in completions):
             raise FloatingPointError(f"{bad} of {len(asked)} answers ended in logits that are not numbers")
-        texts = [self.tokenizer.decode(completion.ids, skip_special=True) for completion in completions]
-        scores = self.judge.score(texts, [question.problem for question in asked])
+        answers = [Answer(*pair) for pair in zip(asked, completions, strict=True)]
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+    def _judge(self, groups: Sequence[Sequence[Answer]]) -> list[list[Episode]]:
+        answers = [answer for group in groups for answer in group]
+        texts = [self.tokenizer.decode(each.completion.ids, skip_special=True) for each in answers]
+        scores = self.judge.score(texts, [each.question.problem for each in answers])
         limit, buffer = self.config.rollout.max_tokens, self.config.policy.overlong_buffer
-        episodes = [
+        judged = (
             Episode(
-                question,
-                completion,
+                each.question,
+                each.completion,
                 text,
                 score,
-                score.total + policy.overlong_penalty(len(completion.ids), limit, buffer),
+                score.total + policy.overlong_penalty(len(each.completion.ids), limit, buffer),
             )
-            for question, completion, text, score in zip(asked, completions, texts, scores, strict=True)
-        ]
-        return [episodes[start : start + count] for start in range(0, len(episodes), count)]
+            for each, text, score in zip(answers, texts, scores, strict=True)
+        )
+        return [[next(judged) for _ in group] for group in groups]
 
     def evaluate(
         self, questions: Sequence[Question], count: int, seed: int, temperature: float | None = None
@@ -192,7 +207,11 @@ class Rollout:
         if temperature is None:
             temperature = 0.0 if count == 1 else 1.0
         params = SamplingParams(temperature=temperature, max_tokens=self.config.rollout.max_tokens)
-        return self._answer(questions, count, params, seed)
+        return self._judge(self._answer(questions, count, params, seed))
+
+
+def are_judged(groups: Sequence[Sequence[Answer]]) -> TypeGuard[Sequence[Sequence[Episode]]]:
+    return all(isinstance(answer, Episode) for group in groups for answer in group)
 
 
 def is_flat(group: Iterable[Episode]) -> bool:
@@ -219,70 +238,6 @@ def count(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
         told[f"reward/{name}"] = sum(values) / len(values)
     faults = Counter(fault for episode in episodes for fault in episode.score.faults.values())
     return told | {f"fault/{fault}": number for fault, number in sorted(faults.items())}
-
-
-def to_batch(
-    episodes: Sequence[Episode], shares: Sequence[float], settings: RolloutConfig, device: torch.device
-) -> PolicyBatch:
-    """Answers laid end to end. The last token of each is predicted and never read, so it has no row."""
-    answers = [episode.completion for episode in episodes]
-    prompt_S = np.array([len(episode.question.ids) for episode in episodes])
-    answer_S = np.array([len(answer.ids) for answer in answers])
-    # 1. All tokens of all; each is read but the last of a sequence, and predicted but the first.
-    texts = [ids for episode in episodes for ids in (episode.question.ids, episode.completion.ids)]
-    tokens, ends_S = _flat(texts, np.int64), (prompt_S + answer_S).cumsum()
-    rows_S = prompt_S + answer_S - 1
-    bounds_S1 = np.concatenate(([0], rows_S.cumsum()))
-    ids_T = np.delete(tokens, ends_S - 1)
-    targets_T = np.delete(tokens, ends_S - prompt_S - answer_S)
-    positions_T = np.arange(len(ids_T)) - bounds_S1[:-1].repeat(rows_S)
-    # 2. What is said of answers alone is 0 at the rows that predict a prompt.
-    drawn_T = positions_T >= (prompt_S - 1).repeat(rows_S)
-    advantage_S = np.array([episode.advantage for episode in episodes])
-    sampled_T = np.zeros(len(ids_T))
-    sampled_T[drawn_T] = _flat([answer.logprobs for answer in answers], np.float64)
-
-    def place(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(array).to(dtype).to(device)
-
-    routing = [answer.routing for answer in answers if answer.routing is not None]
-    return PolicyBatch(
-        ids_T=place(ids_T, torch.int64),
-        positions_T=place(positions_T, torch.int64),
-        cu_seqlens_S1=place(bounds_S1, torch.int32),
-        max_seqlen=int(rows_S.max()),
-        targets_T=place(targets_T, torch.int64),
-        weights_T=place(np.where(drawn_T, np.array(shares).repeat(rows_S), 0.0), torch.float32),
-        routing=torch.cat(routing).to(device).long() if len(routing) == len(answers) else None,
-        advantages_T=place(np.where(drawn_T, advantage_S.repeat(rows_S), 0.0), torch.float32),
-        sampled_T=place(sampled_T, torch.float32),
-        answers_T=place(np.arange(len(episodes)).repeat(rows_S), torch.int64),
-        kept_TK=place(_support(answers, targets_T, drawn_T, settings), torch.int64)
-        if settings.keep_sampling
-        else None,
-    )
-
-
-def _flat(rows: Sequence[Sequence[float]], dtype: type) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(rows), dtype, sum(map(len, rows)))
-
-
-def _support(
-    answers: Sequence[Completion], targets_T: np.ndarray, drawn_T: np.ndarray, settings: RolloutConfig
-) -> np.ndarray:
-    """(T, K): what could be drawn of what top-k left, the fewest that reach top_p, then what was drawn, if it
-    is none of them; -1 past those. Of a prompt its token alone."""
-    best_AK2 = np.array([top for answer in answers for top in answer.tops])
-    ids_AK, logprobs_AK = best_AK2[..., 0].astype(np.int64), torch.from_numpy(best_AK2[..., 1])
-    probs_AK = (logprobs_AK / settings.temperature).softmax(-1)
-    inside_AK = (probs_AK.cumsum(-1) - probs_AK < settings.top_p).numpy()
-    known_A = (inside_AK & (ids_AK == targets_T[drawn_T][:, None])).any(-1)
-    kept_TK = np.full((len(targets_T), ids_AK.shape[1] + 1), -1)
-    kept_TK[drawn_T, :-1] = np.where(inside_AK, ids_AK, -1)
-    kept_TK[:, -1] = targets_T
-    kept_TK[np.flatnonzero(drawn_T)[known_A], -1] = -1
-    kept_TK = np.take_along_axis(kept_TK, (kept_TK < 0).argsort(-1, kind="stable"), -1)
-    return kept_TK[:, : (kept_TK >= 0).sum(-1).max()]
 
 
 @torch.no_grad()
@@ -350,42 +305,3 @@ def _differing(output: Output, record_TLK: Tensor) -> Tensor:
     chosen_TLK = torch.stack([layer.experts_TK for layer in output.routing], 1)
     same_TLK = (chosen_TLK.unsqueeze(-1) == record_TLK.unsqueeze(-2)).any(-1)
     return 1 - same_TLK.float().mean()
-
-
-def batches_of(
-    groups: Sequence[Sequence[Episode]], config: GRPOConfig, order: torch.Generator, device: torch.device
-) -> list[list[PolicyBatch]]:
-    """A round as micro-batches of optimizer steps: [step][micro-batch]. Answers are dealt to steps at random,
-    and to the micro-batches of a step by length, so that these are of like size."""
-    episodes = [episode for group in groups for episode in group]
-    shuffled = [episodes[i] for i in torch.randperm(len(episodes), generator=order).tolist()]
-    per_step = len(shuffled) // config.steps_per_round
-    steps: list[list[PolicyBatch]] = []
-    for first in range(0, len(shuffled), per_step):
-        ours = shuffled[first : first + per_step]
-        lengths = [len(episode.completion.ids) for episode in ours]
-        shares = policy.shares(lengths, config.policy.variant, config.rollout.max_tokens)
-        ranked = sorted(range(len(ours)), key=lambda i: lengths[i])
-        parts = config.train.accumulation
-        steps.append(
-            [
-                to_batch(
-                    [ours[i] for i in ranked[part::parts]],
-                    [shares[i] for i in ranked[part::parts]],
-                    config.rollout,
-                    device,
-                )
-                for part in range(parts)
-            ]
-        )
-    return steps
-
-
-def as_tensors(batch: Batch) -> dict[str, Tensor]:
-    """A batch as what safetensors can hold; `max_seqlen` follows from the rest."""
-    return {name: value.contiguous() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-
-
-def from_tensors(tensors: Mapping[str, Tensor]) -> PolicyBatch:
-    longest = int(tensors["cu_seqlens_S1"].diff().max())
-    return PolicyBatch(**tensors, max_seqlen=longest)  # type: ignore[arg-type]
