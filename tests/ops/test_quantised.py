@@ -104,7 +104,7 @@ def test_training_product_and_its_gradients() -> None:
     x, weight, dy = _normal(5, 200), _normal(130, 200, seed=1), _normal(5, 130, seed=2)
     x.requires_grad_()
     weight.requires_grad_()
-    y = quantised.fp8_linear(x, weight)
+    y = quantised.fp8_linears(x, (weight,))[0]
     y.backward(dy)
     blocks = quantised.dequantise(quantised.quantise_blocks(weight.detach()), weight.shape[-1])
     wanted = (

@@ -263,7 +263,7 @@ def test_a_weight_quantised_before_gives_the_same_gradients() -> None:
         )
         with using("triton"):
             pair = quantised.fp8_pair(w) if kept else None
-            pairs = quantised.fp8_expert_pairs(gate_up, down) if kept else None
+            pairs = (quantised.fp8_pair(*gate_up.chunk(2, 1)), quantised.fp8_pair(down)) if kept else None
             (y,) = quantised.fp8_linears(x, (w,), pair)
             z = quantised.fp8_grouped_mlp(x, *_choices(T), gate_up, down, pairs)
         (y.float().sin().sum() + z.float().sin().sum()).backward()
@@ -283,7 +283,7 @@ def test_linears_of_the_same_rows_are_each_as_alone() -> None:
             if together:
                 told = quantised.fp8_linears(leaf, tuple(leaves), quantised.fp8_pair(*leaves))
             else:
-                told = tuple(quantised.fp8_linear(leaf, w) for w in leaves)
+                told = tuple(quantised.fp8_linears(leaf, (w,))[0] for w in leaves)
         torch.stack([y.float().sin().sum() for y in told]).sum().backward()
         results.append((told, [w.grad for w in leaves], leaf.grad))
     (alone, dalone, dx), (joint, djoint, dx_joint) = results
@@ -315,7 +315,7 @@ def test_training_equals_the_reference(kept: bool) -> None:
         experts_TK, weights_TK = _choices(T)
         weights_TK.requires_grad_()
         with using(side):
-            pairs = quantised.fp8_expert_pairs(gate_up, down) if kept else None
+            pairs = (quantised.fp8_pair(*gate_up.chunk(2, 1)), quantised.fp8_pair(down)) if kept else None
             y = quantised.fp8_grouped_mlp(x, experts_TK, weights_TK, gate_up, down, pairs)
             (z,) = quantised.fp8_linears(x, (one,), quantised.fp8_pair(one) if kept else None)
         (y.float().sin().sum() + z.float().sin().sum()).backward()
@@ -464,7 +464,7 @@ def test_a_linear_of_whole_blocks_is_cublas_s() -> None:
     for got, wanted in zip(*results, strict=True):
         assert _error(got, wanted) <= _limit(3648)
     with batch_invariant():
-        assert torch.equal(quantised.fp8_linear(x, w)[:8], quantised.fp8_linear(x[:8], w))
+        assert torch.equal(quantised.fp8_linears(x, (w,))[0][:8], quantised.fp8_linears(x[:8], (w,))[0])
         assert "batch-invariant" in explain("fp8_linears", x, (w,))
 
 

@@ -43,7 +43,7 @@ def _loss(model: Transformer, index: int, routing: Tensor | None = None) -> Tens
 
 
 class _Off(torch.autograd.Function):
-    """`fp8_linear` with errors of 2^-4 for its roundings."""
+    """`fp8_linears` with errors of 2^-4 for its roundings."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, generator: torch.Generator) -> Tensor:

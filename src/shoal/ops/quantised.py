@@ -125,16 +125,6 @@ def fp8_linears(x: Tensor, weights: tuple[Tensor, ...], pair: Fp8Pair | None = N
     return call("fp8_linears", x, weights, pair)
 
 
-def fp8_linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    return fp8_linears(x, (weight_NK,))[0]
-
-
-def fp8_expert_pairs(gate_up_E2FD: Tensor, down_EDF: Tensor) -> tuple[Fp8Pair, Fp8Pair]:
-    """What `fp8_grouped_mlp` makes of experts: no block holds rows of both gate and up."""
-    whole = down_EDF.shape[2] % BLOCK == 0
-    return fp8_pair(*([gate_up_E2FD] if whole else gate_up_E2FD.chunk(2, 1))), fp8_pair(down_EDF)
-
-
 def fp8_grouped_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
@@ -143,8 +133,8 @@ def fp8_grouped_mlp(
     down_EDF: Tensor,
     pairs: tuple[Fp8Pair, Fp8Pair] | None = None,
 ) -> Tensor:
-    """`api.grouped_mlp` whose products are `fp8_linears`', gate and up quantised apart. `pairs` are the
-    experts' `fp8_expert_pairs`, as there. Differentiable as it is.
+    """`api.grouped_mlp` whose products are `fp8_linears`', gate and up quantised apart. `pairs` are, as
+    `pair` there, `fp8_pair(gate, up)` and `fp8_pair(down)` of all experts. Differentiable as it is.
     """
     return call("fp8_grouped_mlp", x_TD, experts_TK, weights_TK, gate_up_E2FD, down_EDF, pairs)
 

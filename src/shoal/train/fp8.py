@@ -118,6 +118,10 @@ def _one_pair(*weights: Tensor) -> Pairs:
     return (ops.fp8_pair(*weights),)
 
 
+def _expert_pairs(gate_up_E2FD: Tensor, down_EDF: Tensor) -> Pairs:
+    return ops.fp8_pair(*gate_up_E2FD.chunk(2, 1)), ops.fp8_pair(down_EDF)
+
+
 @dataclass(frozen=True, eq=False)
 class Fp8Product:
     """Of linears, alone or several of the same rows."""
@@ -147,6 +151,6 @@ class Fp8Grouped:
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         stacks = (gate_up_E2FD, down_EDF)
-        pairs = self.kept.of(stacks, ops.fp8_expert_pairs)
+        pairs = self.kept.of(stacks, _expert_pairs)
         assert pairs is None or len(pairs) == 2
         return ops.fp8_grouped_mlp(x_TD, experts_TK, weights_TK, *stacks, pairs)
