@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +20,7 @@ from shoal.cli.app import app
 from shoal.cli.plot import read
 from shoal.cli.view import TrainingView, heat_map, numbers
 from shoal.train.metrics import EvaluationReport, MetricsLog, SpikeReport, StepReport, to_line
-from shoal.train.track import tracking
+from shoal.train.track import Tracker, tracking
 
 STEP = StepReport(
     step=1,
@@ -117,3 +124,49 @@ def test_tensorboard_gets_every_number_by_its_name_and_step(tmp_path: Path) -> N
     assert [(event.step, event.value) for event in told.Scalars("loss")] == [(1, 2.5), (2, 2.25)]
     assert told.Scalars("bits_per_byte/zh")[0].value == 1.75
     assert told.Scalars("max_violation")[0].value == 0.75
+
+
+def test_trackio_and_wandb_get_every_number_by_its_name_and_step(tmp_path: Path) -> None:
+    """Each in a process of its own: they keep threads and settings."""
+    read = {"trackio": _read_trackio, "wandb": _read_wandb}
+    for tracker in filter(importlib.util.find_spec, read):
+        there = {"TRACKIO_DIR": str(tmp_path / "kept"), "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+        command = "import sys; from tests.cli.test_watch import hand_over; hand_over(*sys.argv[1:])"
+        asked = [sys.executable, "-c", command, tracker, str(tmp_path / "runs" / "one")]
+        subprocess.run(asked, check=True, env={**os.environ, **there})
+        told = read[tracker](tmp_path)
+        assert [(step, numbers["loss"]) for step, numbers in told if "loss" in numbers] == [
+            (1, 2.5),
+            (2, 2.25),
+        ]
+        assert [numbers["bits_per_byte/zh"] for step, numbers in told if "held_out_loss" in numbers] == [1.75]
+
+
+def hand_over(tracker: Tracker, folder: str) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tracking(tracker, Path(folder)) as observe:
+        observe(STEP)
+        observe(replace(STEP, step=2, terms={"loss": 2.25, "z": 0.5}))
+        observe(replace(HELD_OUT, step=2))
+
+
+def _read_trackio(home: Path) -> list[tuple[int, dict[str, float]]]:
+    with contextlib.closing(sqlite3.connect(home / "kept" / "runs.db")) as kept:
+        rows = kept.execute("select step, metrics from metrics order by id").fetchall()
+    return [(step, json.loads(numbers)) for step, numbers in rows]
+
+
+def _read_wandb(home: Path) -> list[tuple[int, dict[str, float]]]:
+    """Of its file: 7 bytes, then records (checksum, size, kind, bytes) in blocks of 32 KiB, of which one is
+    enough here."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
+
+    (path,) = (home / "runs" / "one").glob("wandb/offline-run-*/run-*.wandb")
+    data, at, told = path.read_bytes(), 7, []
+    assert len(data) < 1 << 15
+    while at < len(data):
+        _, size, _ = struct.unpack_from("<IHB", data, at)
+        record, at = Record.FromString(data[at + 7 : at + 7 + size]), at + 7 + size
+        if items := {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}:
+            told.append((int(items["_step"]), {name: json.loads(value) for name, value in items.items()}))
+    return told

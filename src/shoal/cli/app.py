@@ -58,6 +58,7 @@ class Gguf(StrEnum):
 class Track(StrEnum):
     tensorboard = "tensorboard"
     trackio = "trackio"
+    wandb = "wandb"
 
 
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe; recipes/ has some.")]
@@ -100,7 +101,8 @@ def train(
     ] = None,
     device: Device = "auto",
     track: Annotated[
-        list[Track] | None, typer.Option(help="Hand the run to a tracker too (shoal[track]). Repeatable.")
+        list[Track] | None,
+        typer.Option(help="Hand the run to a tracker too (shoal[track], or shoal[wandb]). Repeatable."),
     ] = None,
 ) -> None:
     """Train a model by a recipe, or go on with a run that was interrupted. Several processes: by torchrun.

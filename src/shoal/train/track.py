@@ -1,4 +1,4 @@
-"""Other people's dashboards as Observers: TensorBoard and trackio, extras that are imported when asked for.
+"""Other people's dashboards as Observers: TensorBoard, trackio and wandb, extras, imported when asked for.
 
 The law: they only watch. Each gets a run's numbers under the same names as metrics.jsonl has, by step; what a
 tracker cannot do (no network, no package) never stops a run that did not ask for it.
@@ -13,7 +13,7 @@ from typing import Literal
 
 from shoal.train.metrics import EvaluationReport, Event, Observer, StepReport
 
-Tracker = Literal["tensorboard", "trackio"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -47,10 +47,11 @@ def together(observers: Sequence[Observer]) -> Observer:
 def tracking(tracker: Tracker, folder: Path) -> Iterator[Observer]:
     """An Observer that hands a run of this folder to a tracker. ValueError where it is not installed."""
     try:
-        log, close = (_tensorboard if tracker == "tensorboard" else _trackio)(folder)
+        log, close = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[tracker](folder)
     except ImportError as error:
+        extra = "wandb" if tracker == "wandb" else "track"
         raise ValueError(
-            f"{tracker} is asked for but cannot be imported ({error}); install shoal[track]"
+            f"{tracker} is asked for but cannot be imported ({error}); install shoal[{extra}]"
         ) from None
 
     def observe(event: Event) -> None:
@@ -81,3 +82,13 @@ def _trackio(folder: Path) -> tuple[Log, Callable[[], None]]:
 
     trackio.init(project=folder.parent.name or "shoal", name=folder.name)
     return (lambda told, step: trackio.log(told, step=step)), trackio.finish
+
+
+def _wandb(folder: Path) -> tuple[Log, Callable[[], None]]:
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra that tests do without
+
+    try:
+        run = wandb.init(project=folder.parent.name or "shoal", name=folder.name, dir=str(folder))
+    except wandb.Error as error:
+        raise ValueError(f"wandb does not begin ({error}); log in, or set WANDB_MODE=offline") from None
+    return (lambda told, step: run.log(told, step=step)), run.finish
