@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,13 @@ from shoal.ops.api import OpenSum
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> x W^T + b
 Joint = Callable[[Tensor, Any], tuple[Tensor, ...]]  # (x, linears) -> what each makes of x
+
+
+@runtime_checkable
+class JointProduct(Protocol):
+    """A product that several linears of the same rows may share."""
+
+    def together(self, x: Tensor, linears: Any) -> tuple[Tensor, ...]: ...
 
 
 class Embedding(nn.Module):
@@ -48,7 +55,9 @@ class Linear(nn.Module):
     @property
     def joint(self) -> Joint | None:
         """What makes such products of the same rows in one op; None: each makes its own."""
-        return _plain if self.product is F.linear else getattr(self.product, "together", None)
+        if self.product is F.linear:
+            return _plain
+        return self.product.together if isinstance(self.product, JointProduct) else None
 
     def forward(self, x: Tensor) -> Tensor:
         return together(x, self)[0]
