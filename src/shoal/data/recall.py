@@ -1,15 +1,15 @@
 """Text in which things are told and told again: text to practise looking back on.
 
-Three forms. `strings`: keys and values without meaning, each string told a few times before the next.
-`lists`: up to ten facts told over and over, "#ba27", a key and its value, from nearly in order to in none.
-`facts`: words of other text with facts among them. A key has one value in a list or among words, another in
-the next document, so a fact told again can only be known by finding it; among words, how far back it stands
-is spread evenly over the logarithm, from the next word to the whole document. A small model that begins with
-facts learns to guess among the values it has seen (LOG.md, 2026-11-29); strings are to be learned before.
+Two forms. `strings`: symbols without order or meaning, each string told twice before the next, so that what
+follows can only be known by finding where it stood. `facts`: words of other text with facts among them,
+"#ba=di", a key and its value. A key has one value in a document and another in the next; how far back a fact
+stands that is told again is spread evenly over the logarithm, from the next word to the whole document. A
+small model that begins with facts learns to guess among the values it has seen, and one that is told strings
+ten times or with an order in them does not learn to look back either (LOG.md, 2026-11-29).
 
-The law: a document is a function of the words, the seed and its number. Facts among words leave out
-`HELD_OUT`, keys and values to test with; strings and lists have them, or their tokens would mean nothing. A
-tokenizer trained on this text has each key and each value as one token.
+The law: a document is a function of the words, the seed and its number. Facts leave out `HELD_OUT`, keys and
+values to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
+has each key and each value as one token, whatever stands beside it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from typing import Literal, NamedTuple
 
 from shoal.data.read import Document
 
-Form = Literal["strings", "lists", "facts"]
+Form = Literal["strings", "facts"]
 
 
 class Symbols(NamedTuple):
     keys: tuple[str, ...]
     values: tuple[str, ...]
 
+    @classmethod
+    def of(cls, consonants: str) -> Symbols:
+        syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
+        return cls(tuple("#" + one for one in syllables), tuple("=" + one for one in syllables))
 
-MARK = "#"  # before every key; the words between have none, and no digits
-CONSONANTS, TESTED, VOWELS = "bdfg", "vz", "aeiou"
-TOLD = Symbols(tuple(MARK + c + v for c in CONSONANTS for v in VOWELS), tuple(map(str, range(10, 30))))
-HELD_OUT = Symbols(tuple(MARK + c + v for c in TESTED for v in VOWELS), tuple(map(str, range(90, 100))))
+
+TOLD, HELD_OUT = Symbols.of("bdfg"), Symbols.of("vz")
 ALL = Symbols(TOLD.keys + HELD_OUT.keys, TOLD.values + HELD_OUT.values)
 
 LEAST = 16  # words of a document
-STRING = 3, 10  # keys of a string or a list
-TIMES = 2, 8  # a string is told
+STRING = 4, 32  # symbols of a string
 DENSITY = 0.02, 0.5  # keys a word, so far as there are keys
 TEXT = "the sea is calm and a shoal of fish swims by under grey boats while gulls call over sand"
 WORDS = TEXT.split()
 
 
 def find_words(text: str) -> list[str]:
-    """Words to hide facts among."""
-    return re.sub(rf"[{MARK}\d]", "", text).split()
+    """Words to hide facts among: letters alone, for a tokenizer joins a mark to punctuation before it."""
+    return re.findall(r"[^\W\d_]+", text)
 
 
 def recall_documents(
@@ -55,8 +56,8 @@ def recall_documents(
     form: Form = "facts",
     words: Sequence[str] = WORDS,
 ) -> Iterator[Document]:
-    """`count` documents of so many words, from the first to the second of `lengths`; a fact is one. The words
-    of `facts` are stretches of `words`."""
+    """`count` documents of so many words, from the first to the second of `lengths`; a fact is one, and so is a
+    symbol of a string. The words of `facts` are stretches of `words`."""
     shortest, longest = lengths
     if count < 1 or not LEAST <= shortest <= longest:
         raise ValueError(
@@ -68,32 +69,15 @@ def recall_documents(
     for number in range(count):
         rng = random.Random(f"recall {form} {seed} {number}")
         size = round(_draw(rng, shortest, longest))
-        match form:
-            case "strings":
-                text = _strings(rng, size)
-            case "lists":
-                text = _lists(rng, size)
-            case "facts":
-                text = _facts(rng, size, words)
+        text = _strings(rng, size) if form == "strings" else _facts(rng, size, words)
         yield Document(text, f"recall-{form}-{number}")
 
 
 def _strings(rng: random.Random, size: int) -> str:
     told: list[str] = []
     while len(told) < size:
-        keys = rng.choices(ALL.keys, k=round(_draw(rng, *STRING)))
-        told += round(_draw(rng, *TIMES)) * [key + rng.choice(("", rng.choice(ALL.values))) for key in keys]
+        told += 2 * rng.choices(ALL.keys + ALL.values, k=round(_draw(rng, *STRING)))
     return "".join(told[:size])
-
-
-def _lists(rng: random.Random, size: int) -> str:
-    keys = rng.sample(ALL.keys, k=round(_draw(rng, *STRING)))
-    facts, disorder, at = [key + rng.choice(ALL.values) for key in keys], rng.random(), -1
-    told: list[str] = []
-    for _ in range(size):
-        at = rng.randrange(len(facts)) if rng.random() < disorder else (at + 1) % len(facts)
-        told.append(facts[at])
-    return "".join(told)
 
 
 def _facts(rng: random.Random, size: int, words: Sequence[str]) -> str:
