@@ -4,16 +4,16 @@ other text keeps its words."""
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
 from shoal.config.extend import load_extend
-from shoal.data.recall import ALL, HELD_OUT, TOLD, Form, find_words, recall_documents
+from shoal.data.recall import ALL, HELD_OUT, TOLD, find_words, recall_documents
 from shoal.data.tokenizer import SMALLEST, train_tokenizer
 
-FACT = re.compile(r"(#[a-z]{2})([0-9]{2})")
+FACT = re.compile(r"(#[a-z]{2})(=[a-z]{2})")
 RECIPES = Path(__file__).parents[2] / "recipes" / "extend"
 
 
@@ -37,44 +37,35 @@ def test_the_words_between_are_those_given_in_their_order() -> None:
         assert all((after - before) % len(words) == 1 for before, after in pairwise(places))
 
 
-def test_strings_come_again_before_the_next() -> None:
+def test_a_string_is_told_twice() -> None:
     seen: set[str] = set()
-    for document in recall_documents(200, (40, 200), 0, "strings"):
-        told = re.findall(r"#[a-z]{2}|[0-9]{2}", document.text)
+    for document in recall_documents(200, (64, 200), 0, "strings"):
+        told = re.findall(r"[#=][a-z]{2}", document.text)
         assert "".join(told) == document.text
+        assert 64 <= len(told) <= 200
         seen |= set(told)
-        units = re.findall(r"#[a-z]{2}(?:[0-9]{2})?", document.text)
-        assert 40 <= len(units) <= 200
-        assert any(units[:period] == units[period : 2 * period] for period in range(3, 11))
+        periods = [n for n in range(4, len(told) // 2 + 1) if told[:n] == told[n : 2 * n]]
+        assert len(periods) == 1, "told once more, and not again"
     assert seen == {*ALL.keys, *ALL.values}, "every symbol has a meaning before it is tested"
 
 
-def test_a_list_tells_its_facts_in_any_order() -> None:
-    followers: list[int] = []  # how many facts come after the first, in each document
-    for document in recall_documents(100, (40, 60), 0, "lists"):
-        told = FACT.findall(document.text)
-        assert "".join(map("".join, told)) == document.text
-        assert len(set(told)) == len(dict(told)) <= 10
-        followers.append(len({after for before, after in pairwise(told) if before == told[0]}))
-    assert min(followers) == 1 and max(followers) > 4, "from nearly a string to no order at all"
-
-
 def test_a_tokenizer_of_this_text_has_each_symbol_as_one_token() -> None:
-    forms: tuple[Form, ...] = ("strings", "lists", "facts")
-    texts = [document.text for form in forms for document in recall_documents(400, (30, 200), 0, form)]
-    tokenizer = train_tokenizer(texts, SMALLEST + 120)
-    assert all(len(tokenizer.encode(key + value)) == 2 for key in ALL.keys for value in ALL.values[::7])
+    texts = [document.text for document in recall_documents(400, (30, 200), 0, "strings")]
+    texts += [document.text for document in recall_documents(40, (30, 200), 0)]
+    tokenizer = train_tokenizer(texts, SMALLEST + 125)
+    for one, other in product(ALL.keys + ALL.values, repeat=2):
+        assert len(tokenizer.encode(one + other)) == 2
+        assert tokenizer.encode("sea" + one) == tokenizer.encode("sea") + tokenizer.encode(one)
 
 
 def test_recipes_ask_for_what_no_fact_has() -> None:
     needle = load_extend(RECIPES / "needle-3-long.toml").needle
     assert needle is not None
     assert (needle.keys, needle.values) == HELD_OUT
-    assert set(load_extend(RECIPES / "needle-2-facts.toml").data.sources) == {"strings", "lists", "facts"}
 
 
-def test_words_have_no_marks_and_no_digits() -> None:
-    assert find_words("a #1 fact, of 20:\nb") == ["a", "fact,", "of", ":", "b"]
+def test_words_are_letters() -> None:
+    assert find_words("a #1 fact, it's of 20_b:\nb") == ["a", "fact", "it", "s", "of", "b", "b"]
 
 
 def test_no_documents_and_no_words_are_refused() -> None:

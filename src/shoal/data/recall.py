@@ -38,7 +38,7 @@ TOLD, HELD_OUT = Symbols.of("bdfg"), Symbols.of("vz")
 ALL = Symbols(TOLD.keys + HELD_OUT.keys, TOLD.values + HELD_OUT.values)
 
 LEAST = 16  # words of a document
-STRING = 4, 32  # symbols of a string
+STRING = 4  # symbols at least, and half of the document at most
 DENSITY = 0.02, 0.5  # keys a word, so far as there are keys
 TEXT = "the sea is calm and a shoal of fish swims by under grey boats while gulls call over sand"
 WORDS = TEXT.split()
@@ -76,7 +76,7 @@ def recall_documents(
 def _strings(rng: random.Random, size: int) -> str:
     told: list[str] = []
     while len(told) < size:
-        told += 2 * rng.choices(ALL.keys + ALL.values, k=round(_draw(rng, *STRING)))
+        told += 2 * rng.choices(ALL.keys + ALL.values, k=round(_draw(rng, STRING, size / 2)))
     return "".join(told[:size])
 
 
