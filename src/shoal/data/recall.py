@@ -7,8 +7,8 @@ stands that is told again is spread evenly over the logarithm, from the next wor
 small model that begins with facts learns to guess among the values it has seen, and one that is told strings
 ten times or with an order in them does not learn to look back either (LOG.md, 2026-11-29).
 
-The law: a document is a function of the words, the seed and its number. Facts leave out `HELD_OUT`, keys and
-values to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
+The law: a document is a function of the words, the seed and its number. Facts leave out `HELD_OUT`, keys to
+test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
 has each key and each value as one token, whatever stands beside it.
 """
 
@@ -17,25 +17,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from shoal.data.read import Document
 
 Form = Literal["strings", "facts"]
 
 
-class Symbols(NamedTuple):
-    keys: tuple[str, ...]
-    values: tuple[str, ...]
-
-    @classmethod
-    def of(cls, consonants: str) -> Symbols:
-        syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
-        return cls(tuple("#" + one for one in syllables), tuple("=" + one for one in syllables))
+def _symbols(mark: str, consonants: str) -> tuple[str, ...]:
+    return tuple(mark + consonant + vowel for consonant in consonants for vowel in "aeiou")
 
 
-TOLD, HELD_OUT = Symbols.of("bdfg"), Symbols.of("vz")
-ALL = Symbols(TOLD.keys + HELD_OUT.keys, TOLD.values + HELD_OUT.values)
+TOLD, HELD_OUT = _symbols("#", "bdfg"), _symbols("#", "vz")  # keys
+VALUES = _symbols("=", "bdfgvz")
 
 LEAST = 16  # words of a document
 STRING = 4  # symbols at least, and half of the document at most
@@ -76,15 +70,15 @@ def recall_documents(
 def _strings(rng: random.Random, size: int) -> str:
     told: list[str] = []
     while len(told) < size:
-        told += 2 * rng.choices(ALL.keys + ALL.values, k=round(_draw(rng, STRING, size / 2)))
+        told += 2 * rng.choices(TOLD + HELD_OUT + VALUES, k=round(_draw(rng, STRING, size / 2)))
     return "".join(told[:size])
 
 
 def _facts(rng: random.Random, size: int, words: Sequence[str]) -> str:
     wanted = round(size * _draw(rng, *DENSITY))
     told: list[tuple[float, str]] = []
-    for key in rng.sample(TOLD.keys, min(max(wanted, 1), len(TOLD.keys))):
-        fact, place = key + rng.choice(TOLD.values), size * rng.random()
+    for key in rng.sample(TOLD, min(max(wanted, 1), len(TOLD))):
+        fact, place = key + rng.choice(VALUES), size * rng.random()
         while place < size:
             told.append((place, fact))
             place += _draw(rng, 1, size)
