@@ -13,7 +13,7 @@ from shoal.config.extend import load_extend
 from shoal.data.recall import HELD_OUT, TOLD, VALUES, find_words, recall_documents
 from shoal.data.tokenizer import SMALLEST, train_tokenizer
 
-FACT = re.compile(r"(#[a-z]{2})(=[a-z]{2})")
+FACT = re.compile(r"([#=][a-z]{2})([#=][a-z]{2})")
 RECIPES = Path(__file__).parents[2] / "recipes" / "extend"
 
 
@@ -25,8 +25,9 @@ def test_a_key_has_one_value_in_a_document_and_another_in_the_next() -> None:
     assert all(len(set(facts)) == len(dict(facts)) for facts in told)
     assert sum(map(len, told)) > 2 * sum(len(dict(facts)) for facts in told), "facts are told again"
     assert len({dict(facts).get("#ba") for facts in told}) > 5
-    assert {key for facts in told for key, _ in facts} == set(TOLD)
-    assert {value for facts in told for _, value in facts} == set(VALUES)
+    assert {key for facts in told for key, _ in facts} == {*TOLD, *VALUES}
+    assert {value for facts in told for _, value in facts} == {*TOLD, *HELD_OUT, *VALUES}
+    assert all(len({key[0] for key, _ in facts}) == 1 for facts in told), "a document's keys have one mark"
 
 
 def test_the_words_between_are_those_given_in_their_order() -> None:

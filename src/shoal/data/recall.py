@@ -7,8 +7,11 @@ stands that is told again is spread evenly over the logarithm, from the next wor
 small model that begins with facts learns to guess among the values it has seen, and one that is told strings
 ten times or with an order in them does not learn to look back either (LOG.md, 2026-11-29).
 
-The law: a document is a function of the words, the seed and its number. Facts leave out `HELD_OUT`, keys to
-test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
+In half of the documents keys and values change places: the more things are asked for, the sooner asking is
+learned and not a list of keys.
+
+The law: a document is a function of the words, the seed and its number. No fact has a key of `HELD_OUT`, keys
+to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
 has each key and each value as one token, whatever stands beside it.
 """
 
@@ -50,8 +53,8 @@ def recall_documents(
     form: Form = "facts",
     words: Sequence[str] = WORDS,
 ) -> Iterator[Document]:
-    """`count` documents of so many words, from the first to the second of `lengths`; a fact is one, and so is a
-    symbol of a string. The words of `facts` are stretches of `words`."""
+    """`count` documents of so many words, from the first to the second of `lengths`; a fact is one, and so is
+    a symbol of a string. The words of `facts` are stretches of `words`."""
     shortest, longest = lengths
     if count < 1 or not LEAST <= shortest <= longest:
         raise ValueError(
@@ -77,8 +80,9 @@ def _strings(rng: random.Random, size: int) -> str:
 def _facts(rng: random.Random, size: int, words: Sequence[str]) -> str:
     wanted = round(size * _draw(rng, *DENSITY))
     told: list[tuple[float, str]] = []
-    for key in rng.sample(TOLD, min(max(wanted, 1), len(TOLD))):
-        fact, place = key + rng.choice(VALUES), size * rng.random()
+    keys, values = rng.choice(((TOLD, VALUES), (VALUES, TOLD + HELD_OUT)))
+    for key in rng.sample(keys, min(max(wanted, 1), len(keys))):
+        fact, place = key + rng.choice(values), size * rng.random()
         while place < size:
             told.append((place, fact))
             place += _draw(rng, 1, size)
