@@ -114,7 +114,7 @@ def report(
 @app.command()
 def recall(
     out: Annotated[Path, typer.Argument(help="The .jsonl to write.")],
-    form: Annotated[str, typer.Option(help="strings or facts.")] = "facts",
+    form: Annotated[str, typer.Option(help="strings, facts or words.")] = "facts",
     documents: Annotated[int, typer.Option(help="How many.")] = 4000,
     shortest: Annotated[int, typer.Option(help="Words of a document, at least.")] = 100,
     longest: Annotated[int, typer.Option(help="Words of a document, at most.")] = 160,
@@ -128,8 +128,8 @@ def recall(
     from shoal.data.read import read_documents
     from shoal.data.recall import WORDS, find_words, recall_documents
 
-    if form not in ("strings", "facts"):
-        raise ValueError(f"--form is {form!r}; it is strings or facts")
+    if form not in ("strings", "facts", "words"):
+        raise ValueError(f"--form is {form!r}; it is strings, facts or words")
     words = WORDS
     if text:
         words = [word for document in read_documents(text) for word in find_words(document.text)]

@@ -1,10 +1,10 @@
 """Text in which things are told and told again: text to practise looking back on.
 
-Two forms. `strings`: symbols without order or meaning, each string told twice before the next, so that what
+Three forms. `strings`: symbols without order or meaning, each string told twice before the next, so that what
 follows can only be known by finding where it stood. `facts`: words of other text with facts among them,
 "#ba=di", a key and its value. A key has one value in a document and another in the next; how far back a fact
-stands that is told again is spread evenly over the logarithm, from the next word to the whole document. A
-small model that begins with facts learns to guess among the values it has seen, and one that is told strings
+stands that is told again is spread evenly over the logarithm, from the next word to the whole document.
+`words`: the same without facts, to hide needles in. A small model that begins with facts learns to guess among the values it has seen, and one that is told strings
 ten times or with an order in them does not learn to look back either (LOG.md, 2026-11-29).
 
 In half of the documents keys and values change places: the more things are asked for, the sooner asking is
@@ -24,7 +24,7 @@ from typing import Literal
 
 from shoal.data.read import Document
 
-Form = Literal["strings", "facts"]
+Form = Literal["strings", "facts", "words"]
 
 
 def _symbols(mark: str, consonants: str) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def recall_documents(
     for number in range(count):
         rng = random.Random(f"recall {form} {seed} {number}")
         size = round(_draw(rng, shortest, longest))
-        text = _strings(rng, size) if form == "strings" else _facts(rng, size, words)
+        text = _strings(rng, size) if form == "strings" else _words(rng, size, words, form == "facts")
         yield Document(text, f"recall-{form}-{number}")
 
 
@@ -77,11 +77,11 @@ def _strings(rng: random.Random, size: int) -> str:
     return "".join(told[:size])
 
 
-def _facts(rng: random.Random, size: int, words: Sequence[str]) -> str:
-    wanted = round(size * _draw(rng, *DENSITY))
+def _words(rng: random.Random, size: int, words: Sequence[str], facts: bool) -> str:
+    wanted = round(size * _draw(rng, *DENSITY)) or 1
     told: list[tuple[float, str]] = []
-    keys, values = rng.choice(((TOLD, VALUES), (VALUES, TOLD + HELD_OUT)))
-    for key in rng.sample(keys, min(max(wanted, 1), len(keys))):
+    keys, values = rng.choice(((TOLD, VALUES), (VALUES, TOLD)))
+    for key in rng.sample(keys, min(wanted, len(keys)) if facts else 0):
         fact, place = key + rng.choice(values), size * rng.random()
         while place < size:
             told.append((place, fact))
