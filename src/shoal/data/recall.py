@@ -4,8 +4,9 @@ Three forms. `strings`: symbols without order or meaning, each string told twice
 follows can only be known by finding where it stood. `facts`: words of other text with facts among them,
 "#ba=di", a key and its value. A key has one value in a document and another in the next; how far back a fact
 stands that is told again is spread evenly over the logarithm, from the next word to the whole document.
-`words`: the same without facts, to hide needles in. A small model that begins with facts learns to guess among the values it has seen, and one that is told strings
-ten times or with an order in them does not learn to look back either (LOG.md, 2026-11-29).
+`words`: the same without facts, to hide needles in. A small model that begins with facts learns to guess
+among the values it has seen, and one that is told strings ten times, or with an order in them, does not learn
+to look back either (LOG.md, 2026-11-29).
 
 In half of the documents keys and values change places: the more things are asked for, the sooner asking is
 learned and not a list of keys.
