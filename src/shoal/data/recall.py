@@ -1,19 +1,15 @@
 """Text in which things are told and told again: text to practise looking back on.
 
-Three forms. `strings`: symbols without order or meaning, each string told twice before the next, so that what
-follows can only be known by finding where it stood. `facts`: words of other text with facts among them,
-"#ba=di", a key and its value. A key has one value in a document and another in the next; how far back a fact
-stands that is told again is spread evenly over the logarithm, from the next word to the whole document.
-`words`: the same without facts, to hide needles in. A small model that begins with facts learns to guess
-among the values it has seen, and one that is told strings ten times, or with an order in them, does not learn
-to look back either (LOG.md, 2026-11-29).
-
-In half of the documents keys and values change places: the more things are asked for, the sooner asking is
-learned and not a list of keys.
+Three forms. `strings`: symbols without order or meaning, each string told twice before the next. `facts`:
+words of other text with facts among them, "#ba=di", a key and its value, told again from a word to a document
+later (evenly by the logarithm). A key has one value in a document and another in the next; in half of the
+documents keys and values change places. `words`: no facts, to hide needles in. A small model that begins with
+facts learns to guess among the values it has seen, so strings come first; with few keys it learns these and
+not to look (LOG.md, 2026-11-29).
 
 The law: a document is a function of the words, the seed and its number. No fact has a key of `HELD_OUT`, keys
-to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text
-has each key and each value as one token, whatever stands beside it.
+to test with; strings have them, or their tokens would mean nothing. A tokenizer trained on this text has each
+key and each value as one token, whatever stands beside it.
 """
 
 from __future__ import annotations
