@@ -22,6 +22,7 @@ from shoal.analysis.observe import Observation, divergence, observe, specialists
 from shoal.config.families import family
 from shoal.data.pack import evaluation_batches
 from shoal.engine import Engine, EngineSettings, SamplingParams
+from shoal.model.layers import RMSNorm
 from shoal.model.moe import Gate, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops.api import Routing
@@ -46,6 +47,13 @@ class WithoutBest(nn.Module):
             selection_TE = selection_TE + self.gate.e_score_correction_bias
         ranked_TE = selection_TE.sort(dim=-1, descending=True, stable=True).indices
         return self.gate(x_TD, ranked_TE[:, self.count : self.count + top_k])
+
+    def after(
+        self, norm: RMSNorm, x_TD: Tensor, y_TD: Tensor, replay_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """As `Gate.after`."""
+        total_TD, normal_TD = norm.add(x_TD, y_TD)
+        return total_TD, normal_TD, self(normal_TD, replay_TK)
 
 
 @contextmanager
