@@ -66,6 +66,11 @@ def test_recipes_ask_for_what_no_fact_has() -> None:
     assert needle.values == VALUES
 
 
+def test_words_alone_have_no_facts() -> None:
+    for document in recall_documents(20, (30, 300), 1, "words", ["sea", "gull"]):
+        assert set(document.text.split()) == {"sea", "gull"}
+
+
 def test_words_are_letters() -> None:
     assert find_words("a #1 fact, it's of 20_b:\nb") == ["a", "fact", "it", "s", "of", "b", "b"]
 
