@@ -58,8 +58,8 @@ class Watch:
         self.profiler = profile(
             activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU], acc_events=True
         )
-        self.made = time.perf_counter()
-        self.times: dict[float, float] = {}  # by step
+        self.made, self.profiled_from = time.perf_counter(), 0.0
+        self.ends: list[float] = []  # of rounds, from the last warm one on
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, StepReport):
@@ -69,19 +69,19 @@ class Watch:
             return
         if self.cuda:
             torch.cuda.synchronize()
-        self.times[event.step] = time.perf_counter()
+        self.ends.append(time.perf_counter())
         if event.step == WARM + self.rounds:
             self.profiler.start()
-            self.times[event.step + 0.5] = time.perf_counter()
+            self.profiled_from = time.perf_counter()
         elif event.step > WARM + self.rounds:
             self.profiler.stop()
 
     def seconds(self) -> float:
         """Of a round that nobody profiled."""
-        return (self.times[WARM + self.rounds] - self.times[WARM]) / self.rounds
+        return (self.ends[self.rounds] - self.ends[0]) / self.rounds
 
     def profiled(self) -> float:
-        return self.times[WARM + self.rounds + 1] - self.times[WARM + self.rounds + 0.5]
+        return self.ends[-1] - self.profiled_from
 
     def kernels(self) -> float:
         kind = DeviceType.CUDA if self.cuda else DeviceType.CPU

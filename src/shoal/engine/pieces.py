@@ -5,8 +5,8 @@ An eager step has some forty launches a layer: of 27 layers it waits 40 ms for t
 reads 4,000 tokens. Attention's launches depend on lengths of chunks and contexts; all else sees rows, and
 their number alone. So the forward pass is recorded as graphs that end where attention begins. A step replays
 a graph, attends with the rows that are its own, its output projected to where the next graph reads it, and
-replays that. Rows past them are padding: they write to
-the scratch page, and of attention they get what was there before.
+replays that. Rows past them are padding: they write to the scratch page, and of attention they get what was
+there before.
 
 Graphs of all lengths share a pool, in which what one layer computes lies where the one before had it. What
 attention is given is therefore remembered by address, not held: it is good until the next graph runs.

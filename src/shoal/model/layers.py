@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,6 +66,11 @@ class Linear(nn.Module):
 def _plain(x: Tensor, linears: tuple[Linear, ...]) -> tuple[Tensor, ...]:
     weights = tuple(linear.weight for linear in linears)
     return ops.linears(x, weights, tuple(linear.bias for linear in linears))
+
+
+def add_biases(ys: Iterable[Tensor], linears: Iterable[Any]) -> tuple[Tensor, ...]:
+    """What linears made without their biases, with them."""
+    return tuple(y if each.bias is None else y + each.bias for y, each in zip(ys, linears, strict=True))
 
 
 def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:

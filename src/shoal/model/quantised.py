@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model.dsa import Indexer
-from shoal.model.layers import MLP, Linear
+from shoal.model.layers import MLP, Linear, add_biases
 from shoal.model.moe import Experts, LocalDispatcher, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
@@ -68,9 +68,7 @@ class _Quantised(nn.Module):
 
 
 def _joint(x: Tensor, linears: tuple[QuantisedLinear, ...]) -> tuple[Tensor, ...]:
-    ys = ops.quantised_linears(x, [linear.kept("weight") for linear in linears])
-    biases = [linear.bias for linear in linears]
-    return tuple(y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True))
+    return add_biases(ops.quantised_linears(x, [linear.kept("weight") for linear in linears]), linears)
 
 
 class QuantisedLinear(_Quantised):

@@ -115,7 +115,6 @@ def run(
             observe=observe,
         )
         trainer.resume()
-        sampler.warm_up(lambda what: observe(Phase(what)))
         try:
             outcome = trainer.run()
             if not outcome.interrupted:
@@ -164,6 +163,8 @@ class Rounds:
 
     def _begin(self, step: int) -> list[list[PolicyBatch]]:
         """A new round, from the present weights."""
+        if not self._begun:
+            self.sampler.warm_up(lambda what: self.observe(Phase(what)))
         config, start = self.config, time.perf_counter()
         if self._begun < SETTLING:  # what has come to stay is left out of garbage collections
             gc.collect()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from shoal.config.run import Keep
 from shoal.model.dsa import Indexer
-from shoal.model.layers import Linear
+from shoal.model.layers import Linear, add_biases
 from shoal.model.moe import Experts
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
@@ -133,8 +133,7 @@ class Fp8Product:
         return y if bias is None else y + bias
 
     def together(self, x: Tensor, linears: tuple[Linear, ...]) -> tuple[Tensor, ...]:
-        told = self._multiply(x, tuple(linear.weight for linear in linears))
-        return tuple(y if each.bias is None else y + each.bias for y, each in zip(told, linears, strict=True))
+        return add_biases(self._multiply(x, tuple(linear.weight for linear in linears)), linears)
 
     def _multiply(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         pairs = self.kept.of(weights, _one_pair)

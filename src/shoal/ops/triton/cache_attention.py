@@ -3,9 +3,8 @@
     o_t = sum_{j <= t} softmax_j(scale q_t k_j) v_j,   k_j and v_j in pages
 
 Two launches a call, `split` and `merge` (`cache_splits`); with the values of latents three, of one token two
-(`cache_values`). Nothing waits for the device: how the positions are
-shared out is decided there, from the lengths it holds, so lengths of 0 or far below `max_context_len` cost
-nothing.
+(`cache_values`). Nothing waits for the device: how the positions are shared out is decided there, from the
+lengths it holds, so lengths of 0 or far below `max_context_len` cost nothing.
 
 Bound: bytes of the cache, read once, while a key head has 16 queries (30 FLOPs a byte); the matrix rate
 from 128 on. On an H200 (2026-11-24 and 29) with 16 heads 10.5 and 21.9 us at batch 1 and 4k and 32k, 86% of
