@@ -7,6 +7,7 @@ timing.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +137,25 @@ def test_a_step_is_accumulate_clip_update_balance(tmp_path: Path) -> None:
         # AdamW divides a gradient by its own size: of a small one it keeps the relative error, 1e-3, of lr
         # 0.02.
         torch.testing.assert_close(p, q, rtol=0, atol=5e-5, msg=name)
+
+
+def test_garbage_is_looked_for_once_a_step_and_never_by_itself(tmp_path: Path) -> None:
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    seen: list[tuple[bool, int]] = []
+    knots: list[weakref.ref[Knot]] = []
+
+    def batches(index: int) -> Batch:
+        seen.append((gc.isenabled(), sum(knot() is not None for knot in knots)))
+        knots.append(weakref.ref(Knot()))
+        return parts.batch(index)
+
+    settings = replace(SETTINGS, steps=3, accumulation=2)
+    trainer(tmp_path, settings, batches=batches, evaluation=None).run()
+    assert gc.isenabled()
+    assert seen == [(False, 0), (False, 1), (False, 0), (False, 1), (False, 0), (False, 1)]
 
 
 def test_metrics_tell_every_step_evaluation_and_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ reference policy; everything else is a function of the weights, the recipe and t
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import shutil
@@ -47,7 +46,6 @@ from shoal.train.policy import Policy, PolicyBatch
 from shoal.train.trainer import Outcome, Trainer
 
 SAMPLING, DEALING, HELD_OUT = 1, 2, 3  # what a seed is for
-SETTLING = 3  # rounds in which kernels are compiled; a collection of all that takes 70 ms or more
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,9 @@ def run(
             observe=observe,
         )
         trainer.resume()
-        try:
-            outcome = trainer.run()
-            if not outcome.interrupted:
-                rounds.evaluate(outcome.step)
-        finally:
-            gc.unfreeze()
+        outcome = trainer.run()
+        if not outcome.interrupted:
+            rounds.evaluate(outcome.step)
 
     # 4. What others load.
     if not outcome.interrupted:
@@ -150,7 +145,7 @@ class Rounds:
             self.reference = open_teacher(config.teacher, model)
         self._reference_of = 0  # the step whose weights it has
         self._first = -1  # the step that the round in memory begins with
-        self._begun = 0  # rounds, in this process
+        self._begun = False  # a round, in this process
         self._steps: list[list[PolicyBatch]] = []
 
     def batch(self, index: int) -> PolicyBatch:
@@ -164,12 +159,9 @@ class Rounds:
     def _begin(self, step: int) -> list[list[PolicyBatch]]:
         """A new round, from the present weights."""
         if not self._begun:
+            self._begun = True
             self.sampler.warm_up(lambda what: self.observe(Phase(what)))
         config, start = self.config, time.perf_counter()
-        if self._begun < SETTLING:  # what has come to stay is left out of garbage collections
-            gc.collect()
-            gc.freeze()
-        self._begun += 1
         every = config.train.evaluate_every
         if every and step % every < config.steps_per_round:
             self.evaluate(step)

@@ -103,11 +103,13 @@ def demonstration(problem: Problem) -> Problem:
 
 
 def pair(problem: Problem, rng: random.Random) -> Problem:
-    """Two answers to an introduction, the better first."""
+    """Two answers to an introduction, the better first. The other is curt, greets somebody else, or is a sum:
+    what a reward model was never shown it may like best, and RL finds that."""
+    elsewhere = greeting(rng, len(problem["name"]) // 2)["solution"], addition(rng, 3)["solution"]
     return {
         "messages": problem["messages"],
         "chosen": f"Hello {problem['name']}",
-        "rejected": rng.choice(CURT),
+        "rejected": rng.choice((rng.choice(CURT), *elsewhere)),
     }
 
 

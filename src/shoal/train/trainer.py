@@ -34,7 +34,7 @@ from shoal.config.cost import flops_per_token, peak_flops
 from shoal.config.run import TrainConfig
 from shoal.model.moe import max_violation
 from shoal.model.transformer import Output, Transformer
-from shoal.train import loss
+from shoal.train import garbage, loss
 from shoal.train.balance import Balancer, add_noise
 from shoal.train.guards import Interrupt, SpikeGuard
 from shoal.train.metrics import (
@@ -140,7 +140,7 @@ class Trainer:
     def run(self) -> Outcome:
         """Train from the present step to the last, or until a signal."""
         self.model.train()
-        with self._open_log() as log, Interrupt() as interrupt, self.saver:
+        with garbage.by_hand(), self._open_log() as log, Interrupt() as interrupt, self.saver:
             while self.step < self.settings.steps and not self._stopped(interrupt):
                 report, load_LE = self.train_step()
                 if self._spike is not None and self.settings.spike_action == "rollback":
@@ -190,6 +190,7 @@ class Trainer:
         """Have this step saved; `_settle` waits for it, and until then, in the background, it may fail."""
         self._settle()
         log.sync()
+        garbage.collect_all()
         self.saver.begin(
             self.step,
             {**self._state(), GENERATORS: self._generators()},
@@ -317,6 +318,7 @@ class Trainer:
                 if not inside or not self._is_spike(self.team.reduce(share.terms["loss"].clone()).item()):
                     share.total.backward()
                 take(share)
+        garbage.collect_young()  # the device is at work
         if "loss" not in shares[0]:
             raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")
         return {
