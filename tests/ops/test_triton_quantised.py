@@ -217,6 +217,37 @@ def test_fp8_products_of_given_numbers_equal_the_reference(grouped: bool) -> Non
     assert _error(got_MF[kept_M], wanted_MF[kept_M]) <= _limit(D)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "D", "F"), [(1, 128, 128), (70, 208, 384), (1500, 2048, 1408)])
+def test_warpgroups_at_their_own_pace_multiply_what_one_loop_does(T: int, D: int, F: int) -> None:
+    """The last half of a row of tiles, and the last block of a reduction, may lie past the end."""
+    from shoal.ops.triton.permutation import group_by_expert
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("Hopper's")
+    x, x_scales = quantised.quantise_rows(_normal(T, D))
+    gate_up, gate_up_scales = quantised.quantise_blocks(_normal(E, 2, F, D, seed=1) * D**-0.5)
+    down, down_scales = quantised.quantise_blocks(_normal(E, D, F, seed=2))
+    experts_TK, _ = _choices(T)
+    groups = group_by_expert(experts_TK, E, 128)
+    used = int(groups.first_tile_E1[-1]) * groups.tile
+    choice = groups.choices_P[:used].long()
+
+    def swiglu(tile: fp8.Fp8Tile | None) -> tuple[Tensor, Tensor, Tensor]:
+        told = fp8.swiglu(x, x_scales, gate_up, gate_up_scales, groups, K, HALF, save=True, tile=tile)
+        assert told[2] is not None
+        return told[0], told[1], told[2]
+
+    one, own = swiglu(fp8.SWIGLU), swiglu(None)
+    for got, wanted in zip(own, one, strict=True):
+        assert torch.equal(got[:used].float(), wanted[:used].float())
+    wanted = fp8.product(*one[:2], down, down_scales, HALF, groups, tile=fp8.PRODUCT)[:used]
+    by_slot = fp8.product(*one[:2], down, down_scales, HALF, groups)[:used]
+    by_choice = fp8.product(*one[:2], down, down_scales, HALF, groups, choices=T * K)
+    assert torch.equal(by_slot, wanted)
+    assert torch.equal(by_choice[choice[choice >= 0]], wanted[choice >= 0])
+
+
 def test_rows_quantised_once_are_those_of_each_choice() -> None:
     from shoal.ops.triton.permutation import gather_rows, group_by_expert
     from shoal.ops.triton.quantise import quantise_rows

@@ -20,10 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Copied
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.ops.triton import experts
 from shoal.ops.triton.expert_plan import choose_plan, num_multiprocessors
+from shoal.ops.triton.fp8_hopper import fp8_hopper_kernel
 from shoal.ops.triton.fp8_products import fp8_product_kernel, fp8_swiglu_kernel
 from shoal.ops.triton.permutation import Groups, gather_rows, group_by_expert, sum_choices
 from shoal.ops.triton.quantise import (
@@ -69,8 +72,52 @@ def _takes_tma(*tensors: Tensor) -> bool:
     )
 
 
+def _fits_hopper(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether `fp8_hopper` takes what lies by expert, its results in `dtype`."""
+    hopper = _takes_tma(*tensors) and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+    return hopper and dtype.itemsize == 2
+
+
 def _grid(tile: Fp8Tile, tiles: int, device: torch.device) -> tuple[int]:
     return (min(max(1, tiles), tile.programs * num_multiprocessors(device.index)),)
+
+
+def _on_hopper(
+    a: Tensor,
+    a_scales: Tensor,
+    w: Tensor,
+    w_scales: Tensor,
+    out: Tensor,
+    out_scales: Tensor | None,
+    saved: Tensor | None,
+    groups: Groups,
+    top_k: int,
+    dtype: torch.dtype,
+    *,
+    scatter: bool,
+) -> None:
+    """Both products: with scales of what leaves it is SwiGLU's, and `dtype` what its rows are rounded to."""
+    layout, columns = gl.NVMMASharedLayout(128, 8, 2), w.shape[-2]
+    gated = out_scales is not None
+    tiles = groups.max_tiles * triton.cdiv(columns, 128 if gated else 256)
+    fp8_hopper_kernel[(max(1, min(tiles, num_multiprocessors(a.device.index))),)](
+        a if gated else Copied.from_tensor(a, [64, 128], layout),
+        a_scales,
+        Copied.from_tensor(w.flatten(0, -2), [128, 128], layout),
+        w_scales,
+        out,
+        out_scales if gated else out,
+        out.new_empty(0, dtype=dtype) if saved is None else saved,
+        *experts_places(groups),
+        E=groups.n_experts,
+        K=top_k,
+        C=a.shape[1],
+        N=columns,
+        GATED=gated,
+        SCATTER=scatter,
+        SAVE=saved is not None,
+        num_warps=4,
+    )
 
 
 def product(
@@ -82,15 +129,22 @@ def product(
     groups: Groups | None = None,
     *,
     choices: int | None = None,
-    tile: Fp8Tile = PRODUCT,
+    tile: Fp8Tile | None = None,
 ) -> Tensor:
-    """a (P, C) times w_e^T, w (E, N, C): by slot, or given `choices`, by choice. No groups: w is (N, C)."""
-    tile = _tile(a, tile)
+    """a (P, C) times w_e^T, w (E, N, C): by slot, or given `choices`, by choice. No groups: w is (N, C).
+
+    `tile` asks for `fp8_products`, where otherwise `fp8_hopper` may serve.
+    """
+    hopper = tile is None and groups is not None and _fits_hopper(dtype, a, w)
+    tile = _tile(a, tile or PRODUCT)
     w = w if groups is not None else w.unsqueeze(0)
     E, N, C = w.shape
     rows = a.shape[0] if choices is None else choices
     bm = tile.bm if groups is None else groups.tile
     out = torch.empty(rows, N, dtype=dtype, device=a.device)
+    if hopper and groups is not None and groups.tile == 128:
+        _on_hopper(a, a_scales, w, w_scales, out, None, None, groups, 1, dtype, scatter=choices is not None)
+        return out
     tma = _takes_tma(a, w)
     tiles = triton.cdiv(a.shape[0], bm) if groups is None else groups.max_tiles
     where = (None, None, None) if groups is None else experts_places(groups)
@@ -131,16 +185,22 @@ def swiglu(
     dtype: torch.dtype,
     *,
     save: bool,
-    tile: Fp8Tile = SWIGLU,
+    tile: Fp8Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """h (P, F) quantised, and the gate-up rows (P, 2F) if `save`. gate_up is (E, 2, F, D)."""
-    tile = _tile(x, tile)
+    """h (P, F) quantised, and the gate-up rows (P, 2F) if `save`. gate_up is (E, 2, F, D), `tile` as in
+    `product`."""
+    hopper = tile is None and groups.tile == 128 and _fits_hopper(dtype, x, gate_up)
+    tile = _tile(x, tile or SWIGLU)
     E, _, F, D = gate_up.shape
     P, where = groups.choices_P.shape[0], {"device": x.device}
     f_blocks = triton.cdiv(F, 128)
     h = torch.empty(P, F, dtype=torch.float8_e4m3fn, **where)
     h_scales = torch.empty(P, f_blocks, dtype=torch.float32, **where)
     saved = torch.empty(P, 2 * F, dtype=dtype, **where) if save else None
+    if hopper:
+        rest = (groups, top_k, dtype)
+        _on_hopper(x, x_scales, gate_up, gate_up_scales, h, h_scales, saved, *rest, scatter=False)
+        return h, h_scales, saved
     tma = _takes_tma(x, gate_up)
     w = gate_up.flatten(0, 1)
     fp8_swiglu_kernel[_grid(tile, groups.max_tiles * f_blocks, x.device)](

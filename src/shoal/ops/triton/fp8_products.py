@@ -14,7 +14,8 @@ bits or so, and what leaves it after 128 is added in float32, scaled. That is th
 a tile's sum twice. The next block's scales are read ahead, since they are no operand that the compiler would
 fetch early.
 
-Bound: the matrix rate, 1,512 TFLOP/s on an H200.
+Bound: the matrix rate, 1,512 TFLOP/s on an H200. On Hopper `fp8_hopper` has 1.3 to 1.5 times the speed where
+it fits, and gives the same bits.
 """
 
 from __future__ import annotations
