@@ -1,6 +1,6 @@
 """When Python looks for garbage that refers to itself: while the device works, and never by itself.
 
-A collection that comes when some counter is full stops the host for 1 to 100 ms, in which nothing is launched:
+A collection that comes when some counter is full stops the host for 1 to 100 ms, and nothing is launched:
 in a round of RL with 1,024 answers 45 to 125 ms, all told (LOG, 2026-11-29). torchtitan, too, collects by
 steps. The law: what a step leaves behind is gone after the next, so memory does not grow.
 """
