@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.ops.reference import experts as reference
-from shoal.ops.triton import expert_plan, experts
+from shoal.ops.triton import expert_gradients, expert_plan, experts, permutation
 from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
 pytestmark = [
@@ -163,6 +163,32 @@ def test_refusals_name_the_value() -> None:
     assert "float64" in str(experts.grouped_mlp_refusal(*_wide(inputs)))
     strided = inputs._replace(gate_up_E2FD=inputs.gate_up_E2FD.mT.contiguous().mT)
     assert "contiguous" in str(experts.grouped_mlp_refusal(*strided))
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("halves", [(64, 256), (128, 128)], ids=str)
+@pytest.mark.parametrize(("T", "R", "C"), [(1, 128, 8), (700, 384, 328), (3000, 2816, 2048)])
+def test_weight_gradients_copied_multiplied_and_stored_at_once(
+    T: int, R: int, C: int, halves: tuple[int, int]
+) -> None:
+    """Of float64's, but for one rounding and float32 sums; an expert without rows has zeros."""
+    E, K = 8, 3
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    chosen_TK = torch.rand(T, E, generator=generator, device=DEVICE).argsort(-1)[:, :K]
+    chosen_TK = chosen_TK.where(chosen_TK != 2, -1)
+    groups = permutation.group_by_expert(chosen_TK, E, 128)
+    left, right = (torch.randn(T, n, generator=generator, device=DEVICE).to(HALF) for n in (R, C))
+    left_PR, right_PC = (permutation.gather_rows(x, chosen_TK, groups) for x in (left, right))
+    tile = expert_gradients.Halves(*halves)
+    if (refused := expert_gradients.weight_gradient_refusal(left_PR, right_PC, groups, tile)) is not None:
+        pytest.skip(refused)
+    got_ERC = expert_gradients.weight_gradient(left_PR, right_PC, groups, tile)
+    for expert in range(E):
+        mine_T = (chosen_TK == expert).any(-1)
+        wanted_RC = left[mine_T].double().t() @ right[mine_T].double()
+        error = (got_ERC[expert].double() - wanted_RC).norm()
+        assert error <= (torch.finfo(HALF).eps / 2 + T**0.5 * 2.0**-24) * wanted_RC.norm()
 
 
 @on_gpu

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.ops.invariance import with_gradient_of
+from shoal.ops.triton.expert_gradients import Halves, weight_gradient, weight_gradient_refusal
 from shoal.ops.triton.expert_plan import (
     MAX_SCAN,
     Plan,
@@ -188,6 +189,9 @@ def swiglu_backward(
 
 def weight_product(left_PR: Tensor, right_PC: Tensor, groups: Groups, tile: Tile, *, tma: bool) -> Tensor:
     """left^T right over the rows of each expert: (E, R, C)."""
+    halves = Halves(tile.bm // 2, tile.bn)
+    if tma and weight_gradient_refusal(left_PR, right_PC, groups, halves) is None:
+        return weight_gradient(left_PR, right_PC, groups, halves)
     R, C, E = left_PR.shape[1], right_PC.shape[1], groups.n_experts
     out_ERC = left_PR.new_empty(E, R, C)
     weight_product_kernel[_programs(tile, E * triton.cdiv(R, tile.bm), C, left_PR.device)](
