@@ -103,13 +103,6 @@ def test_absorbed_queries_and_values(
         assert torch.equal(latent.latent_values(o_THC[:few], kv_b, V, invariant=True), rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_get_what_they_share(dtype: torch.dtype) -> None:
-    a_THN, b_TR = draw(5, 3, 40, dtype=dtype)[..., :24], draw(5, 50, dtype=dtype, seed=1)[:, 7:17]
-    assert torch.equal(latent.join_heads(a_THN, b_TR), dispatch.REFERENCE["join_heads"](a_THN, b_TR))
-    assert latent.join_heads(a_THN[:0], b_TR[:0]).shape == (0, 3, 34)
-
-
 @pytest.mark.parametrize("T", [1, 17])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_gate_is_its_two_ops(T: int, bias: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from shoal.ops.reference import attention as reference_attention
 from shoal.ops.reference import cache as reference_cache
 from shoal.ops.reference import layers as reference
-from shoal.ops.triton import cache, norms, rotary, swiglu
+from shoal.ops.triton import cache, expanded, linears, norms, rotary, swiglu
 from tests.ops.parts import DEVICE, GPU, HALF, on_gpu, runs_triton, scalars_in_arrays
 
 DTYPES = (HALF, torch.float32)
@@ -159,6 +159,32 @@ def _angles(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:
     return angles_TR2.cos(), angles_TR2.sin()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 20])
+@pytest.mark.parametrize("rows", ROWS)
+def test_keys_and_values(rows: int, heads: int, dtype: torch.dtype) -> None:
+    kv_THX = _random(rows, heads, 50, dtype=dtype)[..., 3:]
+    shared_TR = _random(rows, 23, dtype=dtype, seed=1)[:, 7:17]
+    _assert_equals_reference(
+        lambda kv, shared: expanded.keys_and_values(kv, shared, 24),
+        lambda kv, shared: reference_cache.keys_and_values(kv, shared, 24),
+        (kv_THX, shared_TR),
+        which=(0, 1),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_linears_of_the_same_rows_have_one_gradient(rows: int, dtype: torch.dtype) -> None:
+    x_TD, weights = _random(rows, 40, dtype=dtype), [_random(n, 40, dtype=dtype, seed=n) for n in (24, 8)]
+    _assert_equals_reference(
+        lambda x, *weights: linears.linears(x, weights, (None, None)),
+        lambda x, *weights: reference.linears(x, weights, (None, None)),
+        (x_TD, *weights),
+        which=(0, 1),
+    )
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -168,11 +194,12 @@ def _angles(tokens: int, pairs: int) -> tuple[Tensor, Tensor]:
 def test_rope(rows: int, heads: int, dim: int, dtype: torch.dtype, interleaved: bool) -> None:
     wide_THX, angles = _random(rows, heads, dim + 3, dtype=dtype), _angles(rows, dim // 2)
     part_THR = wide_THX[..., 3:]  # behind other dims, as the rotated part of a query is
-    _assert_equals_reference(
-        lambda x: rotary.rope(x, *angles, interleaved),
-        lambda x: reference.rope(x, *angles, interleaved),
-        (part_THR,),
-    )
+    for x in (part_THR, wide_THX[..., 1:]):  # alone, and with two that are left as they are
+        _assert_equals_reference(
+            lambda x: rotary.rope(x, *angles, interleaved),
+            lambda x: reference.rope(x, *angles, interleaved),
+            (x,),
+        )
     assert torch.equal(
         rotary.rope(part_THR, *angles, interleaved), rotary.rope(part_THR.contiguous(), *angles, interleaved)
     )

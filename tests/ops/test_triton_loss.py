@@ -107,6 +107,12 @@ def test_huge_logits_overflow_nothing_and_a_wrong_target_shows() -> None:
     assert nll_T.isnan().tolist() == [False] * 3 + [True] * 2 + [False] * 2
 
 
+def test_a_chunk_is_worth_its_pass_over_the_sums() -> None:
+    mib = 2**20
+    sizes = [loss.chunk_of(weight * mib) // mib for weight in (1, 128, 400, 512, 4096)]
+    assert sizes == [512, 512, 1600, 2048, 4096]
+
+
 def test_refusals_name_the_value() -> None:
     inputs = _inputs(3, HALF)
     assert loss.linear_cross_entropy_refusal(*inputs) is None

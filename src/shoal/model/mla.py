@@ -97,8 +97,8 @@ class MLA(nn.Module):
         latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
         if batch.kv is None:
             latent_TC = self.kv_a_layernorm(latent_TC)
-            q_rope_THR = ops.rope(q_rope_THR, *angles, **turn)
-            q_THQ = torch.cat((q_nope_THN, q_rope_THR), dim=-1)
+            q_THQ = ops.rope(q_THQ, *angles, **turn)
+            q_nope_THN, q_rope_THR = q_THQ.split(parts, dim=-1)
             k_rope_TR = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn).squeeze(1)
         else:
             norm, pages = self.kv_a_layernorm, self._pages(batch.kv)
@@ -166,8 +166,7 @@ class MLA(nn.Module):
         """Keys and values of every head, made of latents."""
         mla = self.mla
         kv_THX = self.kv_b_proj(latent_TC).unflatten(-1, (mla.num_attention_heads, -1))
-        k_nope_THN, v_THV = kv_THX.split((mla.qk_nope_head_dim, mla.v_head_dim), dim=-1)
-        return ops.join_heads(k_nope_THN, k_rope_TR), v_THV
+        return ops.keys_and_values(kv_THX, k_rope_TR, mla.v_head_dim)
 
     def chunk(
         self, q_nHQ: Tensor, latent_nC: Tensor, k_rope_nR: Tensor, chunk: Chunk, batch: Batch
@@ -254,15 +253,13 @@ class MLA(nn.Module):
             return ops.latent_values(o_THC, kv_b, mla.v_head_dim)
 
         def plain(q_THQ: Tensor, kv_TL: Tensor, norm_C: Tensor, kv_b: Tensor) -> Tensor:
-            q_nope_THN, q_rope_THR = q_THQ.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
             latent_TC, k_rope_TR = kv_TL.split((mla.kv_lora_rank, mla.qk_rope_head_dim), dim=-1)
-            q_THQ = torch.cat((q_nope_THN, ops.rope(q_rope_THR, *angles, **turn)), dim=-1)
+            q_THQ = ops.rope(q_THQ, *angles, **turn)
             k_rope_TR = ops.rope(k_rope_TR.unsqueeze(1), *angles, **turn).squeeze(1)
             (kv_TX,) = ops.linears(ops.rms_norm(latent_TC, norm_C, eps), (kv_b,), (None,))
-            k_nope_THN, v_THV = kv_TX.unflatten(-1, (mla.num_attention_heads, -1)).split(
-                (mla.qk_nope_head_dim, mla.v_head_dim), dim=-1
-            )
-            return ops.attention(q_THQ, ops.join_heads(k_nope_THN, k_rope_TR), v_THV, *where, self.scale)
+            kv_THX = kv_TX.unflatten(-1, (mla.num_attention_heads, -1))
+            keys = ops.keys_and_values(kv_THX, k_rope_TR, mla.v_head_dim)
+            return ops.attention(q_THQ, *keys, *where, self.scale)
 
         weights = self.kv_a_layernorm.weight, self.kv_b_proj.weight
         return ops.with_gradient_of(plain, served, q_THQ, kv_TL, *weights)

@@ -163,13 +163,14 @@ def linears(
     return call("linears", x_TD, weights, biases)
 
 
-def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate each pair of x by the angle whose cosine and sine are given in float32, one a pair.
+def rope(x_THQ: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate each pair of the last R elements of x by the angle whose cosine and sine are given in float32,
+    one a pair; elements before them are left.
 
     `interleaved` pairs (0,1), (2,3) ...; otherwise (i, i + R/2). The layout of x is kept, computed in float32
     and cast back. The same angles serve every head. Differentiable in x (the rotation by the opposite angle).
     """
-    return call("rope", x_THR, cos_TR2, sin_TR2, interleaved)
+    return call("rope", x_THQ, cos_TR2, sin_TR2, interleaved)
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -482,9 +483,11 @@ def latent_queries(
     )
 
 
-def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:
-    """What each head has of its own, then what all share: (T, H, N + R). Differentiable in both."""
-    return call("join_heads", a_THN, b_TR)
+def keys_and_values(kv_THX: Tensor, shared_TR: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Of each head's [key | value], and what all keys share behind their own: keys (T, H, N + R) and values
+    (T, H, V), a view. Differentiable in both.
+    """
+    return call("keys_and_values", kv_THX, shared_TR, value_dim)
 
 
 def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int) -> Tensor:

@@ -92,5 +92,7 @@ def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int, *, multiply: Op =
     return multiply(o_THC.transpose(0, 1), w_HVC.transpose(1, 2)).transpose(0, 1)
 
 
-def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:
-    return torch.cat((a_THN, b_TR.unsqueeze(1).expand(-1, a_THN.shape[1], -1)), dim=-1)
+def keys_and_values(kv_THX: Tensor, shared_TR: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    own_THN, v_THV = kv_THX.split((kv_THX.shape[2] - value_dim, value_dim), dim=-1)
+    shared_THR = shared_TR.unsqueeze(1).expand(-1, kv_THX.shape[1], -1)
+    return torch.cat((own_THN, shared_THR), dim=-1), v_THV

@@ -59,7 +59,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rope(x_THR: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, interleaved: bool) -> Tensor:
+def rope(x_THQ: Tensor, cos_TR2: Tensor, sin_TR2: Tensor, interleaved: bool) -> Tensor:
+    kept = x_THQ.shape[-1] - 2 * cos_TR2.shape[-1]
+    if kept:
+        turned_THR = rope(x_THQ[..., kept:], cos_TR2, sin_TR2, interleaved)
+        return torch.cat((x_THQ[..., :kept], turned_THR), dim=-1)
+    x_THR = x_THQ
     wide = _widen(x_THR)
     if interleaved:
         # A pair is a complex number and the rotation a product. Copied, because x is often a slice that

@@ -3,8 +3,6 @@
     q~ = [W_UK^T q_nope | rope(q_rope)],  page[slot] = [rms_norm(c) | rope(k)]     latent_queries, one launch
     o = W_UV z                                                                     latent_values, one launch
 
-And for the expanded form, `join_heads`: keys of all heads, each its own part and the rotated one they share.
-
 W_UK (N, C) and W_UV (V, C) of a head are rows of `kv_b`, read as they lie. Layout: of the first kernel a
 program makes BC of the C elements for one head and BT tokens, in one product over N; behind them come those
 that turn queries and write the cache, as in `cache`. All write where the next op reads: no slice, transpose
@@ -285,67 +283,3 @@ def latent_values(o_THC: Tensor, kv_b: Tensor, value_dim: int, *, invariant: boo
         num_stages=4,
     )
     return out_THV
-
-
-@triton.jit
-def _join_kernel(
-    a_ptr,
-    b_ptr,
-    out_ptr,
-    a_token_stride,
-    a_head_stride,
-    b_stride,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    HEADS: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    n, r = tl.arange(0, BN)[None, :], tl.arange(0, BR)[None, :]
-    mine = (head < H) & (n < N)
-    own = tl.load(a_ptr + token * a_token_stride + head * a_head_stride + n, mask=mine)
-    both = tl.load(b_ptr + token * b_stride + r, mask=r < R)
-    out = out_ptr + (token * H + head) * (N + R)
-    tl.store(out + n, own, mask=mine)
-    tl.store(out + N + r, tl.broadcast_to(both, (HEADS, BR)), mask=(head < H) & (r < R))
-
-
-def join_heads_refusal(a_THN: Tensor, b_TR: Tensor) -> str | None:
-    """Why the kernel does not take this call; None if it does."""
-    if a_THN.dtype != b_TR.dtype:
-        return f"the heads are {a_THN.dtype} but what they share is {b_TR.dtype}; cast one side"
-    if a_THN.stride(-1) != 1 or b_TR.stride(-1) != 1:
-        return "the elements of a row are not side by side; make them contiguous"
-    return None
-
-
-def join_heads(a_THN: Tensor, b_TR: Tensor) -> Tensor:
-    """[a | b] of each head, as `ops.api.join_heads` says."""
-    (T, H, N), R = a_THN.shape, b_TR.shape[1]
-    if torch.is_grad_enabled() and (a_THN.requires_grad or b_TR.requires_grad):
-        return torch.cat((a_THN, b_TR.unsqueeze(1).expand(-1, H, -1)), dim=-1)
-    out_THX = a_THN.new_empty(T, H, N + R)
-    if T:
-        pdl, heads = programmatic(a_THN.device), min(16, triton.next_power_of_2(H))
-        _join_kernel[(T, triton.cdiv(H, heads))](
-            a_THN,
-            b_TR,
-            out_THX,
-            a_THN.stride(0),
-            a_THN.stride(1),
-            b_TR.stride(0),
-            H=H,
-            N=N,
-            R=R,
-            HEADS=heads,
-            BN=triton.next_power_of_2(N),
-            BR=triton.next_power_of_2(R),
-            PDL=pdl,
-            launch_pdl=pdl,
-        )
-    return out_THX

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from shoal.ops.invariance import with_gradient_of
 from shoal.ops.triton.launch import programmatic, wait_for_previous
@@ -237,6 +238,28 @@ def _learns(x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | No
     )
 
 
+class _Joint(torch.autograd.Function):
+    """Several products of the same rows, whose gradient is one sum: each product adds to the one before."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_TD, *weights)
+        return tuple(F.linear(x_TD, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        dx_TD = None
+        if needs_x:
+            dx_TD = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx_TD.addmm_(dy, weight)
+        pairs = zip(dys, needs, strict=True)
+        return dx_TD, *(dy.t() @ x_TD if wanted else None for dy, wanted in pairs)
+
+
 def linears_refusal(
     x_TD: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]
 ) -> str | None:
@@ -279,6 +302,8 @@ def linears(
 ) -> tuple[Tensor, ...]:
     """x W^T + b of each, as `ops.api.linears` says."""
     name, _ = choose(x_TD, weights, biases, invariant=invariant)
+    if name == "cublas" and len(weights) > 1 and biases[0] is None and _learns(x_TD, weights, ()):
+        return _Joint.apply(x_TD, *weights)
     if name == "cublas":
         return tuple(F.linear(x_TD, w, b) for w, b in zip(weights, biases, strict=True))
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()

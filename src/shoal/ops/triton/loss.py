@@ -2,7 +2,7 @@
 
     z = h W^T,  nll = lse(z) - z_target,  dz = w (softmax(z) - onehot),  dh = dz W,  dW = dz^T h
 
-A chunk of tokens at a time, so that one buffer of CHUNK_BYTES holds all logits there ever are; its dz takes
+A chunk of tokens at a time, so that one buffer holds all logits there ever are (`chunk_of`); its dz takes
 their place. dW adds up in float32 over the chunks (one chunk: none is kept), in the product's own epilogue.
 Layout of the kernel: a program walks a row twice, once for the running maximum and sum, once, out of L2, to
 replace each logit by its gradient. The softmax is float32 from the product's narrow logits; the token's
@@ -10,7 +10,8 @@ weight joins before the one rounding of dz. Backward scales what forward left.
 
 Bound: the three products (T 16k, V 129k, D 2048: 26 TFLOP). The kernel moves each logit in and out once, 4 T
 V bytes in all, and the sums of dW 8 V D bytes a chunk. Memory: 4 V D for the sums, 2 V D for dW, a chunk. On
-an H200 (2026-11-24): 598 TFLOP/s and 2.2 GB there, where eager PyTorch takes 1.40 times as long and 25.4 GB.
+an H200 (2026-11-24, chunks of 512 MB): 598 TFLOP/s and 2.2 GB there, where eager PyTorch takes 1.40 times as
+long and 25.4 GB.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from shoal.ops.triton.likelihood import nll
 from shoal.ops.triton.linears import linears
 from shoal.ops.triton.norms import DTYPES
 
-CHUNK_BYTES = (
-    1 << 29
-)  # of logits held at once, or the bytes of W if it is larger: chunks are passes over dW's sums
+CHUNK_BYTES = 1 << 29  # of logits held at once, at least
+MANY_BYTES = 1 << 31  # and at most, but for a larger W
 ALIGNMENT = 64  # elements: every row of logits begins where vectors and cuBLAS want it
 
 
@@ -168,6 +168,12 @@ def linear_cross_entropy_refusal(
     return None
 
 
+def chunk_of(weight_bytes: int) -> int:
+    """Bytes of logits held at once. A chunk reads and writes dW's sums, eight times V D bytes: as many of
+    logits at least, where that is no more than MANY_BYTES, or than W."""
+    return max(CHUNK_BYTES, weight_bytes, min(4 * weight_bytes, MANY_BYTES))
+
+
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -178,7 +184,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Loss and losses, as `ops.api.linear_cross_entropy` says; `chunk_bytes` of logits at once at most."""
     if chunk_bytes is None:
-        chunk_bytes = max(CHUNK_BYTES, weight_VD.numel() * weight_VD.element_size())
+        chunk_bytes = chunk_of(weight_VD.numel() * weight_VD.element_size())
     row_bytes = max(1, weight_VD.shape[0]) * hidden_TD.element_size()
     chunk = max(1, chunk_bytes // row_bytes)
     chunk = max(chunk // 128 * 128, min(chunk, 128))  # whole tiles of the products
