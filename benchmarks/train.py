@@ -7,7 +7,7 @@ H200's 797 TFLOP/s in a burst and 666 sustained. `step` is the Trainer's own: lo
 optimizer inside, clipping, balance, and what it reports. The peer is transformers with grouped_mm, without
 optimizer and without document masks. Times are medians of wall-clock between synchronisations. A pair is two
 cases in one run: in turns, a step of each, where both fit the device, so that its heat is the same for both;
-else one after the other.
+else one after the other. Python's garbage is collected once a step, ours and the peer's, as the Trainer does.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from shoal.config.hf import to_hf
 from shoal.config.model import GQAConfig, ModelConfig, MoEConfig
 from shoal.config.run import BalanceConfig, OptimConfig, Recompute, TrainConfig
 from shoal.model.transformer import Transformer
+from shoal.train import garbage
 from shoal.train.fp8 import multiply_in_fp8
 from shoal.train.loss import NextToken
 from shoal.train.objective import Step
@@ -228,6 +229,7 @@ def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(garbage.by_hand())
         runs, built, first = [], [], []
         models: list[Transformer] = []  # whose weights no step changes: one a config
         for case in chosen:
@@ -253,6 +255,7 @@ def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
             for run, told in zip(runs, times, strict=True):
                 start = time.perf_counter()
                 run()
+                garbage.collect_young()  # as the Trainer does, and for the peer too
                 torch.cuda.synchronize()
                 if turn >= 2:
                     told.append(time.perf_counter() - start)
