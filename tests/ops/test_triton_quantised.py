@@ -217,6 +217,7 @@ def test_fp8_products_of_given_numbers_equal_the_reference(grouped: bool) -> Non
     assert _error(got_MF[kept_M], wanted_MF[kept_M]) <= _limit(D)
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("T", "D", "F"), [(1, 128, 128), (70, 208, 384), (1500, 2048, 1408)])
 def test_warpgroups_at_their_own_pace_multiply_what_one_loop_does(T: int, D: int, F: int) -> None:
