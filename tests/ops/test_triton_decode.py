@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from shoal.ops import dispatch
-from shoal.ops.triton import cache_attention, experts, latent, linears, norms, permutation, routing
+from shoal.ops.triton import (
+    cache_attention,
+    cache_values,
+    experts,
+    latent,
+    linears,
+    norms,
+    permutation,
+    routing,
+)
 from shoal.ops.triton.expert_plan import portable_plan
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
@@ -205,10 +214,14 @@ def test_an_open_sum_is_closed_by_the_norm_that_reads_it(S: int, T: int, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("context", "longest"), [(0, 300), (1, 300), (60, 64), (300, 300), (300, 4000)])
+@pytest.mark.parametrize(
+    ("context", "longest", "at_once"),
+    [(0, 300, 32), (1, 300, 32), (60, 64, 32), (300, 300, 2), (300, 300, 32), (300, 4000, 32)],
+)
 def test_values_of_one_token_are_those_of_its_merged_parts(
-    context: int, longest: int, dtype: torch.dtype
+    context: int, longest: int, at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cache_values, "AT_ONCE", at_once)
     H, C, R, N, V = (16, 512, 64, 128, 128) if GPU else (3, 24, 8, 8, 20)
     pages = draw(40, 16, C + R, dtype=dtype, seed=1)
     table_SB = torch.randperm(40, generator=torch.Generator().manual_seed(2)).int().to(DEVICE)[None]

@@ -21,7 +21,7 @@ from torch import Tensor
 from shoal.ops.triton.cache_splits import count_tiles
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 
-MAX_PARTS = 32  # that a program holds at once
+MAX_PARTS, AT_ONCE = 64, 32  # beyond, the merge costs more than the launch it saves; parts in flight
 
 
 @triton.jit(do_not_specialize=["W", "RB"])
@@ -57,22 +57,26 @@ def _merge_values_kernel(
     at = (head * (N + V) + N + v).to(tl.int64)[:, None] * C + c[None, :]
     w = tl.load(kv_b_ptr + at, mask=(v < V)[:, None] & (c < C)[None, :], other=0.0)
     wait_for_previous(PDL)
-    row = head // BM * BM
-    mine = tl.sum(count_tiles(cu_ptr, contexts_ptr, 1, row, S_PAD, REP, BM, BN), 0)
+    mine = tl.sum(count_tiles(cu_ptr, contexts_ptr, 1, head // BM * BM, S_PAD, REP, BM, BN), 0)
     piece = tl.maximum((mine + W - 1) // W, 1)
     parts = (mine + piece - 1) // piece
-    u = tl.arange(0, UB)
-    slot = (2 * u * RB + head // BM) * BM + head % BM
-    there = (u < parts) & (parts > 1)
-    lse = tl.load(lse_ptr + slot, mask=there, other=float("-inf"))
-    of_part = tl.load(
-        partial_ptr + slot.to(tl.int64)[:, None] * BC + c[None, :], mask=there[:, None], other=0.0
-    )
     whole = tl.load(whole_ptr + head * C + c, mask=(c < C) & (parts == 1), other=0.0).to(tl.float32)
-    top = tl.max(lse, 0)
-    share = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-    weight = tl.sum(share, 0)
-    z = tl.sum(of_part * share[:, None], 0) / tl.where(weight > 0, weight, 1.0) + whole
+    top, weight = float("-inf"), 0.0
+    z = tl.zeros((BC,), tl.float32)
+    for first in range(0, tl.where(parts > 1, parts, 0), UB):
+        u = first + tl.arange(0, UB)
+        slot = 2 * u * RB * BM + head
+        lse = tl.load(lse_ptr + slot, mask=u < parts, other=float("-inf"))
+        of_part = tl.load(
+            partial_ptr + slot.to(tl.int64)[:, None] * BC + c[None, :], mask=(u < parts)[:, None], other=0.0
+        )
+        higher = tl.maximum(top, tl.max(lse, 0))
+        ground = tl.where(higher == float("-inf"), 0.0, higher)
+        share, fade = tl.exp2(lse - ground), tl.exp2(top - ground)
+        weight = weight * fade + tl.sum(share, 0)
+        z = z * fade + tl.sum(of_part * share[:, None], 0)
+        top = higher
+    z = z / tl.where(weight > 0, weight, 1.0) + whole
     z = z.to(out_ptr.dtype.element_ty).to(tl.float32)
     o = tl.sum(w.to(tl.float32) * z[None, :], 1)
     tl.store(out_ptr + head * V + v, o.to(out_ptr.dtype.element_ty), mask=v < V)
@@ -106,7 +110,7 @@ def merge_values(
         V=value_dim,
         BC=triton.next_power_of_2(max(C, 16)),
         BV=bv,
-        UB=MAX_PARTS,
+        UB=AT_ONCE,
         PDL=pdl,
         num_warps=8,
         launch_pdl=pdl,
