@@ -110,7 +110,6 @@ def split_kernel(
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     G: tl.constexpr = H // REP
     lane = tl.program_id(0) % (RB * G)
@@ -128,6 +127,8 @@ def split_kernel(
         piece, units = UNIT, total // UNIT
     else:
         piece, units = tl.maximum((total + W - 1) // W, 1), W
+    # Lengths are older than the kernel before (`launch`).
+    wait_for_previous(PDL)
     for u in range(w, units, W):
         at = u * piece
         stop = tl.minimum(at + piece, total)

@@ -4,7 +4,8 @@
 
 Of few short parts a head reads less than the launch between costs. Layout: a program makes BV of the V values
 of one head. It merges all C elements again, as every program of its head does, and adds by threads: one row
-fills no tensor core. Rows of W_UV are asked for before the wait for the parts (`launch`). Bound: the launch.
+fills no tensor core. Rows of W_UV, and how many parts there are, are read before the wait for
+them (`launch`). Bound: the launch.
 
 Parts lie where `cache_splits` and `cache_turns` put them for a batch of one sequence.
 """
@@ -56,10 +57,10 @@ def _merge_values_kernel(
     c = tl.arange(0, BC)
     at = (head * (N + V) + N + v).to(tl.int64)[:, None] * C + c[None, :]
     w = tl.load(kv_b_ptr + at, mask=(v < V)[:, None] & (c < C)[None, :], other=0.0)
-    wait_for_previous(PDL)
     mine = tl.sum(count_tiles(cu_ptr, contexts_ptr, 1, head // BM * BM, S_PAD, REP, BM, BN), 0)
     piece = tl.maximum((mine + W - 1) // W, 1)
     parts = (mine + piece - 1) // piece
+    wait_for_previous(PDL)
     whole = tl.load(whole_ptr + head * C + c, mask=(c < C) & (parts == 1), other=0.0).to(tl.float32)
     top, weight = float("-inf"), 0.0
     z = tl.zeros((BC,), tl.float32)

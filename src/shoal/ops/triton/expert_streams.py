@@ -65,10 +65,12 @@ def find_rows(
         expert, choice = _claim(experts_ptr, tile, M, BM, SCAN)
         row = choice
     else:
+        # Past the last tile nothing was written, but no load waits to know where that is.
         exists = tile < tl.load(first_tile_ptr + E, cache_modifier=".cg")
-        expert = tl.load(tile_experts_ptr + tile, mask=exists, other=-1, cache_modifier=".cg")
+        expert = tl.load(tile_experts_ptr + tile, cache_modifier=".cg")
         row = tile * BM + tl.arange(0, BM)
-        choice = tl.load(choices_ptr + row, mask=exists, other=-1, cache_modifier=".cg")
+        choice = tl.load(choices_ptr + row, cache_modifier=".cg")
+        expert, choice = tl.where(exists, expert, -1), tl.where(exists, choice, -1)
     return expert, choice, row
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.ops.triton.cache import MAX_LATENT, latent_row, turn_queries
-from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.launch import bring_near, programmatic, wait_for_previous
 from shoal.ops.triton.narrow_rows import NARROW
 from shoal.ops.triton.norms import DTYPES
 from shoal.ops.triton.quantise import lacks_e4m3
@@ -121,6 +121,7 @@ def _values_kernel(
     v = tl.program_id(0) % pieces * BV + tl.arange(0, BV)
     rows = kv_b_ptr + (head * (N + V) + N + v).to(tl.int64)[:, None] * C
     real = v < V
+    bring_near(tl.where(real[:, None], rows, kv_b_ptr), C, BK, PDL)
     wait_for_previous(PDL)
     token = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
     kept = token < T

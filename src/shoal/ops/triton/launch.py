@@ -41,6 +41,21 @@ def wait_for_previous(PDL: tl.constexpr):
     let_next_in(PDL)
 
 
+@triton.jit
+def bring_near(rows, WIDTH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
+    """With programmatic launch: rows of WIDTH elements, at pointers (N, 1), are asked for as far as the L2,
+    STEP elements at a time. For what is read after the wait and written by nobody."""
+    if PDL:
+        LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = STEP // LINE if STEP > LINE else 1
+        for first in tl.static_range(0, WIDTH, LINES * LINE):
+            at = tl.minimum(first + tl.arange(0, LINES) * LINE, WIDTH - 1)[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(rows + at).to(tl.int64, bitcast=True)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+
+
 @lru_cache
 def _capable(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index)[0] >= 9

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoal.ops.invariance import with_gradient_of
-from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.launch import bring_near, programmatic, wait_for_previous
 from shoal.ops.triton.norms import DTYPES
 
 MAX_ROWS, MAX_WEIGHTS = 64, 3
@@ -61,6 +61,8 @@ def _tile(
     column = block * BN + tl.arange(0, BN)
     inside = column < N
     rows = weight_ptr + column.to(tl.int64)[:, None] * D
+    if tl.program_id(1) == 0:
+        bring_near(tl.where(inside[:, None], rows, weight_ptr), D, BK, PDL)
     wait_for_previous(PDL)
     token = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     kept = token < T

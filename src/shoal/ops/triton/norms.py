@@ -56,17 +56,17 @@ def _norm_kernel(
     ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (column < D)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
         x = x.to(dtype).to(tl.float32)
         tl.store(sum_ptr + row * D + column, x.to(dtype), mask=inside)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     normal, _ = normalise(x, eps, D, dtype)
     tl.store(out_ptr + row * D + column, (normal * weight).to(dtype), mask=inside)
 
@@ -92,16 +92,16 @@ def _sum_norm_kernel(
     PDL: tl.constexpr,
 ):
     """`_norm_kernel`, whose y is first added up of what a mixture left: in its layout, so the same bits."""
-    wait_for_previous(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (column < D)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     y = sum_row(rows_ptr, experts_ptr, weights_ptr, dense_ptr, row, N, column, inside, dtype, K, D, True, S)
     x = (x + y.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(sum_ptr + row * D + column, x.to(dtype), mask=inside)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     normal, _ = normalise(x, eps, D, dtype)
     tl.store(out_ptr + row * D + column, (normal * weight).to(dtype), mask=inside)
 
