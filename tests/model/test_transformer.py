@@ -239,6 +239,18 @@ def test_logits_are_of_the_rows_asked_for() -> None:
     _assert_close(model.logits(hidden_TD, replace(batch, last_S=last_S)), every_TV[last_S])
 
 
+@configs
+@torch.no_grad()
+def test_logits_go_where_they_are_wanted(name: str) -> None:
+    model, batch = _model(name), parts.pack(*TEXTS)
+    hidden_TD, out = model(batch).hidden_TD, torch.full((40, 50), math.nan)
+    got_TV = model.logits(hidden_TD, batch, out)
+    assert got_TV.data_ptr() == out.data_ptr() and out[len(got_TV) :].isnan().all()
+    _assert_close(got_TV, model.logits(hidden_TD, batch))
+    alone_1V = model.logits(hidden_TD[:1], batch, out)
+    _assert_close(alone_1V, model.logits(hidden_TD[:1], batch))
+
+
 def test_a_tied_head_is_the_embedding() -> None:
     model, batch = _model("qwen2"), parts.pack(*TEXTS)
     assert "lm_head.weight" not in model.state_dict()

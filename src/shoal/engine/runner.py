@@ -363,7 +363,4 @@ class Runner:
         batch = self.batch(inputs)
         output = self.model(batch)
         self.records.write(inputs.slots_T, batch.ids_T, output.routing)
-        found_MV = self.model.logits(output.hidden_TD, batch)
-        if logits is not None:
-            found_MV = logits[: len(found_MV)].copy_(found_MV)
-        return found_MV, output.hidden_TD
+        return self.model.logits(output.hidden_TD, batch, logits), output.hidden_TD

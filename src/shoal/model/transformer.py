@@ -343,13 +343,20 @@ class Transformer(nn.Module):
         """Whether logits are products with `head_weight`, all of them."""
         return self.lm_head is None or self.lm_head.product is F.linear
 
-    def logits(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        """(S, V) for the rows the batch asks for, or (T, V) for all."""
+    def logits(self, hidden_TD: Tensor, batch: Batch, out: Tensor | None = None) -> Tensor:
+        """(S, V) for the rows the batch asks for, or (T, V) for all; the first rows of `out` where given."""
         rows = hidden_TD if batch.last_S is None else hidden_TD.index_select(0, batch.last_S)
+        as_one = len(rows) > 1 and self.has_plain_head and not ops.is_batch_invariant()
+        if out is not None and as_one:
+            return torch.mm(rows, self.head_weight().t(), out=out[: len(rows)])
+        made = self._logits(rows)
+        return made if out is None else out[: len(made)].copy_(made)
+
+    def _logits(self, rows_XD: Tensor) -> Tensor:
         if ops.is_batch_invariant():
-            return ops.linears(rows, (self.head_weight(),), (None,))[0]
-        logits = ops.head_step(rows, self.head_weight()) if self.has_plain_head else None
-        return self.project(rows) if logits is None else logits
+            return ops.linears(rows_XD, (self.head_weight(),), (None,))[0]
+        logits = ops.head_step(rows_XD, self.head_weight()) if self.has_plain_head else None
+        return self.project(rows_XD) if logits is None else logits
 
     def project(self, rows_XD: Tensor) -> Tensor:
         """Logits (X, V) of rows, whatever made them."""
