@@ -199,6 +199,7 @@ def _attend(
             BC=column,
             BR=triton.next_power_of_2(max(dim - rank, 16)),
             QUARTERS=narrow and rank == column and rank >= 64,
+            AHEAD=plan.ahead,
             ASM=q_THd.is_cuda and q_THd.dtype == torch.bfloat16 and pdl,
             PDL=pdl,
             launch_pdl=pdl,

@@ -25,6 +25,7 @@ class Plan:
     stages: int
     resident: int = 1  # programs that share a multiprocessor
     turns: bool = False
+    ahead: int = 64  # positions that are asked for while the kernel before still runs
 
 
 PORTABLE, _NARROW = Plan(16, 16, 4, 2), Plan(16, 64, 4, 2)

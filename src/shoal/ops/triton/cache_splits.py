@@ -30,7 +30,7 @@ from shoal.ops.triton.cache_tiles import (
     load_query_quarter,
     load_tile,
 )
-from shoal.ops.triton.launch import wait_for_previous
+from shoal.ops.triton.launch import bring_near, wait_for_previous
 
 
 @triton.jit
@@ -107,6 +107,7 @@ def split_kernel(
     S_PAD: tl.constexpr,
     FIXED: tl.constexpr,
     UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,  # positions of a program's first sequence that are on their way before its wait
     PDL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -127,7 +128,17 @@ def split_kernel(
         piece, units = UNIT, total // UNIT
     else:
         piece, units = tl.maximum((total + W - 1) // W, 1), W
-    # Lengths are older than the kernel before (`launch`).
+    # Lengths are older than the kernel before (`launch`), and what it writes meets the L2 as it is.
+    if PDL and LATENT and not NARROW:  # noqa: SIM102
+        if w * piece < total:
+            s = tl.sum((ends <= w * piece).to(tl.int32), 0)
+            begin = w * piece - tl.sum(tl.where(index < s, line, 0), 0)
+            last = tl.load(contexts_ptr + s, cache_modifier=".cg") - 1
+            position = tl.minimum(begin * BN + tl.arange(0, AHEAD), last)
+            page = tl.load(table_ptr + s.to(tl.int64) * B + position // PAGE, cache_modifier=".cg")
+            rows = base + (page.to(tl.int64) * PAGE + position % PAGE)[:, None] * ROW
+            bring_near(rows, C, BC, PDL)
+            bring_near(rows + C, R, BR, PDL)
     wait_for_previous(PDL)
     for u in range(w, units, W):
         at = u * piece
