@@ -81,6 +81,17 @@ def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     return tuple(linear.product(x, linear.weight, linear.bias) for linear in linears)
 
 
+def lay_together(*linears: Linear, device: torch.device | str) -> None:
+    """Give weights that have no memory yet a common one, each its rows of it: then they are one product for few
+    rows of x (`ops.linears`)."""
+    weights = [linear.weight for linear in linears]
+    if all(type(weight) is nn.Parameter and weight.is_meta for weight in weights):
+        rows = [len(weight) for weight in weights]
+        whole = torch.empty(sum(rows), weights[0].shape[1], dtype=weights[0].dtype, device=device)
+        for linear, part in zip(linears, whole.split(rows), strict=True):
+            linear.weight = nn.Parameter(part, requires_grad=linear.weight.requires_grad)
+
+
 def project(linear: nn.Module, x_TD: Tensor, out: Tensor | None) -> Tensor:
     """linear(x), written to `out` where that is given, which has no gradient."""
     if out is None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shoal.batch import Batch, Chunk, KVView
 from shoal.config.model import MLAConfig, ModelConfig
 from shoal.model.dsa import Indexer, Selection
-from shoal.model.layers import Linear, RMSNorm, project, together
+from shoal.model.layers import Linear, RMSNorm, lay_together, project, together
 from shoal.model.part import attend_part
 from shoal.model.rope import Angles
 from shoal.model.served import lay_out
@@ -194,6 +194,12 @@ class MLA(nn.Module):
         low_TX, kv_TL = together(x_TD, self.q_a_proj, self.kv_a_proj_with_mqa)
         low_TX = self.q_a_layernorm(low_TX)
         return low_TX, self.q_b_proj(low_TX), kv_TL
+
+    def lay(self, device: torch.device | str) -> None:
+        """Memory for the weights that `_project` reads at once."""
+        first = self.q_proj if self.mla.q_lora_rank is None else self.q_a_proj
+        if type(first) is type(self.kv_a_proj_with_mqa) is Linear and first.bias is None:
+            lay_together(first, self.kv_a_proj_with_mqa, device=device)
 
     def _pages(self, kv: KVView) -> Tensor:
         """The latent rows of the cache; after them, in the same row, comes a wide key of the indexer."""

@@ -229,6 +229,10 @@ class Transformer(nn.Module):
         def place(tensor: Tensor) -> Tensor:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if tensor.is_meta else tensor
 
+        if torch.device(device).type == "cuda":
+            for _, block in self.model.blocks():
+                if isinstance(block.self_attn, MLA):
+                    block.self_attn.lay(device)
         self._apply(place)
         self.model.rotary.reset()
 
