@@ -34,6 +34,7 @@ from shoal.ops.triton.expert_plan import (
     find_plan,
     num_multiprocessors,
     num_programs,
+    wider,
 )
 from shoal.ops.triton.expert_products import (
     product_kernel,
@@ -509,13 +510,15 @@ def open_mixture(
     shared = (gate_GD, up_GD, down_DG)
     inputs = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous(), gate_up_E2FD, down_EDF)
     serves = x_TD.shape[0] > 0 and not _learns(*inputs, *shared)
-    plan = plan or (_plan(*inputs, training=False) if serves else None)
     x_TD, experts_TK, weights_TK, *stacks = inputs
-    rides = plan is not None and not invariant and _rides(plan, x_TD.shape[0], down_EDF.shape[2], shared)
-    if serves and plan is not None and rides:
-        y_MD, dense_STD, *_ = _rows(x_TD, experts_TK, *stacks, plan, save=False, shared=shared)
-        assert dense_STD is not None
-        return y_MD, experts_TK, weights_TK, dense_STD
+    if serves:
+        ways = (plan,) if plan is not None else wider(_plan(*inputs, training=False))
+        plan, sizes = ways[0], (x_TD.shape[0], down_EDF.shape[2], shared)
+        riding = None if invariant else next((way for way in ways if _rides(way, *sizes)), None)
+        if riding is not None:
+            y_MD, dense_STD, *_ = _rows(x_TD, experts_TK, *stacks, riding, save=False, shared=shared)
+            assert dense_STD is not None
+            return y_MD, experts_TK, weights_TK, dense_STD
     gate_TG, up_TG = linears(x_TD, (gate_GD, up_GD), (None, None), invariant=invariant)
     (dense_TD,) = linears(swiglu(gate_TG, up_TG), (down_DG,), (None,), invariant=invariant)
     if serves and plan is not None:
