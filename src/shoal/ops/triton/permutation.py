@@ -28,6 +28,7 @@ from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 ONE_LAUNCH = ((128, 1), (512, 4), (1024, 4), (2048, 8))  # choices a program holds, and its warps
 MIN_SEGMENT, MAX_SEGMENTS = 1024, 32
+AT_ONCE = tl.constexpr(8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,20 +312,32 @@ def sum_row(
     WEIGHTED: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Columns of tokens' choices, weighted and added, in float32 and not cast where nothing is SHARED."""
+    """Columns of tokens' choices, weighted and added, in float32 and not cast where nothing is SHARED.
+
+    Up to AT_ONCE choices and parts are on their way together: a compiler that is short of registers would else
+    wait for some before it asks for the next.
+    """
     total = tl.where(inside, 0.0, 0.0)
-    for k in tl.static_range(K):
-        choice = token * K + k
-        row = tl.load(rows_ptr + choice * D + column, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row *= tl.load(weights_ptr + choice, mask=token < T, other=0.0)
-        # The row of a dropped choice was never written; no load waits to know which it is.
-        total += tl.where(tl.load(experts_ptr + choice, mask=token < T, other=-1) >= 0, row, 0.0)
-    if SHARED:  # what the layer adds is a row of the output's dtype, and so is what it is added to
-        dense = tl.where(inside, 0.0, 0.0)
-        for part in tl.static_range(SHARED):
+    dense = tl.where(inside, 0.0, 0.0)
+    for first in tl.static_range(0, K if K > SHARED else SHARED, AT_ONCE):
+        rows = ()
+        for k in tl.static_range(first, min(first + AT_ONCE, K)):
+            rows = rows + (tl.load(rows_ptr + (token * K + k) * D + column, mask=inside, other=0.0),)  # noqa: RUF005
+        parts = ()
+        for part in tl.static_range(first, min(first + AT_ONCE, SHARED)):
             at = (part * T + token) * D + column
-            dense += tl.load(shared_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            parts = parts + (tl.load(shared_ptr + at, mask=inside, other=0.0),)  # noqa: RUF005
+        tl.debug_barrier()
+        for k in tl.static_range(first, min(first + AT_ONCE, K)):
+            choice = token * K + k
+            row = rows[k - first].to(tl.float32)
+            if WEIGHTED:
+                row *= tl.load(weights_ptr + choice, mask=token < T, other=0.0)
+            # The row of a dropped choice was never written; no load waits to know which it is.
+            total += tl.where(tl.load(experts_ptr + choice, mask=token < T, other=-1) >= 0, row, 0.0)
+        for part in tl.static_range(first, min(first + AT_ONCE, SHARED)):
+            dense += parts[part - first].to(tl.float32)
+    if SHARED:  # what the layer adds is a row of the output's dtype, and so is what it is added to
         total = total.to(dtype).to(tl.float32) + dense.to(dtype).to(tl.float32)
     return total
 
