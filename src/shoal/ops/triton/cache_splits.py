@@ -46,6 +46,36 @@ def count_tiles(
 
 
 @triton.jit
+def _find_place(
+    at,
+    ends,
+    line,
+    tiles,
+    cu_ptr,
+    contexts_ptr,
+    table_ptr,
+    S,
+    B,
+    S_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The sequence at a place of the line, the last one past its end: what lies before it, its tiles and its
+    length there, its first row, how many it has, and its context."""
+    index = tl.arange(0, S_PAD)
+    s = tl.minimum(tl.sum((ends <= at).to(tl.int32), 0), S - 1)
+    before = tl.sum(tl.where(index < s, line, 0), 0)
+    mine = tl.sum(tl.where(index == s, tiles, 0), 0)
+    length = tl.sum(tl.where(index == s, line, 0), 0)
+    start = tl.load(cu_ptr + s)
+    new, limit = tl.load(cu_ptr + s + 1) - start, tl.load(contexts_ptr + s)
+    # The first page's number, asked for before the queries: it is there when the tiles want it.
+    page = tl.minimum((at - before) * BN // PAGE, B - 1)
+    limit += tl.minimum(tl.load(table_ptr + s.to(tl.int64) * B + page), 0)
+    return s, before, mine, length, start, new, limit
+
+
+@triton.jit
 def _put(o, out_ptr, partial_ptr, to, part, whole, kept, column, C: tl.constexpr, BC: tl.constexpr):
     """Columns of rows to their end, rows `to` of the output, or as a part to rows `part` of the scratch."""
     if whole:
@@ -120,135 +150,125 @@ def split_kernel(
     head_row: tl.constexpr = C + 4 * ((C + 127) // 128) if NARROW else C
     base = pages_ptr if LATENT else pages_ptr + group * head_row
     tiles = count_tiles(cu_ptr, contexts_ptr, S, row, S_PAD, REP, BM, BN)
-    index = tl.arange(0, S_PAD)
     line = (tiles + UNIT - 1) // UNIT * UNIT if FIXED else tiles
     ends = tl.cumsum(line, 0)
     total = tl.sum(line, 0)
-    if FIXED:
-        piece, units = UNIT, total // UNIT
-    else:
-        piece, units = tl.maximum((total + W - 1) // W, 1), W
-    # Lengths are older than the kernel before (`launch`), and what it writes meets the L2 as it is.
+    piece = UNIT if FIXED else tl.maximum((total + W - 1) // W, 1)
+    # Lengths and pages are older than the kernel before (`launch`), and what it writes meets the L2 as it is.
+    u, at = w, w * piece
+    s, before, mine, length, start, new, limit = _find_place(
+        at, ends, line, tiles, cu_ptr, contexts_ptr, table_ptr, S, B, S_PAD, PAGE, BN
+    )
     if PDL and LATENT and not NARROW:  # noqa: SIM102
-        if w * piece < total:
-            s = tl.sum((ends <= w * piece).to(tl.int32), 0)
-            begin = w * piece - tl.sum(tl.where(index < s, line, 0), 0)
-            last = tl.load(contexts_ptr + s, cache_modifier=".cg") - 1
-            position = tl.minimum(begin * BN + tl.arange(0, AHEAD), last)
-            page = tl.load(table_ptr + s.to(tl.int64) * B + position // PAGE, cache_modifier=".cg")
-            rows = base + (page.to(tl.int64) * PAGE + position % PAGE)[:, None] * ROW
+        if at < total:
+            position = tl.minimum((at - before) * BN + tl.arange(0, AHEAD), limit - 1)
+            page = tl.load(table_ptr + s.to(tl.int64) * B + position // PAGE).to(tl.int64)
+            rows = base + (page * PAGE + position % PAGE)[:, None] * ROW
             bring_near(rows, C, BC, PDL)
             bring_near(rows + C, R, BR, PDL)
     wait_for_previous(PDL)
-    for u in range(w, units, W):
-        at = u * piece
-        stop = tl.minimum(at + piece, total)
-        while at < stop:
-            # 1. The sequence at this place of the line, and the tiles of it that are ours.
-            s = tl.sum((ends <= at).to(tl.int32), 0)
-            before = tl.sum(tl.where(index < s, line, 0), 0)
-            mine = tl.sum(tl.where(index == s, tiles, 0), 0)
-            length = tl.sum(tl.where(index == s, line, 0), 0)
-            begin = at - before
-            end = tl.minimum(stop - before, mine)
-            start = tl.load(cu_ptr + s)
-            new = tl.load(cu_ptr + s + 1) - start
-            limit = tl.load(contexts_ptr + s)
-            pages = table_ptr + s.to(tl.int64) * B
-            # The first page's number, asked for before the queries: it is there when the tiles want it.
-            limit += tl.minimum(tl.load(pages + begin * BN // PAGE), 0)
-            # 2. Its queries.
-            i = row + tl.arange(0, BM)
-            token, head = start + i // REP, group * REP + i % REP
-            kept = i < new * REP
-            visible = tl.where(kept, limit - new + 1 + i // REP, 0)
+    while at < total:
+        # 1. The tiles of this sequence that are ours.
+        stop = tl.minimum((u + 1) * piece, total)
+        begin, end = at - before, tl.minimum(stop - before, mine)
+        pages = table_ptr + s.to(tl.int64) * B
+        # 2. Its queries.
+        i = row + tl.arange(0, BM)
+        token, head = start + i // REP, group * REP + i % REP
+        kept = i < new * REP
+        visible = tl.where(kept, limit - new + 1 + i // REP, 0)
+        if QUARTERS:
+            q0 = load_query_quarter(q_ptr, token, head, kept, 0, C, H, C + R)
+            q1 = load_query_quarter(q_ptr, token, head, kept, 1, C, H, C + R)
+            q2 = load_query_quarter(q_ptr, token, head, kept, 2, C, H, C + R)
+            q3 = load_query_quarter(q_ptr, token, head, kept, 3, C, H, C + R)
+            o0 = tl.zeros((BM, C // 4), tl.float32)
+            o1 = tl.zeros((BM, C // 4), tl.float32)
+            o2 = tl.zeros((BM, C // 4), tl.float32)
+            o3 = tl.zeros((BM, C // 4), tl.float32)
+        else:
+            q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
+            o = tl.zeros((BM, BC), tl.float32)
+        if R:
+            q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
+        top = tl.full((BM,), float("-inf"), tl.float32)
+        # 3. Scores, running softmax, values.
+        total_M = tl.zeros((BM,), tl.float32)
+        for tile in range(begin, end):
             if QUARTERS:
-                q0 = load_query_quarter(q_ptr, token, head, kept, 0, C, H, C + R)
-                q1 = load_query_quarter(q_ptr, token, head, kept, 1, C, H, C + R)
-                q2 = load_query_quarter(q_ptr, token, head, kept, 2, C, H, C + R)
-                q3 = load_query_quarter(q_ptr, token, head, kept, 3, C, H, C + R)
-                o0 = tl.zeros((BM, C // 4), tl.float32)
-                o1 = tl.zeros((BM, C // 4), tl.float32)
-                o2 = tl.zeros((BM, C // 4), tl.float32)
-                o3 = tl.zeros((BM, C // 4), tl.float32)
+                k0, k1, k2, k3 = load_quarters_tile(base, pages, tile, limit, 0, C, ROW, PAGE, BN, dtype, ASM)
+            elif NARROW:
+                k = load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
             else:
-                q = _load_queries(q_ptr, token, head, kept, 0, C, BC, H, C + R)
-                o = tl.zeros((BM, BC), tl.float32)
+                k = load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
+            if R and NARROW:
+                k_rope = load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
+            elif R:
+                k_rope = load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
+            if QUARTERS and LATENT:
+                v0, v1, v2, v3 = k0, k1, k2, k3
+            elif QUARTERS:
+                v0, v1, v2, v3 = load_quarters_tile(
+                    base, pages, tile, limit, G * head_row, C, ROW, PAGE, BN, dtype, ASM
+                )
+            elif LATENT:
+                v = k
+            elif NARROW:
+                v = load_narrow_tile(base, pages, tile, limit, G * head_row, C, BC, ROW, PAGE, BN, dtype)
+            else:
+                v = load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
+            position = tile * BN + tl.arange(0, BN)
+            if QUARTERS:
+                scores = tl.dot(q0, k0.T, input_precision=PRECISION)
+                scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
+                scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
+                scores = tl.dot(q3, k3.T, scores, input_precision=PRECISION)
+            else:
+                scores = tl.dot(q, k.T, input_precision=PRECISION)
             if R:
-                q_rope = _load_queries(q_ptr, token, head, kept, C, R, BR, H, C + R)
-            top = tl.full((BM,), float("-inf"), tl.float32)
-            # 3. Scores, running softmax, values.
-            total_M = tl.zeros((BM,), tl.float32)
-            for tile in range(begin, end):
-                if QUARTERS:
-                    k0, k1, k2, k3 = load_quarters_tile(
-                        base, pages, tile, limit, 0, C, ROW, PAGE, BN, dtype, ASM
-                    )
-                elif NARROW:
-                    k = load_narrow_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN, dtype)
-                else:
-                    k = load_tile(base, pages, tile, limit, 0, C, BC, ROW, PAGE, BN)
-                if R and NARROW:
-                    k_rope = load_behind_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN, dtype)
-                elif R:
-                    k_rope = load_tile(base, pages, tile, limit, C, R, BR, ROW, PAGE, BN)
-                if QUARTERS and LATENT:
-                    v0, v1, v2, v3 = k0, k1, k2, k3
-                elif QUARTERS:
-                    v0, v1, v2, v3 = load_quarters_tile(
-                        base, pages, tile, limit, G * head_row, C, ROW, PAGE, BN, dtype, ASM
-                    )
-                elif LATENT:
-                    v = k
-                elif NARROW:
-                    v = load_narrow_tile(base, pages, tile, limit, G * head_row, C, BC, ROW, PAGE, BN, dtype)
-                else:
-                    v = load_tile(base, pages, tile, limit, G * C, C, BC, ROW, PAGE, BN)
-                position = tile * BN + tl.arange(0, BN)
-                if QUARTERS:
-                    scores = tl.dot(q0, k0.T, input_precision=PRECISION)
-                    scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
-                    scores = tl.dot(q2, k2.T, scores, input_precision=PRECISION)
-                    scores = tl.dot(q3, k3.T, scores, input_precision=PRECISION)
-                else:
-                    scores = tl.dot(q, k.T, input_precision=PRECISION)
-                if R:
-                    scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
-                seen = position[None, :] < visible[:, None]
-                scores = tl.where(seen, scores * scale, float("-inf"))
-                higher = tl.maximum(top, tl.max(scores, 1))
-                ground = tl.where(higher == float("-inf"), 0.0, higher)
-                fade = tl.exp2(top - ground)
-                p = tl.exp2(scores - ground[:, None])
-                total_M = total_M * fade + tl.sum(p, 1)
-                if QUARTERS:
-                    p = p.to(dtype)
-                    o0 = tl.dot(p, v0, o0 * fade[:, None], input_precision=PRECISION)
-                    o1 = tl.dot(p, v1, o1 * fade[:, None], input_precision=PRECISION)
-                    o2 = tl.dot(p, v2, o2 * fade[:, None], input_precision=PRECISION)
-                    o3 = tl.dot(p, v3, o3 * fade[:, None], input_precision=PRECISION)
-                else:
-                    o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
-                top = higher
-            # 4. The end of it, or a part for the merge.
-            # Nothing seen: 0 / 1, and log-sum-exp -inf from top.
-            total_M = tl.where(total_M > 0, total_M, 1.0)
-            whole = (begin == 0) & (end == mine)
-            slot = u if FIXED else 2 * u + (at > u * piece).to(tl.int32)
-            to = token.to(tl.int64) * H + head
-            part = (slot.to(tl.int64) * (RB * G) + lane) * BM + tl.arange(0, BM)
+                scores = tl.dot(q_rope, k_rope.T, scores, input_precision=PRECISION)
+            seen = position[None, :] < visible[:, None]
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            ground = tl.where(higher == float("-inf"), 0.0, higher)
+            fade = tl.exp2(top - ground)
+            p = tl.exp2(scores - ground[:, None])
+            total_M = total_M * fade + tl.sum(p, 1)
             if QUARTERS:
-                column, by = 4 * tl.arange(0, C // 4), total_M[:, None]
-                _put(o0 / by, out_ptr, partial_ptr, to, part, whole, kept, column, C, BC)
-                _put(o1 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 1, C, BC)
-                _put(o2 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 2, C, BC)
-                _put(o3 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 3, C, BC)
+                p = p.to(dtype)
+                o0 = tl.dot(p, v0, o0 * fade[:, None], input_precision=PRECISION)
+                o1 = tl.dot(p, v1, o1 * fade[:, None], input_precision=PRECISION)
+                o2 = tl.dot(p, v2, o2 * fade[:, None], input_precision=PRECISION)
+                o3 = tl.dot(p, v3, o3 * fade[:, None], input_precision=PRECISION)
             else:
-                o = o / total_M[:, None]
-                _put(o, out_ptr, partial_ptr, to, part, whole, kept, tl.arange(0, BC), C, BC)
-            if not whole:
-                tl.store(lse_ptr + part, top + tl.log2(total_M))
-            at = before + tl.minimum(stop - before, length)
+                o = tl.dot(p.to(dtype), v, o * fade[:, None], input_precision=PRECISION)
+            top = higher
+        # 4. The end of it, or a part for the merge.
+        # Nothing seen: 0 / 1, and log-sum-exp -inf from top.
+        total_M = tl.where(total_M > 0, total_M, 1.0)
+        whole = (begin == 0) & (end == mine)
+        slot = u if FIXED else 2 * u + (at > u * piece).to(tl.int32)
+        to = token.to(tl.int64) * H + head
+        part = (slot.to(tl.int64) * (RB * G) + lane) * BM + tl.arange(0, BM)
+        if QUARTERS:
+            column, by = 4 * tl.arange(0, C // 4), total_M[:, None]
+            _put(o0 / by, out_ptr, partial_ptr, to, part, whole, kept, column, C, BC)
+            _put(o1 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 1, C, BC)
+            _put(o2 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 2, C, BC)
+            _put(o3 / by, out_ptr, partial_ptr, to, part, whole, kept, column + 3, C, BC)
+        else:
+            o = o / total_M[:, None]
+            _put(o, out_ptr, partial_ptr, to, part, whole, kept, tl.arange(0, BC), C, BC)
+        if not whole:
+            tl.store(lse_ptr + part, top + tl.log2(total_M))
+        at = before + tl.minimum(stop - before, length)
+        done = at >= stop
+        u = tl.where(done, u + W, u)
+        at = tl.where(done, u * piece, at)
+        if at < total:
+            s, before, mine, length, start, new, limit = _find_place(
+                at, ends, line, tiles, cu_ptr, contexts_ptr, table_ptr, S, B, S_PAD, PAGE, BN
+            )
 
 
 @triton.jit(do_not_specialize=["S", "W", "RB"])

@@ -314,15 +314,16 @@ def sum_row(
 ):
     """Columns of tokens' choices, weighted and added, in float32 and not cast where nothing is SHARED.
 
-    Up to AT_ONCE choices and parts are on their way together: a compiler that is short of registers would else
-    wait for some before it asks for the next.
+    Up to AT_ONCE choices and parts are on their way together: a compiler that saves registers would else wait
+    for some before it asks for the next.
     """
     total = tl.where(inside, 0.0, 0.0)
     dense = tl.where(inside, 0.0, 0.0)
-    for first in tl.static_range(0, K if K > SHARED else SHARED, AT_ONCE):
+    for first in tl.static_range(0, max(K, SHARED), AT_ONCE):
         rows = ()
         for k in tl.static_range(first, min(first + AT_ONCE, K)):
-            rows = rows + (tl.load(rows_ptr + (token * K + k) * D + column, mask=inside, other=0.0),)  # noqa: RUF005
+            at = (token * K + k) * D + column
+            rows = rows + (tl.load(rows_ptr + at, mask=inside, other=0.0),)  # noqa: RUF005
         parts = ()
         for part in tl.static_range(first, min(first + AT_ONCE, SHARED)):
             at = (part * T + token) * D + column
