@@ -21,7 +21,8 @@ need not wait for the choice: they do so only before they write, where memory ma
 
 SCAN: up to MAX_SCAN choices need no permutation. The program of choice c reads all choices, and the first of
 each BM choices of an expert takes them all; the others leave at once. One launch less. Rows of h are then in
-choice order.
+choice order. Those of one token are of different experts: each program has its own, and reads no other
+(SCAN 1).
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def find_rows(
     SCAN: tl.constexpr,
 ):
     """Expert (-1: nothing to do), choices and rows of h of a tile. Past the L1, for who has not waited."""
-    if SCAN:
+    if SCAN == 1:
+        expert = tl.load(experts_ptr + tile, cache_modifier=".cg").to(tl.int32)
+        choice = tl.where(tl.arange(0, BM) == 0, tile, -1)
+        row = choice
+    elif SCAN:
         expert, choice = _claim(experts_ptr, tile, M, BM, SCAN)
         row = choice
     else:

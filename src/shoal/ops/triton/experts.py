@@ -219,6 +219,11 @@ def _tiles_of(groups: Groups | None, choices: int) -> tuple[int, int, tuple[Tens
     return groups.max_tiles, groups.choices_P.shape[0], where
 
 
+def _scanned(groups: Groups | None, tokens: int) -> int:
+    """How many choices a program reads to find its rows; 1: a token's own, all of different experts."""
+    return 0 if groups is not None else 1 if tokens == 1 else MAX_SCAN
+
+
 Shared = tuple[Tensor, Tensor, Tensor]  # gate (S F, D), up (S F, D) and down (D, S F) of the shared experts
 
 
@@ -259,7 +264,7 @@ def swiglu_stream(
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,
-        SCAN=MAX_SCAN if groups is None else 0,
+        SCAN=_scanned(groups, T),
         SHARED=times,
         TMA=tma,
         PDL=pdl,
@@ -310,7 +315,7 @@ def stream(
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,
-        SCAN=MAX_SCAN if groups is None else 0,
+        SCAN=_scanned(groups, T),
         SHARED=times,
         TMA=tma,
         PDL=pdl,

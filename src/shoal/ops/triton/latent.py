@@ -82,6 +82,7 @@ def _queries_kernel(
         to = out_ptr + (token * H + head)[:, None] * (C + R) + c[None, :]
         tl.store(to, made.to(out_ptr.dtype.element_ty), mask=kept[:, None] & (c < C)[None, :])
     else:
+        bring_near(norm_ptr + tl.arange(0, 1)[:, None], C, BLOCK, PDL)
         wait_for_previous(PDL)
         parts: tl.constexpr = 1 + (H + HEADS - 1) // HEADS
         one = ((program - products) // parts).to(tl.int64)
