@@ -18,6 +18,7 @@ from torch import Tensor
 from shoal.batch import Batch
 from shoal.config.families import tiny
 from shoal.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig, YarnScaling
+from shoal.model.mla import MLA
 from shoal.model.rope import inverse_frequencies
 from shoal.model.transformer import Output, Transformer
 from tests.model import parts
@@ -314,6 +315,21 @@ def test_from_meta_to_memory(name: str) -> None:
     assert model.model.rotary.inverse_R2.tolist() == pytest.approx(wanted)
     batch = parts.pack(*TEXTS)
     assert torch.equal(model(batch).hidden_TD, born(batch).hidden_TD)
+
+
+def test_weights_that_are_read_at_once_lie_together() -> None:
+    model = Transformer(V3, device="meta")
+    attentions = [block.self_attn for _, block in model.model.blocks() if isinstance(block.self_attn, MLA)]
+    for attention in attentions:
+        attention.lay("cpu")
+    model.allocate("cpu")
+    parts.fill(model)
+    for attention in attentions:
+        first, second = attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight
+        assert second.data_ptr() == first.data_ptr() + first.nbytes
+    other, batch = Transformer(V3), parts.pack(*TEXTS)
+    other.load_state_dict(model.state_dict())
+    _assert_close(model(batch).hidden_TD, other(batch).hidden_TD)
 
 
 def test_a_narrow_model_keeps_its_gate_bias_and_its_angles_wide() -> None:

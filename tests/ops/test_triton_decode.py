@@ -64,6 +64,20 @@ def test_products_at_once_are_products(
         assert_near(ours, wanted, dtype, 1, D)
 
 
+@pytest.mark.parametrize("T", [65, 600])
+def test_weights_side_by_side_are_one_product_of_some_rows(T: int) -> None:
+    x_TD, sizes = draw(T, 64, dtype=HALF), (40, 24)
+    weights = draw(sum(sizes), 64, dtype=HALF, seed=1).split(sizes)
+    apart = tuple(weight.clone() for weight in weights)
+    (y, z), wanted = linears.linears(x_TD, weights, (None, None)), linears.linears(x_TD, apart, (None, None))
+    as_one = y.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
+    assert as_one == (T <= linears.MAX_AS_ONE)
+    for ours, theirs in zip((y, z), wanted, strict=True):
+        assert_near(ours, theirs.double(), HALF, 1, 64)
+    learning = tuple(weight.requires_grad_() for weight in apart)
+    assert all(y.requires_grad for y in linears.linears(x_TD, learning, (None, None)))
+
+
 def test_a_product_does_not_depend_on_its_batch() -> None:
     x_TD, weight = draw(70, 128, dtype=HALF), draw(48, 128, dtype=HALF, seed=1)
     (whole,) = linears.linears(x_TD, (weight,), (None,), invariant=True)
@@ -156,6 +170,22 @@ def test_shared_experts_ride_along(times: int, T: int, dtype: torch.dtype, kind:
     assert_near(found, wanted, dtype, 4, D + times * F)
     apart = experts.mixture(x_TD, experts_TK, weights_TK, *stacks, *shared, plan=plan, invariant=True)
     assert_near(apart, wanted, dtype, 4, D + times * F)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [129, 256, 257])
+def test_shared_experts_ride_in_wider_tiles(T: int) -> None:
+    E, K, D, F = 32, 2, 256, 128
+    x_TD, generator = draw(T, D, dtype=HALF), torch.Generator().manual_seed(1)
+    experts_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :K].contiguous().to(DEVICE)
+    weights_TK = draw(T, K, dtype=torch.float32, seed=2).abs()
+    shapes = (E, 2 * F, D), (E, D, F), (2 * F, D), (2 * F, D), (D, 2 * F)
+    matrices = [draw(*shape, dtype=HALF, seed=3 + at, scale=0.1) for at, shape in enumerate(shapes)]
+    made = experts.open_mixture(x_TD, experts_TK, weights_TK, *matrices)
+    assert not isinstance(made, Tensor) and len(made[3]) == (2 if T <= 256 else 1)  # parts of the shared sum
+    wide = [t.double() for t in matrices]
+    wanted = dispatch.REFERENCE["mixture"](x_TD.double(), experts_TK, weights_TK.double(), *wide)
+    assert_near(permutation.close(*made), wanted, HALF, 4, D + 2 * F)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
