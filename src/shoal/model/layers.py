@@ -82,8 +82,8 @@ def together(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
 
 
 def lay_together(*linears: Linear, device: torch.device | str) -> None:
-    """Give weights that have no memory yet a common one, each its rows of it: then they are one product for few
-    rows of x (`ops.linears`)."""
+    """Give weights that have no memory yet a common one, each its rows of it: few rows of x then meet them in
+    one product (`ops.linears`)."""
     weights = [linear.weight for linear in linears]
     if all(type(weight) is nn.Parameter and weight.is_meta for weight in weights):
         rows = [len(weight) for weight in weights]

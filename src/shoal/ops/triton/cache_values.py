@@ -4,8 +4,8 @@
 
 Of few short parts a head reads less than the launch between costs. Layout: a program makes BV of the V values
 of one head. It merges all C elements again, as every program of its head does, and adds by threads: one row
-fills no tensor core. Rows of W_UV, and how many parts there are, are read before the wait for them (`launch`).
-Bound: the launch.
+fills no tensor core. Rows of W_UV, and how many parts there are, are read before the wait for these
+(`launch`). Bound: the launch.
 
 Parts lie where `cache_splits` and `cache_turns` put them for a batch of one sequence.
 """

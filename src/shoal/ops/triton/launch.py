@@ -44,7 +44,7 @@ def wait_for_previous(PDL: tl.constexpr):
 @triton.jit
 def bring_near(rows, WIDTH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
     """With programmatic launch: rows of WIDTH elements, at pointers (N, 1), are asked for as far as the L2,
-    STEP elements at a time. For what is read after the wait and written by nobody."""
+    STEP elements at a time. For what is read after the wait: it holds what is true by then."""
     if PDL:
         LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
         LINES: tl.constexpr = STEP // LINE if STEP > LINE else 1
