@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoal.ops.triton.expert_plan import num_multiprocessors
-from shoal.ops.triton.launch import programmatic, wait_for_previous
+from shoal.ops.triton.launch import bring_near, programmatic, wait_for_previous
 from shoal.ops.triton.permutation import sum_row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,8 +60,10 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (column < D)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    if tl.program_id(0) == 0:  # no further: FSDP2 writes it right before (`launch`)
+        bring_near(weight_ptr + tl.arange(0, 1)[:, None], D, BLOCK, PDL)
     wait_for_previous(PDL)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -96,8 +98,10 @@ def _sum_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < N) & (column < D)
-    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    if tl.program_id(0) == 0:  # no further: FSDP2 writes it right before (`launch`)
+        bring_near(weight_ptr + tl.arange(0, 1)[:, None], D, BLOCK, PDL)
     wait_for_previous(PDL)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     y = sum_row(rows_ptr, experts_ptr, weights_ptr, dense_ptr, row, N, column, inside, dtype, K, D, True, S)
     x = (x + y.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
