@@ -162,7 +162,9 @@ def gate_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor | None:
     if not 0 < T <= MAX_SPLIT:
         return None
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    chunks, tokens, pdl = triton.cdiv(D, CHUNK), 16 if T <= 16 else 64, programmatic(x_TD.device)
+    chunks, tokens = triton.cdiv(D, CHUNK), 16 if T <= 16 else 64
+    # In training FSDP2 may write the weight right before, and this kernel reads it before its wait.
+    pdl = programmatic(x_TD.device) and not torch.is_grad_enabled()
     parts = torch.empty(chunks, T, E, dtype=torch.float32, device=x_TD.device)
     _split_kernel[(triton.cdiv(E, 64), triton.cdiv(T, tokens), chunks)](
         x_TD,
