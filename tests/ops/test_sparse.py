@@ -157,7 +157,7 @@ def test_narrow_scores_are_those_of_what_the_narrow_numbers_stand_for(new: tuple
     contexts = torch.tensor(LENGTHS, dtype=torch.int32)
     narrow, by = quantised.narrow_index(q[rows])
     got_TN = quantised.narrow_index_scores(
-        narrow, w[rows] * by, values, scales, tables, contexts, 11, _cu(new), max(new)
+        narrow, by, w[rows], values, scales, tables, contexts, 11, _cu(new), max(new)
     )
     (q8, q_by), (k8, k_by) = quantised.narrow_index(q), quantised.narrow_index(k)
     wide = q8.double() * q_by.unsqueeze(-1), w.double(), k8.double() * k_by.unsqueeze(-1)

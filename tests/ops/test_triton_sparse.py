@@ -18,6 +18,7 @@ from shoal.ops import api as ops
 from shoal.ops import dispatch, quantised
 from shoal.ops.reference.narrow_rows import narrow_rows, widen_rows
 from shoal.ops.triton import index_scores, select, sparse
+from shoal.ops.triton.cache_plan import PORTABLE, TURNS
 from tests.ops.parts import DEVICE, GPU, HALF, runs_triton, scalars_in_arrays
 
 pytestmark = [runs_triton, scalars_in_arrays]
@@ -62,12 +63,23 @@ def test_select_top_is_its_reference(
 
 
 @pytest.mark.parametrize("chunk", [1024, 4096])
-def test_selection_does_not_see_its_chunks(chunk: int) -> None:
-    scores_TN = _draw(2, 9000).mul(3).round()
-    scores_TN[1, 5:] = -math.inf
+@pytest.mark.parametrize("kind", ["tied", "flat", "rising", "short"])
+def test_selection_does_not_see_its_chunks(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rising scores the last chunks have all that is taken, of equal ones the first; where a row has one
+    program, equal ones outgrow its list."""
+    scores_TN = _draw(2, 131072 if GPU else 9000).mul(3)
+    if kind == "short":
+        scores_TN[0, 1000:] = -math.inf
+        scores_TN[1, 5:] = -math.inf
+    else:
+        with_kind = {"tied": scores_TN.round(), "flat": scores_TN * 0, "rising": scores_TN.sort().values}
+        scores_TN = with_kind[kind]
     with dispatch.using("reference"):
         wanted_TK = ops.select_top(scores_TN, 700)
     assert torch.equal(select.select_top(scores_TN, 700, chunk=chunk), wanted_TK)
+    for name, value in {"MANY": 1, "ROWS": 1, "CHUNK": 1024, "KEPT": 4096}.items():
+        monkeypatch.setattr(select, name, value)
+    assert torch.equal(select.select_top(scores_TN, 700), wanted_TK)
 
 
 LENGTHS = (300, 1, 131) if GPU else (37, 1, 20)
@@ -130,6 +142,29 @@ def test_scores_over_pages_are_their_reference(
         _close(ops.paged_index_scores(q, w, *where), wanted_TN, TIGHT * 10)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_tiles_within_a_page_score_as_others_do(narrow: bool, poison: None) -> None:
+    """A page is a tile or several; a plan whose tile holds several pages looks each position up."""
+    size, new = 32, (5, 1, 3)
+    lengths = (300, 64, 131) if GPU else (37, 64, 20)
+    tokens, cu = sum(new), torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    table_SB, contexts_S = order[:30].view(3, 10).int(), torch.tensor(lengths, device=DEVICE).int()
+    pages, q, w = _draw(40, size, 32, dtype=HALF), _draw(tokens, 5, 32, dtype=HALF), _draw(tokens, 5, seed=1)
+    where = table_SB, contexts_S, max(lengths) + 3, cu, max(new)
+    got = []
+    for tile in (16, 32, 64):
+        plan = index_scores.Plan(tile, 2, 4, 3)
+        if narrow:
+            inputs = *quantised.narrow_index(q), w, *quantised.narrow_index(pages)
+            got.append(index_scores.narrow_index_scores(*inputs, *where, plan=plan))
+        else:
+            got.append(index_scores.paged_index_scores(q, w, pages, *where, plan=plan))
+    assert (got[0] > -math.inf).any()
+    for scores_TN in got[:2]:
+        _close(scores_TN, got[2], TIGHT)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [8, 128])
 def test_narrow_rows_are_their_reference(size: int, dtype: torch.dtype, poison: None) -> None:
@@ -168,15 +203,15 @@ def test_narrow_scores_over_pages_are_their_reference(new: tuple[int, ...], pois
     with dispatch.using("triton"):
         quantised.write_index_keys(values.view(E4M3), scales, slots_T, k)
         q8, by = quantised.narrow_index(q)
-        got_TN = quantised.narrow_index_scores(q8, w * by, values.view(E4M3), scales, *where)
+        got_TN = quantised.narrow_index_scores(q8, by, w, values.view(E4M3), scales, *where)
         plain8, plain_by = quantised.narrow_index(k)
     written = values.flatten(0, 1)[slots_T].view(E4M3)
     assert torch.equal(written.float(), plain8.float())
     assert torch.equal(scales.flatten()[slots_T], plain_by)
     with dispatch.using("reference"):
-        wanted_TN = quantised.narrow_index_scores(q8, w * by, values.view(E4M3), scales, *where)
+        wanted_TN = quantised.narrow_index_scores(q8, by, w, values.view(E4M3), scales, *where)
         q8, values = (q8.view(torch.uint8) & 0x7F).view(E4M3), values & 0x7F
-        size_TN = quantised.narrow_index_scores(q8, (w * by).abs(), values.view(E4M3), scales, *where)
+        size_TN = quantised.narrow_index_scores(q8, by, w.abs(), values.view(E4M3), scales, *where)
     assert torch.equal(got_TN == -math.inf, wanted_TN == -math.inf)
     kept_TN = wanted_TN != -math.inf
     assert kept_TN.any()
@@ -228,6 +263,28 @@ def test_attention_over_named_narrow_rows_is_its_reference(
     tolerance = TIGHT if dtype == torch.float32 else LOOSE
     _close(as_wide_THC, wanted_THC, tolerance)
     _close(sparse.sparse_latent_attention(q_THL, rows_XL, indices_TK, rank, 0.1), wanted_THC, tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33, 300] if GPU else [1, 2, 5])
+def test_named_rows_are_pages_of_one(tokens: int, poison: None) -> None:
+    """On Hopper V3.2's shape, in turns; rows are parts of wider ones, and what is not named is NaN."""
+    heads, rank, rope, named, rows = (128, 512, 64, 700, 9000) if GPU else (4, 64, 16, 70, 400)
+    dtype, plan = (HALF, TURNS) if GPU else (torch.float32, PORTABLE)
+    q_THL, whole = (
+        _draw(tokens, heads, rank + rope, dtype=dtype),
+        _draw(rows, rank + rope + 128, seed=1, dtype=dtype),
+    )
+    order = torch.randperm(rows // 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    whole[rows // 2 :] = math.nan
+    indices_TK = torch.stack([order.roll(13 * t)[:named] for t in range(tokens)])
+    indices_TK[0, 1:] = -1
+    indices_TK[-1, named // 3 :] = -1
+    rows_XL = whole[:, : rank + rope]
+    with dispatch.using("reference"):
+        wanted_THC = ops.sparse_latent_attention(q_THL, rows_XL, indices_TK, rank, 0.1)
+    got_THC = sparse.attend_as_pages(q_THL, rows_XL, indices_TK, rank, 0.1, plan)
+    _close(got_THC, wanted_THC, LOOSE if GPU else TIGHT)
+    assert torch.isfinite(got_THC).all()
 
 
 def test_in_batch_invariant_mode_a_token_does_not_see_its_batch() -> None:

@@ -98,7 +98,8 @@ class Indexer(nn.Module):
             q_TJI, scales_TJ = quantised.narrow_index(q_TJI)
             scores_TN = quantised.narrow_index_scores(
                 q_TJI,
-                weights_TJ * scales_TJ,
+                scales_TJ,
+                weights_TJ,
                 *kv.index_keys[self.layer],
                 kv.block_table_SB,
                 kv.context_lens_S,

@@ -160,6 +160,7 @@ def write_index_keys(values: Tensor, scales: Tensor, slots_T: Tensor, k_TI: Tens
 
 def narrow_index_scores(
     q_TJI: Tensor,
+    scales_TJ: Tensor,
     weights_TJ: Tensor,
     values: Tensor,
     scales: Tensor,
@@ -169,11 +170,11 @@ def narrow_index_scores(
     cu_seqlens_S1: Tensor,
     max_seqlen: int,
 ) -> Tensor:
-    """`api.paged_index_scores` of narrow queries over narrow keys. `weights_TJ` have the queries' scales in
-    them. No gradient."""
+    """`api.paged_index_scores` of narrow queries, with their scales, over narrow keys. No gradient."""
     return call(
         "narrow_index_scores",
         q_TJI,
+        scales_TJ,
         weights_TJ,
         values,
         scales,

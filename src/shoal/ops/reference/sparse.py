@@ -122,6 +122,7 @@ def write_index_keys(values: Tensor, scales: Tensor, slots_T: Tensor, k_TI: Tens
 @torch.no_grad()
 def narrow_index_scores(
     q_TJI: Tensor,
+    scales_TJ: Tensor,
     weights_TJ: Tensor,
     values: Tensor,
     scales: Tensor,
@@ -131,14 +132,15 @@ def narrow_index_scores(
     cu_seqlens_S1: Tensor,
     max_seqlen: int,
 ) -> Tensor:
-    # The pages of these sequences alone, widened. A scale is positive: it may come before the cut at 0.
+    # The pages of these sequences alone, widened. A scale is positive: it may come before the cut at 0, or
+    # after it, with the weights.
     table_SB = block_table_SB[:, : -(-max_context_len // values.shape[1])]
     taken = table_SB.flatten()
     keys = values.view(torch.uint8).index_select(0, taken).view(values.dtype).float()
     pages = keys * scales.index_select(0, taken).unsqueeze(-1)
     places_SB = torch.arange(len(taken), device=taken.device).view(table_SB.shape)
     where = places_SB, context_lens_S, max_context_len, cu_seqlens_S1, max_seqlen
-    return paged_index_scores(q_TJI.float(), weights_TJ, pages, *where)
+    return paged_index_scores(q_TJI.float(), weights_TJ * scales_TJ, pages, *where)
 
 
 @torch.no_grad()

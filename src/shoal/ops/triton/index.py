@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.ops.triton.launch import programmatic, wait_for_previous
 from shoal.ops.triton.quantise import FP8, lacks_e4m3, to_e4m3
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +37,9 @@ def _narrow_kernel(
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     ROUND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, other = tl.arange(0, BW), tl.arange(0, BW)
     inside = (row < rows)[:, None] & (column < W)[None, :]
@@ -62,10 +65,10 @@ def _narrow(x: Tensor, values: Tensor, scales: Tensor, slots_T: Tensor | None) -
     x, width = x.contiguous(), x.shape[-1]
     rows = x.numel() // width
     if rows:
-        tile = 32 if rows > 32 else 16
+        tile, pdl = 32 if rows > 32 else 16, programmatic(x.device)
         _narrow_kernel[(triton.cdiv(rows, tile),)](
             x, values, scales, slots_T, rows, width**-0.5, W=width, BW=max(16, width), ROWS=tile,
-            SLOTS=slots_T is not None, ROUND=not x.is_cuda,
+            SLOTS=slots_T is not None, ROUND=not x.is_cuda, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
 
 

@@ -2,15 +2,16 @@
 
     taken = {n : key(n) > least} and of its equals the first,    least = the K-th largest key
 
-A key is the score's bits, turned so that they order as integers: NaN counts as -inf, -0 as 0. The K-th
-largest is found digit by digit, four of 8 bits, by the histogram of what agrees so far; a last pass writes
-the columns taken, each at its rank. So ties go to the smaller column, and a row depends on itself alone.
-Many rows: a program each. Few: a row is shared out in chunks, a launch a digit, and each reads what all
-counted before it. Short rows stay in registers, where the digits are single bits.
+A key is the score's bits, turned so that they order as integers: NaN counts as -inf, -0 as 0. Ties go to the
+smaller column, and a row depends on itself alone. Short rows stay in registers.
 
-Of the last two digits few agree, and each adds itself; before, a histogram of the chunk does. Bound: five
-reads of a row, one from memory and four from the L2; with few rows, launches. One program took 0.45 ms for a
-row of 128k on an H200 (2026-11-24), however few the rows: hence the chunks.
+Few rows: a row is shared out in chunks. The K-th largest key is found digit by digit, four of 8 bits, a
+launch each: by histograms of the chunks, of the last two, where few still agree, each key adds itself. A last
+launch writes the columns taken, each at its rank. Bound: launches, some 3 us each, and histograms, 100
+instructions a key and warp: 19.5, 31 and 90 us for 1, 8 and 32 rows of 128k on an H200 (2026-11-29).
+Many rows: a program each. What K groups of 8 columns reach, K columns do, so by the groups' largest few
+columns are kept, 8 K at most but for ties, and of these the best are found bit by bit: 1.2 ms for 1,024 rows,
+4.3 by histograms. One row takes a multiprocessor 150 us; of 128 rows the chunks would take twice that.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from shoal.ops.triton.block_rows import sequence_of
 from shoal.ops.triton.launch import programmatic, wait_for_previous
 
 SHORT = 2048  # columns that one program keeps in registers
-CHUNK = 8192  # columns that a program has at once, where it has a row
+CHUNK, KEPT = 4096, 16384  # columns that a program has at once, where it has a row, and that it keeps
+GROUP, MOST_GROUPS, ROWS = 8, 32768, 528  # there: columns of a group, groups, rows of a launch
 FEW_CHUNK = 4096  # and where a row is shared out
-MANY = 264  # rows from which each has one program
+MANY = 128  # rows from which each has one program
 
 
 @triton.jit
@@ -67,37 +69,121 @@ def short_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _settle(scores_ptr, N, least, room, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Eight more bits of the K-th largest key, and how many are taken of those that agree so far."""
-    FLIP: tl.constexpr = 128 if SHIFT == 24 else 0  # of the digit with the sign
-    counts = tl.zeros((256,), tl.int32)
-    for start in range(0, N, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        key = _keys(scores_ptr, column, N)
-        same = column < N
-        if SHIFT < 24:
-            same = same & ((key >> (SHIFT + 8)) == (least >> (SHIFT + 8)))
-        counts += tl.histogram(((key >> SHIFT) ^ FLIP) & 255, 256, mask=same)
-    reach = tl.cumsum(counts, 0, reverse=True)
-    chosen = tl.sum((reach >= room).to(tl.int32), 0) - 1
-    room -= tl.sum(tl.where(tl.arange(0, 256) > chosen, counts, 0), 0)
-    return least | ((chosen ^ FLIP) << SHIFT), room
+def _reaches(key, least, SHIFT: tl.constexpr):
+    """How many keys reach `least` with the two bits at SHIFT as 1, 2 and 3: three counts of 21 bits."""
+    one = (key >= (least | (1 << SHIFT))).to(tl.int64)
+    two = (key >= (least | (2 << SHIFT))).to(tl.int64)
+    three = (key >= (least | (3 << SHIFT))).to(tl.int64)
+    return tl.sum(one + (two << 21) + (three << 42), 0)
 
 
 @triton.jit
-def long_kernel(scores_ptr, out_ptr, N, K, BLOCK: tl.constexpr):
+def _two_bits(counts, least, K, SHIFT: tl.constexpr):
+    """The K-th largest key with two more bits settled by those counts."""
+    bits = (counts & 0x1FFFFF >= K).to(tl.int32) + ((counts >> 21) & 0x1FFFFF >= K).to(tl.int32)
+    return least | ((bits + (counts >> 42 >= K).to(tl.int32)) << SHIFT)
+
+
+@triton.jit
+def _kth(key, K, BITS: tl.constexpr):
+    """The K-th largest of the keys, of which there are so many at least, cut to its sign and BITS more."""
+    least = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= K, 0, -2147483648).to(tl.int32)
+    for pair in tl.static_range(BITS // 2):
+        least = _two_bits(_reaches(key, least, 29 - 2 * pair), least, K, 29 - 2 * pair)
+    if BITS % 2:
+        last = least | 1
+        least = tl.where(tl.sum((key >= last).to(tl.int32), 0) >= K, last, least)
+    return least
+
+
+@triton.jit
+def groups_kernel(
+    scores_ptr, groups_ptr, N, GROUPS, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """The largest key of each GROUP columns: (T, GROUPS)."""
+    wait_for_previous(PDL)
+    row = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    largest = tl.max(_keys(scores_ptr + row * N, column, N), 1)
+    tl.store(groups_ptr + row * GROUPS + group, largest, mask=group < GROUPS)
+
+
+@triton.jit
+def _count(scores_ptr, probe, N, BLOCK: tl.constexpr):
+    """How many keys of a row reach `probe`."""
+    reach = tl.zeros((), tl.int32)
+    for start in range(0, N, BLOCK):
+        reach += tl.sum((_keys(scores_ptr, start + tl.arange(0, BLOCK), N) >= probe).to(tl.int32), 0)
+    return reach
+
+
+@triton.jit
+def _finish(scores_ptr, kept_ptr, out_ptr, total, N, K, BLOCK: tl.constexpr):
+    """The best of the columns that were kept, and how many they are."""
+    n = tl.arange(0, BLOCK)
+    column = tl.load(kept_ptr + n, mask=n < total, other=N)
+    key = _keys(scores_ptr, column, N)
+    least = _kth(key, K, 31)
+    room = K - tl.sum((key > least).to(tl.int32), 0)
+    taken, _ = _take(key, least, 0, room, column, out_ptr, K)
+    return taken
+
+
+@triton.jit(do_not_specialize=["GROUPS"])
+def long_kernel(
+    scores_ptr,
+    groups_ptr,
+    kept_ptr,
+    out_ptr,
+    N,
+    GROUPS,
+    K,
+    KEPT: tl.constexpr,
+    G_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    LOWEST: tl.constexpr = -2139095041
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * N
-    least = tl.zeros((), tl.int32)
-    room = K + tl.zeros((), tl.int32)
-    least, room = _settle(scores_ptr, N, least, room, 24, BLOCK)
-    least, room = _settle(scores_ptr, N, least, room, 16, BLOCK)
-    least, room = _settle(scores_ptr, N, least, room, 8, BLOCK)
-    least, room = _settle(scores_ptr, N, least, room, 0, BLOCK)
-    taken = tl.zeros((), tl.int32)
+    kept_ptr += row * KEPT
+    out_ptr += row * K
+    wait_for_previous(PDL)
+    # 1. What K groups reach, K columns do: nothing below is taken.
+    group = tl.arange(0, G_PAD)
+    largest = tl.load(groups_ptr + row * GROUPS + group, mask=group < GROUPS, other=-2147483648)
+    bound = LOWEST + 1 + tl.zeros((), tl.int32)
+    if GROUPS >= K:
+        bound = tl.maximum(_kth(largest, K, 16), bound)
+    # 2. The columns that reach it, in order; too many are none.
+    total = tl.zeros((), tl.int32)
     for start in range(0, N, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        taken, room = _take(_keys(scores_ptr, column, N), least, taken, room, column, out_ptr + row * K, K)
+        keep = (_keys(scores_ptr, column, N) >= bound).to(tl.int32)
+        rank = total + tl.cumsum(keep, 0) - 1
+        tl.store(kept_ptr + rank, column, mask=(keep > 0) & (rank < KEPT))
+        total += tl.sum(keep, 0)
+    tl.debug_barrier()
+    # 3. The best of them.
+    taken = tl.zeros((), tl.int32)
+    if total <= BLOCK:
+        taken = _finish(scores_ptr, kept_ptr, out_ptr, total, N, K, BLOCK)
+    elif total <= KEPT:
+        taken = _finish(scores_ptr, kept_ptr, out_ptr, total, N, K, KEPT)
+    else:
+        # More columns tie than the list has room for: over the row, again and again.
+        least = tl.where(_count(scores_ptr, 0, N, BLOCK) >= K, 0, -2147483648).to(tl.int32)
+        for bit in range(31):
+            probe = least | (1 << (30 - bit))
+            least = tl.where(_count(scores_ptr, probe, N, BLOCK) >= K, probe, least)
+        room = K - _count(scores_ptr, least + 1, N, BLOCK)
+        for start in range(0, N, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            taken, room = _take(_keys(scores_ptr, column, N), least, taken, room, column, out_ptr, K)
+    for start in range(taken, K, BLOCK):
+        rank = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + rank, tl.full((BLOCK,), -1, tl.int64), mask=rank < K)
 
 
 @triton.jit
@@ -232,22 +318,36 @@ def select_top(scores_TN: Tensor, top_k: int, *, chunk: int | None = None) -> Te
     if not places_TK.numel():
         return places_TK
     scores_TN = scores_TN.contiguous()
-    if N <= SHORT or T >= MANY:
+    pdl = programmatic(scores_TN.device)
+    early: dict[str, Any] = {"PDL": pdl, "launch_pdl": pdl}
+    if N <= SHORT:
         places_TK.fill_(-1)
-        arguments: tuple[Any, ...] = (scores_TN, places_TK, N, top_k)
-        if N <= SHORT:
-            block = triton.next_power_of_2(max(N, 32))
-            short_kernel[(T,)](*arguments, BLOCK=block, num_warps=1 if block <= 1024 else 4)
-        else:
-            long_kernel[(T,)](*arguments, BLOCK=CHUNK, num_warps=16)
+        block = triton.next_power_of_2(max(N, 32))
+        arguments = (scores_TN, places_TK, N, top_k)
+        short_kernel[(T,)](*arguments, BLOCK=block, num_warps=1 if block <= 1024 else 4)
+        return places_TK
+    if T >= MANY:
+        group = max(GROUP, triton.next_power_of_2(N) // MOST_GROUPS)
+        groups, rows = triton.cdiv(N, group), min(T, ROWS)
+        groups_TG, kept_TX = (
+            torch.empty(rows * width, dtype=torch.int32, device=scores_TN.device) for width in (groups, KEPT)
+        )
+        for first in range(0, T, rows):
+            some_TN, out_TK = scores_TN[first : first + rows], places_TK[first : first + rows]
+            groups_kernel[(triton.cdiv(groups, 128), len(some_TN))](
+                some_TN, groups_TG, N, groups, GROUP=group, BLOCK=128, **early
+            )
+            long_kernel[(len(some_TN),)](
+                some_TN, groups_TG, kept_TX, out_TK, N, groups, top_k, KEPT=KEPT,
+                G_PAD=max(KEPT, triton.next_power_of_2(groups)), BLOCK=CHUNK, num_warps=16, **early,
+            )  # fmt: skip
         return places_TK
     size = chunk or FEW_CHUNK
-    chunks, pdl = triton.cdiv(N, size), programmatic(scores_TN.device)
+    chunks = triton.cdiv(N, size)
     totals, counts, state, above = (
         torch.empty(T, width, dtype=torch.int32, device=scores_TN.device)
         for width in (1024, chunks * 1024, 8, chunks)
     )
-    early = {"PDL": pdl, "launch_pdl": pdl}
     words: dict[str, Any] = {"BLOCK": size, "num_warps": max(4, size // 512), **early}
     clear_kernel[(T,)](totals, places_TK, top_k, K_PAD=triton.next_power_of_2(top_k), **early)
     arguments = (scores_TN, totals, counts, state, above)
