@@ -169,14 +169,18 @@ def attend_as_pages(
     lengths_kernel[(T,)](
         indices_TK, lengths_T, cu_T1, K, K_PAD=triton.next_power_of_2(K), PDL=pdl, launch_pdl=pdl
     )
-    outs = [
-        cache_attention.latent_attention(
-            q_THL[at : at + TOKENS], pages, indices_TK[at : at + TOKENS], lengths_T[at : at + TOKENS], K,
-            cu_T1, 1, rank, scale, plan=plan,
+
+    def attend(some: slice) -> Tensor:
+        return cache_attention.latent_attention(
+            q_THL[some], pages, indices_TK[some], lengths_T[some], K, cu_T1, 1, rank, scale, plan=plan
         )
-        for at in range(0, T, TOKENS)
-    ]  # fmt: skip
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    if T <= TOKENS:
+        return attend(slice(0, T))
+    out_THC = q_THL.new_empty(T, q_THL.shape[1], rank)
+    for at in range(0, T, TOKENS):
+        out_THC[at : at + TOKENS] = attend(slice(at, at + TOKENS))
+    return out_THC
 
 
 def sparse_latent_attention_refusal(
