@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from shoal.config.families import tiny
-from shoal.model.quantised import Scheme, quantise
 from shoal.model.transformer import Transformer
 from shoal.ops import dispatch
 from tests.model.parts import Cache, draw_ids, fill
@@ -21,31 +20,22 @@ from tests.model.parts import Cache, draw_ids, fill
 LATENT = ["linears", "latent_queries", "latent_attention", "linears"]
 LOW_RANK = ["linears", "rms_norm", "linears", *LATENT[1:]]
 GROUPED = ["linears", "write_kv_cache", "paged_attention", "linears"]
-NARROW, NARROW_MIXED = (
-    ["quantised_linears", *LATENT[1:-1], "quantised_linears"],
-    ["add_norm_gate", "quantised_mixture"],
-)
 MIXED, DENSE = ["add_norm_gate", "open_mixture"], ["add_rms_norm", "linears", "swiglu", "linears"]
 
 
 @pytest.mark.parametrize(
-    ("family", "quant", "layer"),
+    ("family", "layer"),
     [
-        ("deepseek-v2-lite", None, [*LATENT, *MIXED]),
-        ("deepseek-v2-lite", "int4", [*NARROW, *NARROW_MIXED]),
-        ("deepseek-v3", None, [*LOW_RANK, *MIXED]),
-        ("llama-3-8b", None, [*GROUPED, *DENSE]),
+        ("deepseek-v2-lite", [*LATENT, *MIXED]),
+        ("deepseek-v3", [*LOW_RANK, *MIXED]),
+        ("llama-3-8b", [*GROUPED, *DENSE]),
     ],
 )
-def test_a_layer_of_a_decoding_step(
-    family: str, quant: Scheme | None, layer: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_of_a_decoding_step(family: str, layer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(family)
     model = Transformer(config)
     fill(model)
     model.model.rotary.reset()
-    if quant is not None:
-        quantise(model, quant)
     cache, ids = Cache(config, sequences=2), draw_ids(config.vocab_size, 8)
     called: list[str] = []
 

@@ -93,12 +93,6 @@ def test_products_are_those_of_what_the_weights_stand_for(quantise) -> None:  # 
     wanted_TD = api.grouped_mlp(x_TD, experts_TK, weights_TK, wide_gate_up, wide_down)
     got_TD = quantised.quantised_mlp(x_TD, experts_TK, weights_TK, gate_up, down)
     assert (got_TD - wanted_TD).norm() <= 4 * D**0.5 * 2**-24 * wanted_TD.norm()
-    shared = [quantise(_normal(*shape, seed=4) / D**0.5) for shape in ((2 * F, D), (2 * F, D), (D, 2 * F))]
-    wide = [quantised.dequantise(w, c) for w, c in zip(shared, (D, D, 2 * F), strict=True)]
-    wanted_TD = api.mixture(x_TD, experts_TK, weights_TK, wide_gate_up, wide_down, *wide)
-    got_TD = quantised.quantised_mixture(x_TD, experts_TK, weights_TK, gate_up, down, shared)
-    assert isinstance(got_TD, torch.Tensor)
-    assert (got_TD - wanted_TD).norm() <= 8 * D**0.5 * 2**-24 * wanted_TD.norm()
     one = quantise(_normal(F, D, seed=2))
     got_TF = quantised.quantised_linears(x_TD, [one])[0]
     wanted_TF = x_TD @ quantised.dequantise(one, D).T

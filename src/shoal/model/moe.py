@@ -227,8 +227,6 @@ class Experts(nn.Module):
     `product` is the seam of `Linear`: a transform swaps it for an FP8 one.
     """
 
-    opens = True  # forward knows `leave_open`
-
     def __init__(
         self, hidden_size: int, moe: MoEConfig, *, device: torch.device | None, dtype: torch.dtype
     ) -> None:
@@ -289,7 +287,7 @@ class MoE(nn.Module):
         """x + y, and what forward gives for its norm, but the last sums may be left to who reads it."""
         total_TD, normal_TD, routing = self.gate.after(norm, x_TD, y_TD, replay_TK)
         shared, experts = self._taken(), self.experts
-        if shared is None or not experts.opens:
+        if shared is None or type(experts) is not Experts:
             return total_TD, self._mix(normal_TD, routing), routing
         rows_TK = routing.experts_TK, routing.weights_TK
         return total_TD, experts(normal_TD, *rows_TK, shared, leave_open=True), routing

@@ -67,8 +67,6 @@ class Slots:
 class OffloadedExperts(nn.Module):
     """As the experts it is made of, whose parameters it has under their names in host memory."""
 
-    opens = False
-
     def __init__(self, experts: Experts | QuantisedExperts, slots: int, device: torch.device) -> None:
         super().__init__()
         stacks = dict(experts.named_parameters(recurse=False))

@@ -22,7 +22,6 @@ from shoal.model.layers import MLP, Linear, add_biases
 from shoal.model.moe import Experts, LocalDispatcher, MoE
 from shoal.model.transformer import Transformer
 from shoal.ops import quantised as ops
-from shoal.ops.api import OpenSum, close
 
 Scheme = Literal["fp8", "int4"]
 SCALE_SUFFIX = "_scale_inv"  # of the name of a scale; despite it, it multiplies
@@ -92,40 +91,25 @@ class QuantisedLinear(_Quantised):
 class QuantisedExperts(_Quantised):
     """As `Experts`, but gate and up lie apart: `gate_up_proj` is (E, 2, F, D), so no block holds both."""
 
-    opens = True
-    add_up = staticmethod(ops.quantised_sum)  # of the product's rows, one a choice
-
     def __init__(self, experts: Experts, scheme: Scheme) -> None:
         super().__init__(scheme)
         gate_up_E2FD = experts.gate_up_proj.detach().unflatten(1, (2, -1))
         self.keep("gate_up_proj", narrow(gate_up_E2FD, scheme))
         self.keep("down_proj", narrow(experts.down_proj.detach(), scheme))
 
+    add_up = staticmethod(ops.quantised_sum)  # of the product's rows, one a choice
+
     def forward(
-        self,
-        x_TD: Tensor,
-        experts_TK: Tensor,
-        weights_TK: Tensor,
-        shared: MLP | None = None,
-        *,
-        leave_open: bool = False,
-    ) -> Tensor | OpenSum:
-        """As `Experts.forward`."""
-        inputs = (x_TD, experts_TK, weights_TK, self.kept("gate_up_proj"), self.kept("down_proj"))
-        if shared is None:
-            return ops.quantised_mlp(*inputs)
-        matrices = [linear.kept("weight") for linear in _narrow_linears(shared)]
-        made = ops.quantised_mixture(*inputs, matrices)
-        return close(made) if isinstance(made, OpenSum) and not leave_open else made
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, shared: MLP | None = None
+    ) -> Tensor:
+        """As `Experts.forward`: what the shared experts make is added by the last step of the product."""
+        matrices, beside_TD = (self.kept("gate_up_proj"), self.kept("down_proj")), None
+        if shared is not None:
+            beside_TD = shared(x_TD)
+        return ops.quantised_mlp(x_TD, experts_TK, weights_TK, *matrices, beside_TD)
 
     def takes(self, shared: MLP) -> bool:
-        return len(_narrow_linears(shared)) == 3
-
-
-def _narrow_linears(mlp: MLP) -> list[QuantisedLinear]:
-    """Gate, up and down, but those that are wide or have a bias."""
-    linears = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return [one for one in linears if isinstance(one, QuantisedLinear) and one.bias is None]
+        return True
 
 
 def quantise(model: Transformer, scheme: Scheme) -> Transformer:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.ops.api import OpenSum
 from shoal.ops.dispatch import call
 
 BLOCK = 128  # columns of a group, rows and columns of a block
@@ -94,30 +93,15 @@ def quantised_mlp(
     weights_TK: Tensor,
     gate_up: Weight,
     down: Weight,
+    beside_TD: Tensor | None = None,
 ) -> Tensor:
-    """`api.grouped_mlp` of quantised experts, for serving. No gradient.
+    """`api.grouped_mlp` of quantised experts, for serving; plus `beside_TD`, if that is given. No gradient.
 
     `gate_up` stands for (E, 2, F, D): gate and up are matrices of their own, so no block holds rows of both.
     `down` stands for (E, D, F). Activations as in `quantised_linears`, h = silu(g) u among them.
     """
     _check(x_TD, gate_up)
-    return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down)
-
-
-def quantised_mixture(
-    x_TD: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    gate_up: Weight,
-    down: Weight,
-    shared: Sequence[Weight],
-) -> Tensor | OpenSum:
-    """`api.open_mixture` of quantised experts: `shared` are gate and up (G, D) and down (D, G), of the same
-    kind. No gradient."""
-    _check(x_TD, gate_up)
-    flat = [tensor for weight in (gate_up, down, *shared) for tensor in weight]
-    made = call("quantised_mixture", x_TD, experts_TK, weights_TK, *flat)
-    return made if isinstance(made, Tensor) else OpenSum(*made)
+    return call("quantised_mlp", x_TD, experts_TK, weights_TK, *gate_up, *down, beside_TD)
 
 
 def quantised_sum(rows_MD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

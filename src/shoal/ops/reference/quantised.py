@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shoal.ops.reference.experts import sort_rows, sum_choices
-from shoal.ops.reference.layers import swiglu
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -101,6 +100,7 @@ def quantised_mlp(
     gate_up_scales: Tensor,
     down_values: Tensor,
     down_scales: Tensor,
+    beside_TD: Tensor | None = None,
 ) -> Tensor:
     # 1. Sort the choices by expert.
     order_M, spans = sort_rows(experts_TK, down_values.shape[0])
@@ -115,14 +115,8 @@ def quantised_mlp(
         hidden = F.silu(gate.float()).mul_(up).to(x.dtype)
         y_MD[start:end] = quantised_linear(hidden, down_values[expert], down_scales[expert])
     # 3. Back to token order, weighted and summed.
-    return sum_choices(y_MD, order_M, weights_TK)
-
-
-def quantised_mixture(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
-    routed, (gate, gate_scales, up, up_scales, *down) = matrices[:4], matrices[4:]
-    gate_TG, up_TG = quantised_linears(x_TD, (gate, up), (gate_scales, up_scales))
-    shared_TD = quantised_linear(swiglu(gate_TG, up_TG), *down)
-    return quantised_mlp(x_TD, experts_TK, weights_TK, *routed) + shared_TD
+    y_TD = sum_choices(y_MD, order_M, weights_TK)
+    return y_TD if beside_TD is None else y_TD + beside_TD
 
 
 def fp8_pair(*weights: Tensor) -> tuple[Tensor, ...]:

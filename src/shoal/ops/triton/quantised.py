@@ -1,7 +1,6 @@
 """Products with quantised weights on a GPU, for serving: which kernels run at which number of rows.
 
     few rows       narrow_streams, _linears FP8 and INT4, activations as they are: bound by the narrow bytes
-    very few       narrow_experts           the same
     many, FP8      fp8_products             activations quantised too: bound by the FP8 matrix rate
     many, INT4     widened, then bfloat16   a layer's weights at a time: bound by the bfloat16 matrix rate
 
@@ -22,22 +21,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shoal.ops.triton import experts, fp8, fp8_linear
 from shoal.ops.triton.expert_plan import MAX_SCAN
-from shoal.ops.triton.narrow_experts import TILE, narrow_experts
-from shoal.ops.triton.narrow_lanes import lanes_take
-from shoal.ops.triton.narrow_linears import MAX_WEIGHTS, choose_lanes, narrow_linears
+from shoal.ops.triton.narrow_linears import MAX_WEIGHTS, choose_lanes, lanes_take, narrow_linears
 from shoal.ops.triton.narrow_streams import narrow_product_kernel, narrow_swiglu_kernel
-from shoal.ops.triton.permutation import Groups, close, group_by_expert
+from shoal.ops.triton.permutation import Groups, group_by_expert, sum_choices
 from shoal.ops.triton.quantise import lacks_e4m3
-from shoal.ops.triton.swiglu import swiglu
 
 BLOCK = 128
 FEW_A_EXPERT = 48  # rows an expert, on average, up to which weights stream
 FEW_ROWS = 64  # of one matrix
 FEW_FOR_8 = 4  # rows an expert, on average
-MOST_COLUMNS = 2048  # that a program of those holds well
-# Of those, where they take gate and up, and INT4's down: FP8's is faster as a stream.
-SWIGLU = {True: {"tiles": 4, "warps": 4}, False: {"tiles": 2, "warps": 8}}
-PRODUCT = {"tiles": 2, "warps": 4}
 
 
 @dataclass(frozen=True)
@@ -81,21 +73,20 @@ def _describe(values: Tensor, bn: int, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(words, [1, bn, width]) if tma else words
 
 
-def narrow_rows(
+def narrow_mlp(
     x_TD: Tensor,
     experts_TK: Tensor,
+    weights_TK: Tensor,
     gate_up_values: Tensor,
     gate_up_scales: Tensor,
     down_values: Tensor,
     down_scales: Tensor,
+    beside_TD: Tensor | None,
     stream: Stream,
     way: Way,
-    lanes: bool = False,
 ) -> Tensor:
-    """The experts' rows, by choice; `lanes`: by `narrow_experts` where that is faster."""
     K, M = experts_TK.shape[1], experts_TK.numel()
     D, (E, _, width) = x_TD.shape[1], gate_up_values.shape[:3]
-    int4 = gate_up_values.dtype == torch.uint8
     scan, groups = M <= MAX_SCAN, None
     tiles, height = M, M
     where: tuple[Tensor | None, ...] = (None, None, None)
@@ -107,7 +98,7 @@ def narrow_rows(
         "BM": stream.bm,
         "BN": stream.bn,
         "SCAN": MAX_SCAN if scan else 0,
-        "INT4": int4,
+        "INT4": gate_up_values.dtype == torch.uint8,
         "ASM": way.asm,
         "TMA": way.tma,
         "PDL": way.pdl,
@@ -115,27 +106,21 @@ def narrow_rows(
         "num_stages": stream.stages,
     }
     h = x_TD.new_empty(height, width)
-    if lanes and groups is not None:
-        narrow_experts(x_TD, gate_up_values, gate_up_scales, h, groups, K, **SWIGLU[int4])
-    else:
-        narrow_swiglu_kernel[(triton.cdiv(width, stream.bn), tiles)](
-            x_TD,
-            _describe(gate_up_values.flatten(0, 1), stream.bn, way.tma),
-            gate_up_scales,
-            h,
-            experts_TK,
-            *where,
-            M,
-            K=K,
-            D=D,
-            F=width,
-            launch_pdl=way.pdl and not scan,
-            **shared,
-        )
+    narrow_swiglu_kernel[(triton.cdiv(width, stream.bn), tiles)](
+        x_TD,
+        _describe(gate_up_values.flatten(0, 1), stream.bn, way.tma),
+        gate_up_scales,
+        h,
+        experts_TK,
+        *where,
+        M,
+        K=K,
+        D=D,
+        F=width,
+        launch_pdl=way.pdl and not scan,
+        **shared,
+    )
     y_MD = x_TD.new_empty(M, D)
-    if lanes and groups is not None and int4:
-        narrow_experts(h, down_values, down_scales, y_MD, groups, K, **PRODUCT)
-        return y_MD
     narrow_product_kernel[(triton.cdiv(D, stream.bn), tiles)](
         h,
         _describe(down_values, stream.bn, way.tma),
@@ -150,7 +135,8 @@ def narrow_rows(
         launch_pdl=way.pdl,
         **shared,
     )
-    return y_MD
+    shared_STD = None if beside_TD is None else beside_TD.contiguous().unsqueeze(0)
+    return sum_choices(y_MD, experts_TK, weights_TK, shared_STD=shared_STD, pdl=way.pdl)
 
 
 def _places(groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +237,7 @@ def quantised_linears(
 
 def _few_rows(x_MK: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     M, K = x_MK.shape
-    if lanes_take(x_MK, values, K):
+    if lanes_take(x_MK, values):
         columns = sum(each.shape[0] for each in values)
         lanes = choose_lanes(M, columns, K, int4=values[0].dtype == torch.uint8)
         if lanes is not None:
@@ -264,68 +250,35 @@ def _few_rows(x_MK: Tensor, values: tuple[Tensor, ...], scales: tuple[Tensor, ..
 
 
 def quantised_mlp(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *matrices: Tensor, invariant: bool = False
-) -> Tensor:
-    made = quantised_mixture(x_TD, experts_TK, weights_TK, *matrices, invariant=invariant)
-    return made if isinstance(made, Tensor) else close(*made)
-
-
-def quantised_mixture(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *matrices: Tensor, invariant: bool = False
-) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `close` takes, or the sum of it. `matrices`: values and scales of gate and up in one and of down,
-    then of the shared experts', if there are any."""
-    narrow, shared = matrices[:4], matrices[4:]
-    x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
-    if len(x_TD) == 0:
-        return x_TD
-    if (made := _few_choices(x_TD, experts_TK, narrow, shared, invariant)) is not None:
-        return made[0], experts_TK, weights_TK, made[1]
-    if narrow[0].dtype == torch.uint8:
-        gate_up = widen(*narrow[:2], x_TD.shape[1], x_TD.dtype).flatten(1, 2)
-        down = widen(*narrow[2:], narrow[0].shape[2], x_TD.dtype)
-        y_TD = experts.grouped_mlp(x_TD, experts_TK, weights_TK, gate_up, down)
-    else:
-        y_TD = fp8.layer(x_TD, experts_TK, weights_TK, *narrow)[0]
-    return y_TD + _dense(x_TD, shared, invariant)[0] if shared else y_TD
-
-
-def _few_choices(
     x_TD: Tensor,
     experts_TK: Tensor,
-    narrow: tuple[Tensor, ...],
-    shared: tuple[Tensor, ...],
-    invariant: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """If the choices are few, their rows, and what all tokens get."""
-    M, E = experts_TK.numel(), narrow[0].shape[0]
-    if not invariant and max(MAX_SCAN, FEW_A_EXPERT * E) < M:
-        return None
-    average = 1 if M <= MAX_SCAN else triton.cdiv(M, E)
-    stream, lanes = choose_stream(average), False
-    if MAX_SCAN < M and average <= FEW_FOR_8 and not invariant:  # summed by another instruction
-        stream, lanes = replace(stream, bm=TILE), _whole_blocks(x_TD, narrow[0], narrow[2])
-    y_MD = narrow_rows(x_TD, experts_TK, *narrow, stream, _way(x_TD, narrow[0], narrow[2]), lanes)
-    return y_MD, _dense(x_TD, shared, invariant)
-
-
-def _dense(x_TD: Tensor, shared: tuple[Tensor, ...], invariant: bool) -> Tensor:
-    """What all tokens get, of the shared experts, (1, T, D), or nothing, (0, T, D)."""
-    if not shared:
-        return x_TD.new_empty(0, *x_TD.shape)
-    gate_up, down = (shared[0:4:2], shared[1:4:2]), ((shared[4],), (shared[5],))
-    (dense_TD,) = quantised_linears(
-        swiglu(*quantised_linears(x_TD, *gate_up, invariant=invariant)), *down, invariant=invariant
-    )
-    return dense_TD.unsqueeze(0)
-
-
-def _whole_blocks(x_TD: Tensor, gate_up_values: Tensor, down_values: Tensor) -> bool:
-    """Whether `narrow_experts` takes them, and a program holds what it multiplies."""
-    columns = x_TD.shape[1], gate_up_values.shape[2]
-    weights = gate_up_values, down_values
-    takes = all(lanes_take(x_TD, (each,), c) for each, c in zip(weights, columns, strict=True))
-    return takes and not any(c % BLOCK for c in columns) and max(columns) <= MOST_COLUMNS
+    weights_TK: Tensor,
+    gate_up_values: Tensor,
+    gate_up_scales: Tensor,
+    down_values: Tensor,
+    down_scales: Tensor,
+    beside_TD: Tensor | None = None,
+    *,
+    invariant: bool = False,
+) -> Tensor:
+    M, E = experts_TK.numel(), down_values.shape[0]
+    if M == 0:
+        return torch.zeros_like(x_TD)
+    rows = (x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous())
+    narrow = (gate_up_values, gate_up_scales, down_values, down_scales)
+    if invariant or max(MAX_SCAN, FEW_A_EXPERT * E) >= M:
+        average = 1 if M <= MAX_SCAN else triton.cdiv(M, E)
+        stream = choose_stream(average)
+        if MAX_SCAN < M and average <= FEW_FOR_8 and not invariant:  # summed by another instruction
+            stream = replace(stream, bm=8)
+        return narrow_mlp(*rows, *narrow, beside_TD, stream, _way(x_TD, gate_up_values, down_values))
+    if gate_up_values.dtype == torch.uint8:
+        gate_up = widen(gate_up_values, gate_up_scales, x_TD.shape[1], x_TD.dtype).flatten(1, 2)
+        down = widen(down_values, down_scales, gate_up_values.shape[2], x_TD.dtype)
+        y_TD = experts.grouped_mlp(*rows, gate_up, down)
+    else:
+        y_TD = fp8.layer(*rows, *narrow)[0]
+    return y_TD if beside_TD is None else y_TD + beside_TD
 
 
 def quantised_refusal(x: Tensor, *arguments: Tensor | None) -> str | None:
