@@ -144,7 +144,8 @@ def test_scores_over_pages_are_their_reference(
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_tiles_within_a_page_score_as_others_do(narrow: bool, poison: None) -> None:
-    """A page is a tile or several; a plan whose tile holds several pages looks each position up."""
+    """A page is a tile or several; a plan whose tile holds several pages looks each position up. Tiles of
+    different sizes take different instructions: in FP8 these agree to 2^-11 on Hopper, as below."""
     size, new = 32, (5, 1, 3)
     lengths = (300, 64, 131) if GPU else (37, 64, 20)
     tokens, cu = sum(new), torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
@@ -162,7 +163,7 @@ def test_tiles_within_a_page_score_as_others_do(narrow: bool, poison: None) -> N
             got.append(index_scores.paged_index_scores(q, w, pages, *where, plan=plan))
     assert (got[0] > -math.inf).any()
     for scores_TN in got[:2]:
-        _close(scores_TN, got[2], TIGHT)
+        _close(scores_TN, got[2], 2**-11 if narrow and GPU else TIGHT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -108,8 +108,9 @@ def draw_up(
     graphs = 0
     if graph_sizes:
         widest, kept = max(graph_sizes), config.hidden_size * dtype_bytes  # each graph's results, a row
+        # Logits are written where they stay, so that a step in a graph holds none besides.
         graphs = graphs_a_size * sum(graph_sizes) * kept + config.vocab_size * widest * dtype_bytes
-        graphs += forward_bytes(config, widest, widest, dtype_bytes, context=context) + WORKSPACE_BYTES
+        graphs += forward_bytes(config, widest, 0, dtype_bytes, context=context) + WORKSPACE_BYTES
     graphs += pieces_bytes(config, longest_graph, dtype_bytes)
     fixed = weights + activations + graphs
     affordable = (limit - fixed) // page - 1
