@@ -159,4 +159,7 @@ def train_all(jobs: Jobs, folder: Path, device: str = "cpu") -> None:
     """What the processes do: what each is told is in its folder, its first process's losses beside it."""
     for number, (parallel, features) in enumerate(jobs):
         for index, feature in enumerate(features):
-            train(feature, parallel, folder / str(number) / str(index), device)
+            try:
+                train(feature, parallel, folder / str(number) / str(index), device)
+            except ValueError as error:
+                raise ValueError(f"{feature} on {parallel}: {error}") from error
