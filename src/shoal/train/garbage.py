@@ -2,7 +2,7 @@
 
 A collection that comes when some counter is full stops the host for 1 to 100 ms, and nothing is launched:
 in a round of RL with 1,024 answers 45 to 125 ms, all told (LOG, 2026-11-29). torchtitan, too, collects by
-steps. The law: what a step leaves behind is gone after the next, so memory does not grow.
+steps. The law: what a step leaves behind is gone after the next, and what lived longer at the next save.
 """
 
 from __future__ import annotations
