@@ -255,7 +255,7 @@ def measure(chosen: Sequence[Case], steps: int) -> list[Result]:
             for run, told in zip(runs, times, strict=True):
                 start = time.perf_counter()
                 run()
-                garbage.collect_young()  # as the Trainer does, and for the peer too
+                garbage.collect(turn)  # as the Trainer does, and for the peer too
                 torch.cuda.synchronize()
                 if turn >= 2:
                     told.append(time.perf_counter() - start)

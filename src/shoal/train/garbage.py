@@ -2,7 +2,7 @@
 
 A collection that comes when some counter is full stops the host for 1 to 100 ms, and nothing is launched:
 in a round of RL with 1,024 answers 45 to 125 ms, all told (LOG, 2026-11-29). torchtitan, too, collects by
-steps. The law: what a step leaves behind is gone after the next, and what lived longer at the next save.
+steps. The law: what a step leaves behind is gone after the next, and what lived longer within FULL steps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FULL = 1000
 
 
 @contextmanager
@@ -24,11 +26,6 @@ def by_hand() -> Iterator[None]:
             gc.enable()
 
 
-def collect_young() -> None:
-    """What came since the last time."""
-    gc.collect(1)
-
-
-def collect_all() -> None:
-    """The whole heap: 100 ms or more, for moments that are long anyway."""
-    gc.collect()
+def collect(step: int) -> None:
+    """What came since the last time; every FULL steps the whole heap, which takes 100 ms or more."""
+    gc.collect(2 if step and step % FULL == 0 else 1)

@@ -190,7 +190,6 @@ class Trainer:
         """Have this step saved; `_settle` waits for it, and until then, in the background, it may fail."""
         self._settle()
         log.sync()
-        garbage.collect_all()
         self.saver.begin(
             self.step,
             {**self._state(), GENERATORS: self._generators()},
@@ -318,7 +317,7 @@ class Trainer:
                 if not inside or not self._is_spike(self.team.reduce(share.terms["loss"].clone()).item()):
                     share.total.backward()
                 take(share)
-        garbage.collect_young()  # the device is at work
+        garbage.collect(self.step)  # the device is at work
         if "loss" not in shares[0]:
             raise ValueError(f"the objective's terms are {', '.join(shares[0])}; one must be named 'loss'")
         return {
